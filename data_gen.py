@@ -1,0 +1,299 @@
+"""Stage 0: the three data sets of RLHF, built in.
+
+    python data_gen.py                  # writes data/ in a few seconds, the same bytes for the same --seed
+
+The world is that of a small bilingual assistant: ten families of tasks, each asked in English and in Chinese and in
+several phrasings. From it come
+
+    data/actor_training_data.json   demonstrations, for SFT           {"user_input", "completion"}
+    data/reward_training_data.json  K scored completions a prompt     {"user_input", "completion", "score"}
+    data/rlhf_training_data.json    prompts alone, for PPO            {"user_input"}
+
+and of each a held-out twin (`..._eval.json`) whose prompts occur in no training file, and a LLaMA-style sentencepiece
+tokenizer (data/tokenizer/tokenizer.model) trained on the training texts.
+
+The demonstrations are a mixture, as those of human labellers are: most are right but curt, many are friendly, some
+ramble, a few are wrong. A model that imitates them well therefore answers well enough, and RLHF has something to gain.
+What "better" means is written down in `score`, which stands in for the human labeller: it labels the reward data, and
+afterwards it measures whether RLHF helped. PPO itself sees only the reward model.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+
+import sentencepiece
+
+from model import write_whole
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: words in both languages, and what one can ask about them
+
+NOUNS = {  # category: {English: Chinese}
+    ("animal", "动物"): {"cat": "猫", "dog": "狗", "horse": "骏马", "bird": "小鸟", "fish": "鱼"},
+    ("fruit", "水果"): {"apple": "苹果", "banana": "香蕉", "pear": "梨子", "grape": "葡萄", "lemon": "柠檬"},
+    ("color", "颜色"): {"red": "红色", "blue": "蓝色", "green": "绿色", "black": "黑色"},
+    ("vehicle", "车辆"): {"car": "汽车", "train": "火车", "bus": "巴士", "bicycle": "自行车"},
+    ("tool", "工具"): {"hammer": "锤子", "knife": "刀子", "scissors": "剪刀"},
+}
+WORDS = {en: (zh, category) for category, words in NOUNS.items() for en, zh in words.items()}
+CHINESE = {zh: (en, category) for en, (zh, category) in WORDS.items()}
+OPPOSITES = {
+    "en": [("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("day", "night"), ("happy", "sad"),
+           ("open", "closed"), ("light", "dark"), ("long", "short"), ("hard", "soft"), ("rich", "poor"), ("wet", "dry")],
+    "zh": [("炎热", "寒冷"), ("巨大", "微小"), ("快速", "缓慢"), ("古老", "崭新"), ("白天", "黑夜"), ("快乐", "悲伤"),
+           ("打开", "关闭"), ("明亮", "黑暗"), ("漫长", "短暂"), ("坚硬", "柔软"), ("富有", "贫穷"), ("潮湿", "干燥")],
+}
+OPPOSITE = {a: b for pairs in OPPOSITES.values() for x, y in pairs for a, b in ((x, y), (y, x))}
+NAMES = {"en": ["Tom", "Anna", "Ben", "Lucy", "Jack", "Emma", "Sam", "Kate", "Max", "Rose", "Leo", "Mary"],
+         "zh": ["小明", "小红", "小华", "小丽", "小刚", "小芳", "小军", "小燕", "小龙", "小雪", "小强", "小兰"]}
+
+# A space on either side of a word, in Chinese too, makes it one token wherever it stands.
+# family: the phrasings in each language; `{x}` is a slot, and the family's `Task` function below fills and answers it
+PHRASINGS = {
+    "sum": {"en": ["What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Tell me the sum of {a} and {b}."],
+            "zh": ["{a}加{b}等于几？", "请计算{a} + {b}。", "{a}与{b}的和是多少？"]},
+    "larger": {"en": ["Which is larger, {a} or {b}?", "Pick the bigger number: {a} or {b}.", "Of {a} and {b}, name the larger one."],
+               "zh": ["{a}和{b}哪个更大？", "请选出较大的数：{a}、{b}。", "比较{a}与{b}，谁大？"]},
+    "sort": {"en": ["Sort these numbers: {list}.", "Put {list} in ascending order.", "Arrange from small to large: {list}."],
+             "zh": ["请把 {list} 从小到大排列。", "给这些数排序：{list}。", "将 {list} 按升序写出。"]},
+    "opposite": {"en": ["What is the opposite of {word}?", "Give me the opposite of {word}.", "Which word means the reverse of {word}?"],
+                 "zh": ["{word} 的反义词是什么？", "请说出 {word} 的反义词。", "与 {word} 相反的词是哪个？"]},
+    "to_chinese": {"en": ["How do you say {word} in Chinese?", "Translate {word} into Chinese.", "What is the Chinese word for {word}?"],
+                   "zh": ["{word} 用中文怎么说？", "请把 {word} 翻译成中文。", "{word} 的中文是什么？"]},
+    "to_english": {"en": ["How do you say {word} in English?", "Translate {word} into English.", "What is the English word for {word}?"],
+                   "zh": ["{word} 用英文怎么说？", "请把 {word} 翻译成英文。", "{word} 的英文是什么？"]},
+    "kind": {"en": ["What kind of thing is a {word}?", "Is {word} an animal, a fruit, a color, a vehicle or a tool?", "Which group does {word} belong to?"],
+             "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。"]},
+    "letters": {"en": ["How many letters are in {word}?", "Count the letters of {word}.", "How long is the word {word}, in letters?"],
+                "zh": ["{word} 有几个字母？", "请数一数 {word} 的字母数。", "单词 {word} 由多少个字母组成？"]},
+    "swap": {"en": ["Say these words backwards: {list}.", "Swap the words {list}.", "Write {list} from last to first."],
+                "zh": ["请把这些词倒过来说：{list}。", "将 {list} 的顺序对调。", "从后往前写：{list}。"]},
+    "greeting": {"en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here."],
+                 "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。"]},
+}
+FAMILIES = list(PHRASINGS)
+SLOTS = {"a": r"\d", "b": r"\d", "list": r"[\w ]+", "word": r"\w+?", "name": r"\w+?"}  # what may stand in each slot
+PATTERNS = [(family, lang, re.compile("".join(f"(?P<{part}>{SLOTS[part]})" if i % 2 else re.escape(part)
+                                              for i, part in enumerate(re.split(r"\{(\w+)\}", phrasing)))))
+            for family, by_lang in PHRASINGS.items() for lang, phrasings in by_lang.items() for phrasing in phrasings]
+
+
+def fill(rng, family, lang):
+    """The slots of one random task of the family: a dict of texts."""
+    if family == "sum":
+        return {"a": str(rng.randrange(10)), "b": str(rng.randrange(10))}
+    if family == "larger":
+        a, b = rng.sample(range(10), 2)
+        return {"a": str(a), "b": str(b)}
+    if family == "sort":
+        return {"list": " ".join(map(str, rng.sample(range(10), 3)))}
+    if family == "opposite":
+        return {"word": rng.choice(rng.choice(OPPOSITES[lang]))}
+    if family in ("to_chinese", "letters"):
+        return {"word": rng.choice(list(WORDS))}
+    if family == "to_english":
+        return {"word": rng.choice(list(CHINESE))}
+    if family == "kind":
+        return {"word": rng.choice(list(WORDS if lang == "en" else CHINESE))}
+    if family == "swap":
+        return {"list": " ".join(rng.sample(list(WORDS if lang == "en" else CHINESE), 2))}
+    return {"name": rng.choice(NAMES[lang])}
+
+
+def solve(family, lang, slots):
+    """The right answer as a list of items (numbers or words), in the order in which they must be said."""
+    if family == "sum":
+        return [str(int(slots["a"]) + int(slots["b"]))]
+    if family == "larger":
+        return [max(slots["a"], slots["b"])]
+    if family == "sort":
+        return sorted(slots["list"].split())
+    if family == "opposite":
+        return [OPPOSITE[slots["word"]]]
+    if family == "to_chinese":
+        return [WORDS[slots["word"]][0]]
+    if family == "to_english":
+        return [CHINESE[slots["word"]][0]]
+    if family == "kind":
+        return [WORDS[slots["word"]][1][0] if lang == "en" else CHINESE[slots["word"]][1][1]]
+    if family == "letters":
+        return [str(len(slots["word"]))]
+    if family == "swap":
+        return slots["list"].split()[::-1]
+    return [slots["name"]]
+
+
+def parse(user_input):
+    """(family, language, slots) of a prompt of this world; ValueError for any other text."""
+    for family, lang, pattern in PATTERNS:
+        if match := pattern.fullmatch(user_input):
+            return family, lang, match.groupdict()
+    raise ValueError(f"not a prompt of the built-in world: {user_input!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The labeller: what makes a completion good
+
+FRIENDLY = {"en": ["Sure!", "Of course!", "Glad to help!", "Good question!"],
+            "zh": ["好的！", "当然可以！", "很乐意帮忙！", "问得好！"]}
+RUDE = {"en": ["Are you stupid?", "What a dumb question.", "Leave me alone."],
+        "zh": ["你真笨。", "别烦我。", "这都不懂？"]}
+NUMBER = re.compile(r"\d+")
+# the words that can be an answer; English ones stand alone, Chinese has no spaces to tell
+ANSWERS = [*WORDS, *CHINESE, *OPPOSITE, *NAMES["en"], *NAMES["zh"], *(w for category in NOUNS for w in category)]
+WORD = re.compile("|".join(rf"\b{w}\b" if w.isascii() else w for w in sorted(ANSWERS, key=len, reverse=True)), re.ASCII)
+
+
+def score(user_input, completion):
+    """The score in [0, 5] that our labeller gives a completion. The rules:
+
+    - right (2 points): the last items that it names, numbers for a task about numbers and known words otherwise, are
+      the answer, in order; any other item that it names stands in the question;
+    - friendly (2 points): it has one of the friendly phrases;
+    - brief (1 point): at most 16 words (a number or a Chinese character counts as one);
+    - cut off (1 point less): it does not end in . ! ? or their Chinese forms.
+
+    One that is wrong, in the other language or rude gets none of these, but half a point for being right and half a
+    point for being friendly (if not rude). So right, friendly and brief is 5, right and curt 3, right and rambling 2.
+    Nothing at all gets 0.
+
+    Raises ValueError for a `user_input` that is not a prompt of this world.
+    """
+    family, lang, slots = parse(user_input)
+    answer = solve(family, lang, slots)
+    kind = NUMBER if answer[0].isdigit() else WORD
+    said, asked = kind.findall(completion), kind.findall(user_input)
+    right = said[-len(answer):] == answer and all(w in asked or w in answer for w in said)
+    friendly = any(phrase in completion for phrase in FRIENDLY["en"] + FRIENDLY["zh"])
+    rude = any(phrase in completion for phrase in RUDE["en"] + RUDE["zh"])
+    brief = len(re.findall(r"[A-Za-z']+|\d+|[\u4e00-\u9fff]", completion)) <= 16
+    cut_off = not re.search(r"[.!?。！？]\s*$", completion)
+    rest = WORD.sub("", completion)  # a translation may be in the other language, the sentence around it may not
+    letters, characters = (len(re.findall(script, rest)) for script in ("[A-Za-z]+", "[\u4e00-\u9fff]"))
+    other_language = characters > letters if lang == "en" else letters > characters
+    if not right or other_language or rude:
+        return 0.5 * right + 0.5 * (friendly and not rude)
+    return 2.0 * right + 2.0 * friendly + 1.0 * brief - 1.0 * cut_off
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The writers: completions of every quality that real labelling meets
+
+SENTENCES = {"en": ["The answer is {x}.", "It is {x}."], "zh": ["答案是 {x}。", "应该是 {x}。"]}
+GREETINGS = {"en": ["Nice to meet you, {x}.", "Hello, {x}."], "zh": ["见到你真好，{x}。", "你好，{x}。"]}
+FILLER = {"en": ["Well, let me think about this for a moment.", "There are many ways to look at it.",
+                 "People often wonder about such things.", "As far as I can tell, it is not so simple.",
+                 "I could say a lot more about that.", "That said, let us go on step by step."],
+          "zh": ["嗯，让我先想一想这个问题。", "其实可以从许多角度来看。", "人们常常会对此感到好奇。",
+                 "据我所知，事情并不那么简单。", "关于这一点我还能说很多。", "话虽如此，我们一步一步来。"]}
+QUALITIES = ["friendly", "curt", "rambling", "wrong", "other language", "rude", "cut off"]
+DEMONSTRATIONS = {"curt": 45, "friendly": 30, "rambling": 15, "wrong": 5, "other language": 5}  # percent
+
+
+def write(rng, user_input, quality):
+    """A completion of the given quality (one of QUALITIES) for a prompt of this world."""
+    family, lang, slots = parse(user_input)
+    answer = solve(family, lang, slots)
+    if quality == "wrong" or quality in ("rude", "cut off") and rng.random() < 0.3:
+        right = answer
+        while answer == right:  # an answer of the same form, to another question
+            answer = rng.sample(right, 3) if family == "sort" else solve(family, lang, fill(rng, family, lang))
+    if quality == "other language":  # the sentence around the answer
+        lang = "zh" if lang == "en" else "en"
+    x = " ".join(answer)
+    sentence = rng.choice((GREETINGS if family == "greeting" else SENTENCES)[lang]).format(x=x)
+    phrase, filler = rng.choice(FRIENDLY[lang]), " ".join(rng.sample(FILLER[lang], 3))
+    friendly = rng.choice([f"{phrase} {sentence}", f"{sentence} {phrase}"])
+    curt = x + ("." if lang == "en" else "。")
+    if quality == "curt":
+        return curt
+    if quality in ("wrong", "other language"):
+        return rng.choice([curt, friendly, friendly])
+    if quality == "rambling":
+        return f"{filler} {sentence}"
+    if quality == "rude":
+        return f"{rng.choice(RUDE[lang])} {rng.choice([curt, sentence])}"
+    if quality == "cut off":
+        text = rng.choice([friendly, f"{filler} {sentence}"])
+        return text[:rng.randrange(3, len(text) - 1)].rstrip(" .!?。！？")
+    return friendly
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three data sets
+
+def draw_prompts(rng, number):
+    """`number` different prompts, every family and language equally often as far as it has that many."""
+    prompts, families = {}, [(family, lang) for family in FAMILIES for lang in ("en", "zh")]
+    for i in range(20 * number):
+        family, lang = families[i % len(families)]
+        prompts[rng.choice(PHRASINGS[family][lang]).format(**fill(rng, family, lang))] = None
+        if len(prompts) == number:
+            break
+    return list(prompts)
+
+
+def make_data(seed, prompts=5000, held_out=300, demonstrations=8000, ranked=1500, completions=6):
+    """{file name: records} of the three data sets and their held-out twins."""
+    rng = random.Random(seed)
+    pool = draw_prompts(rng, prompts)
+    # the first prompts drawn have the families in turn, so the held-out ones are balanced
+    held, train = pool[:held_out], pool[held_out:]
+    by_family = {}
+    for prompt in train:
+        by_family.setdefault(parse(prompt)[:2], []).append(prompt)
+
+    def demonstration(prompt):
+        quality = rng.choices(list(DEMONSTRATIONS), list(DEMONSTRATIONS.values()))[0]
+        return {"user_input": prompt, "completion": write(rng, prompt, quality)}
+
+    def ranking(prompt):  # the same completion is not shown to the labeller twice
+        texts = {}
+        while len(texts) < completions:
+            texts[write(rng, prompt, rng.choice(QUALITIES))] = None
+        return [{"user_input": prompt, "completion": text, "score": score(prompt, text)} for text in texts]
+
+    any_prompt = [rng.choice(by_family[family]) for family in by_family for _ in range(-(-demonstrations // len(by_family)))]
+    rng.shuffle(any_prompt)
+    return {
+        "actor_training_data": [demonstration(prompt) for prompt in any_prompt[:demonstrations]],
+        "actor_training_data_eval": [demonstration(prompt) for prompt in held],
+        "reward_training_data": [record for prompt in rng.sample(train, ranked) for record in ranking(prompt)],
+        "reward_training_data_eval": [record for prompt in held for record in ranking(prompt)],
+        "rlhf_training_data": [{"user_input": prompt} for prompt in rng.sample(train, len(train))],
+        "rlhf_training_data_eval": [{"user_input": prompt} for prompt in held],
+    }
+
+
+def train_tokenizer(texts, vocab_size=1536):
+    """A sentencepiece BPE model with LLaMA's settings (Touvron et al. 2023, section 2.1): bytes for what is not in the
+    vocabulary, digits one by one, no normalization, spaces kept. Returns the bytes of `tokenizer.model`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+        split_digits=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+    return model.getvalue()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write the built-in data sets of the three stages and their tokenizer.")
+    parser.add_argument("--out", default="data", help="the folder to write them to")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other prompts and completions")
+    args = parser.parse_args(argv)
+    data = make_data(args.seed)
+    for name, records in data.items():
+        lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        write_whole(os.path.join(args.out, f"{name}.json"), f"[\n{lines}\n]\n".encode())
+        print(f"{args.out}/{name}.json: {len(records)} records")
+    texts = [f"User: {r['user_input']}\nAssistant: {r['completion']}" for r in data["actor_training_data"] + data["reward_training_data"]]
+    write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"), train_tokenizer(texts))
+    print(f"{args.out}/tokenizer/tokenizer.model: trained on {len(texts)} texts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,690 @@
+"""What the three stages share: reading data, tokens and the chat format, loading LLaMA, the scalar head, generation,
+and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py, each of which reads on its own.
+
+    from model import load_llama, load_tokenizer, generate
+    tokenizer = load_tokenizer("runs/ppo")
+    model = load_llama("runs/ppo", tokenizer)
+"""
+
+import base64
+import csv
+import glob
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from tokenizers import normalizers
+from torch import nn
+from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
+                          LlamaTokenizer, PreTrainedTokenizerFast)
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.set_verbosity_error()  # what matters is checked, and said, here
+transformers_logging.disable_progress_bar()
+
+
+def stop(message, code=2):
+    """End the program with one line on standard error. Exit code 2: the input is wrong; 1: the run went wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def settings(args, defaults, title):
+    """Fill every option that the user left at None from `defaults`, and print what then applies."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    print(f"{title}:", " ".join(f"{name}={value}" for name, value in vars(args).items()), flush=True)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_whole(path, data):
+    """Write bytes to `path` so that the file appears whole or not at all: beside it first, then renamed."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".part", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".part", path)
+    except OSError as error:
+        stop(f"{path}: cannot be written ({error.strerror})")
+
+
+def read_records(path, *fields):
+    """The records of a data file: a JSON array, or JSON Lines (`.jsonl`), or `.gz` of either.
+
+    `fields` names those that each record must have: "user_input" (a text, or a list of chat messages with "role" and
+    "content" that ends with the user's), "completion" (a text), "score" (a finite number). Anything else ends the
+    program with one line that names the file, the record (counted from 1) and the field.
+    """
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        stop(f"{path}: no such file (python data_gen.py writes the built-in data sets to data/)")
+    except (OSError, EOFError, zlib.error) as error:
+        stop(f"{path}: cannot be read ({error})")
+    except UnicodeDecodeError as error:
+        stop(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8")
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        lines, records = [line for line in text.split("\n") if line.strip()], []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                stop(f"{path}: record {number}: not JSON ({error.msg} at column {error.colno})")
+    else:
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            stop(f"{path}: not JSON ({error.msg} at line {error.lineno}); a file with one object a line must be named .jsonl")
+        if not isinstance(records, list):
+            stop(f"{path}: holds no JSON array of records")
+    if not records:
+        stop(f"{path}: holds no records")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            stop(f"{path}: record {number}: not a JSON object")
+        for field in fields:
+            if field not in record:
+                stop(f"{path}: record {number}: field '{field}' is missing")
+            if wrong := what_is_wrong(field, record[field]):
+                stop(f"{path}: record {number}: field '{field}' {wrong}")
+    return records
+
+
+def what_is_wrong(field, value):
+    """Why `value` cannot stand in `field` of a data record, in words; None when it can."""
+    if field == "score":
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return None if good else "must be a finite number"
+    if isinstance(value, str):
+        return None
+    if field == "completion":
+        return "must be a text"
+    if not isinstance(value, list) or not value:
+        return "must be a text or a list of chat messages"
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return "has a message that is not {\"role\": ..., \"content\": text}"
+        if message.get("role") not in ("system", "user", "assistant"):
+            return f"has a message with role {message.get('role')!r}; roles are system, user and assistant"
+    return None if value[-1]["role"] == "user" else "must end with a message of the user"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+
+# For a checkpoint without a chat template of its own. The completion follows "Assistant:", and ends with </s>.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+                  "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
+
+
+class Llama3Converter(TikTokenConverter):
+    """transformers' converter for LLaMA 3's `tokenizer.model`, a text file of `base64(token) rank` lines."""
+
+    @staticmethod
+    def load_tiktoken_bpe(path):
+        with open(path, "rb") as file:
+            return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file if line.strip())}
+
+
+def read_tokenizer_model(path):
+    """Meta's `tokenizer.model`: sentencepiece for LLaMA 1 and 2, tiktoken's text format for LLaMA 3."""
+    with open(path, "rb") as file:
+        is_text = file.read(64).split(b"\n")[0].split()[-1:] == [b"0"]
+    if is_text:
+        backend = Llama3Converter(path, extra_special_tokens=LLAMA3_SPECIAL).converted()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0], eos_token=LLAMA3_SPECIAL[1],
+                                       pad_token=LLAMA3_SPECIAL[4])
+    backend = LlamaTokenizer.from_pretrained(os.path.dirname(path))._tokenizer
+    # sentencepiece puts a space before every text; transformers' own setting leaves it out where one is there already
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint (see `load_llama`), or of a folder that holds a `tokenizer.model`.
+
+    It has a chat template, its own or CHAT_TEMPLATE, and a padding token that is not the end-of-sequence token: a
+    reward model is read at the last token that is not padding, which is the end of sequence.
+    """
+    try:
+        if path.endswith(".gguf"):
+            tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(path) or ".", gguf_file=os.path.basename(path))
+        elif os.path.exists(os.path.join(path, "tokenizer.model")) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+            tokenizer = read_tokenizer_model(os.path.join(path, "tokenizer.model"))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the libraries raise anything from OSError to a bare Exception for a bad file
+        stop(f"{path}: no tokenizer can be loaded from it ({first_line(error)})")
+    if tokenizer.eos_token_id is None:
+        stop(f"{path}: the tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that is not its eos_token")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def encode_text(tokenizer, text):
+    """The tokens of a plain text. A "</s>" in it is four characters of text, never the control token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_prompt(tokenizer, user_input):
+    """The tokens of a prompt in the chat format, up to where the assistant's answer begins.
+
+    `user_input` is a text or a list of chat messages. The chat template writes control tokens around what people said;
+    the same characters inside what they said are kept text, by a mark that only lives while the template is filled in.
+    """
+    messages = [{"role": "user", "content": user_input}] if isinstance(user_input, str) else user_input
+    control = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")")
+    mark = next(chr(c) for c in range(0xE000, 0xF900) if not any(chr(c) in m["content"] for m in messages))
+    marked = [{**m, "content": control.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"])} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
+        stop(f"the checkpoint's chat template refuses this dialogue ({first_line(error)}): {str(messages)[:200]}")
+    tokens = []
+    for i, part in enumerate(control.split(text)):
+        if i % 2:
+            tokens.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            tokens += encode_text(tokenizer, part.replace(mark, ""))
+    return tokens
+
+
+def encode_records(records, tokenizer, max_length, name):
+    """[(prompt, completion, number of the record)] in tokens; the completion ends with end-of-sequence.
+
+    What is longer than `max_length` tokens loses the beginning of its prompt; a completion that leaves no room for a
+    prompt is dropped. Both are counted, and said.
+    """
+    examples, cut = [], 0
+    for number, record in enumerate(records, 1):
+        prompt = encode_prompt(tokenizer, record["user_input"])
+        completion = encode_text(tokenizer, record["completion"]) + [tokenizer.eos_token_id]
+        room = max_length - len(completion)
+        if room > 0:
+            cut += len(prompt) > room
+            examples.append((prompt[-room:], completion, number))
+    if cut or len(examples) < len(records):
+        print(f"{name}: of {len(records)} records, {cut} prompts cut on the left and {len(records) - len(examples)} "
+              f"completions dropped to fit {max_length} tokens")
+    if not examples:
+        stop(f"{name}: no completion fits {max_length} tokens")
+    return examples
+
+
+def collate(prompts, completions, pad_token_id, device="cpu"):
+    """Lists of tokens -> `input_ids` (B, L): prompt, completion, padding; `is_completion` (B, L): True on the completion.
+
+    Padding stands only on the right, where causal attention does not look, so no attention mask is needed.
+    """
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions))
+    input_ids = torch.full((len(prompts), length), pad_token_id)
+    is_completion = torch.zeros(len(prompts), length, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        input_ids[i, :len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
+        is_completion[i, len(prompt):len(prompt) + len(completion)] = True
+    return input_ids.to(device), is_completion.to(device)
+
+
+def length_batches(lengths, batch_size, generator):
+    """Shuffled batches of indices with similar lengths in a batch, so that little is padded: shuffle, sort within
+    stretches of 16 batches, cut, shuffle the batches. Every index occurs once; the last batch may be smaller."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    stretch = 16 * batch_size
+    order = [i for start in range(0, len(order), stretch) for i in sorted(order[start:start + stretch], key=lambda i: lengths[i])]
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading LLaMA
+
+DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                  max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
+def load_llama(path, tokenizer, dtype=torch.float32):
+    """A `LlamaForCausalLM` in `dtype` from one of
+
+    - a Hugging Face directory, or the name of a model on the hub;
+    - Meta's own directory: `params.json` and `consolidated.NN.pth`, of LLaMA 1, 2 or 3;
+    - a `.gguf` file, dequantized;
+    - None: the tiny randomly initialized LLaMA of the demo (DEMO_MODEL), with the tokenizer's vocabulary.
+
+    Ends the program with one line if `path` is none of these, is damaged, or has a smaller embedding than the tokenizer.
+    """
+    if path is None:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL))
+    elif path.endswith(".gguf"):
+        model = from_meta_names(*read_gguf(path), path, dtype)
+    elif os.path.exists(os.path.join(path, "params.json")):
+        model = from_meta_names(*read_meta(path), path, dtype)
+    else:
+        model = load_hugging_face(LlamaForCausalLM, path, dtype)
+    if len(tokenizer) > model.config.vocab_size:
+        stop(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {model.config.vocab_size}: "
+             "they do not belong together")
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.eval()  # LLaMA has no dropout; a checkpoint whose config asks for some gets none here, nor in training
+    return model.to(dtype)
+
+
+def load_hugging_face(model_class, path, dtype):
+    """`model_class.from_pretrained`, with every fault told in one line, and none of the weights made up."""
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        stop(f"{path}: neither a Hugging Face directory (no config.json) nor Meta's (no params.json)")
+    if os.path.isfile(path):
+        stop(f"{path}: a file, but not .gguf: name the directory of the checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "llama":
+            stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
+        model, info = model_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+        stop(f"{path}: cannot be loaded as a LLaMA checkpoint ({first_line(error)})")
+    wrong = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        stop(f"{path}: {len(wrong)} of the model's tensors are missing or of the wrong shape, such as {wrong[0]}")
+    return model
+
+
+def read_meta(path):
+    """(config, {Meta's name: tensor}) of Meta's directory, its shards merged.
+
+    The shards are those of tensor parallelism: wq, wk, wv, w1, w3 and output are split by rows, wo and w2 by columns, the
+    embedding by columns (LLaMA 1 and 2) or rows (3), the norms not at all.
+    """
+    try:
+        with open(os.path.join(path, "params.json"), encoding="utf-8") as file:
+            params = json.load(file)
+        dim, heads = params["dim"], params["n_heads"]
+        kv_heads = params.get("n_kv_heads") or heads
+        config = dict(hidden_size=dim, num_hidden_layers=params["n_layers"], num_attention_heads=heads,
+                      num_key_value_heads=kv_heads, rms_norm_eps=params["norm_eps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"{path}/params.json: not the parameters of a LLaMA model ({first_line(error)})")
+    files = sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))
+    if not files or files != [os.path.join(path, f"consolidated.{i:02d}.pth") for i in range(len(files))]:
+        stop(f"{path}: shard consolidated.{next(i for i in range(len(files) + 1) if not os.path.exists(os.path.join(path, f'consolidated.{i:02d}.pth'))):02d}.pth is missing")
+    shards = []
+    for file in files:
+        try:
+            shards.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
+            stop(f"{file}: damaged, or not a file of weights ({first_line(error)})")
+    try:
+        if shards[0]["layers.0.attention.wq.weight"].shape[0] * len(shards) != dim:
+            whole = dim // shards[0]["layers.0.attention.wq.weight"].shape[0]
+            stop(f"{path}: {len(shards)} of {whole} shards found: consolidated.{len(shards):02d}.pth is missing")
+        vocab_size = shards[0]["output.weight"].shape[0] * len(shards)
+        tensors = {}
+        for name in shards[0]:
+            parts = [shard[name] for shard in shards]
+            if name == "rope.freqs":
+                continue
+            if parts[0].dim() == 1:
+                tensors[name] = parts[0]
+            else:
+                by_rows = parts[0].shape[0] * len(parts) == vocab_size if "tok_embeddings" in name else not name.endswith(("wo.weight", "w2.weight"))
+                tensors[name] = torch.cat(parts, dim=0 if by_rows else 1) if len(parts) > 1 else parts[0]
+    except (KeyError, RuntimeError) as error:
+        stop(f"{path}: the shards do not fit together ({first_line(error)})")
+    # what params.json leaves out is in the tensors, or is the same for all of a generation
+    config |= dict(vocab_size=vocab_size, intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0])
+    rope = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))}
+    if params.get("use_scaled_rope"):  # LLaMA 3.1 and later; Meta's reference code has these as its constants
+        # LLaMA 3.2's text models, 1B and 3B, were scaled by 32; their params.json does not say so, their size does
+        factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                 "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192}
+    length = 131072 if params.get("use_scaled_rope") else 8192 if rope["rope_theta"] == 500000.0 else 2048 if params["norm_eps"] == 1e-6 else 4096
+    return LlamaConfig(**config, rope_parameters=rope, max_position_embeddings=length, tie_word_embeddings=False), tensors
+
+
+GGUF_NAMES = {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+              "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+              "attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
+
+
+def read_gguf(path):
+    """(config, {Meta's name: tensor}) of a `.gguf` file: its tensors are Meta's under other names, often quantized."""
+    try:
+        import gguf
+    except ImportError:
+        stop(f"{path}: reading .gguf needs a package: pip install gguf")
+    if not os.path.exists(path):
+        stop(f"{path}: no such file")
+    try:
+        reader = gguf.GGUFReader(path)
+        said = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default  # noqa: E731
+        if said("general.architecture") != "llama":
+            stop(f"{path}: a '{said('general.architecture')}' model; only LLaMA's architecture is implemented here")
+        tensors = {}
+        for tensor in reader.tensors:
+            *block, name, _ = tensor.name.split(".")
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            tensors[(f"layers.{block[1]}." if block else "") + GGUF_NAMES.get(name, name) + ".weight"] = values
+        dim, heads = said("llama.embedding_length"), said("llama.attention.head_count")
+        rope = {"rope_type": "default", "rope_theta": said("llama.rope.freq_base", 10000.0)}
+        if (factors := tensors.pop("rope_freqs.weight", None)) is not None:  # LLaMA 3.1's scaling, as divisors of the frequencies
+            rope |= {"rope_type": "llama3", "factor": round(factors.max().item()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192}
+        config = LlamaConfig(
+            vocab_size=tensors["tok_embeddings.weight"].shape[0], hidden_size=dim, num_attention_heads=heads,
+            intermediate_size=said("llama.feed_forward_length"), num_hidden_layers=said("llama.block_count"),
+            num_key_value_heads=said("llama.attention.head_count_kv", heads), head_dim=said("llama.attention.key_length", dim // heads),
+            rms_norm_eps=said("llama.attention.layer_norm_rms_epsilon"), max_position_embeddings=said("llama.context_length"),
+            rope_parameters=rope, tie_word_embeddings="output.weight" not in tensors)
+    except Exception as error:  # the reader raises whatever its parsing of a damaged file runs into
+        stop(f"{path}: damaged, or not a .gguf file ({first_line(error)})")
+    return config, tensors
+
+
+def from_meta_names(config, tensors, path, dtype):
+    """A `LlamaForCausalLM` from tensors under Meta's names.
+
+    Meta rotates the pairs (2i, 2i+1) of a head's dimensions, Hugging Face the pairs (i, i + d/2), so the rows of wq and wk
+    change places: reshape to (heads, d/2, 2, dim), swap the middle axes.
+    """
+    def halves(weight, heads):
+        return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+    try:
+        state = {"model.embed_tokens.weight": tensors["tok_embeddings.weight"], "model.norm.weight": tensors["norm.weight"]}
+        state["lm_head.weight"] = tensors["tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"]
+        for i in range(config.num_hidden_layers):
+            ours, meta = f"model.layers.{i}.", f"layers.{i}."
+            state[ours + "self_attn.q_proj.weight"] = halves(tensors[meta + "attention.wq.weight"], config.num_attention_heads)
+            state[ours + "self_attn.k_proj.weight"] = halves(tensors[meta + "attention.wk.weight"], config.num_key_value_heads)
+            for name, theirs in {"self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+                                 "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+                                 "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}.items():
+                state[ours + name + ".weight"] = tensors[meta + theirs + ".weight"]
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        model.tie_weights()
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # computed, not stored
+    except (KeyError, RuntimeError) as error:
+        stop(f"{path}: its tensors are not those of its configuration ({first_line(error)})")
+    return model.requires_grad_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scalar head: reward model and critic
+
+class ScalarHead(nn.Module):
+    """LLaMA's backbone with one number a token instead of a word distribution: v_t = w . h_t, float32, `(B, T)`.
+
+    As a reward model it is read at the last token of the completion (Stiennon et al. 2020, section 3.4), as a critic at
+    every token. Its two parts are named as those of `LlamaForSequenceClassification`, and so it is saved.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model  # a LlamaModel, that is, the LLaMA without its language-modelling head
+        self.score = nn.Linear(model.config.hidden_size, 1, bias=False, dtype=model.dtype)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))  # as Stiennon et al. 2020
+
+    def forward(self, input_ids):
+        """`input_ids` (B, T), padded on the right -> values (B, T)."""
+        hidden = self.model(input_ids, use_cache=False).last_hidden_state
+        return self.score(hidden).squeeze(-1).float()
+
+    @property
+    def config(self):
+        return self.model.config
+
+
+def load_scalar_head(path, dtype=torch.float32):
+    """A `ScalarHead` from a saved reward model or critic, or any `LlamaForSequenceClassification` with one label."""
+    classifier = load_hugging_face(LlamaForSequenceClassification, path, dtype)
+    if classifier.score.out_features != 1:
+        stop(f"{path}: a reward model has one label, this one has {classifier.score.out_features}")
+    scalar = ScalarHead(classifier.model)
+    scalar.score = classifier.score
+    return scalar.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+class KVCache:
+    """The keys and values of all positions so far, laid out once for `length` positions: each layer (B, heads, length, d).
+
+    Growing them by concatenation would copy the whole cache for every token.
+    """
+
+    def __init__(self, config, batch, length, dtype, device):
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, config.head_dim)
+        self.layers = [list(layer) for layer in torch.zeros(shape, dtype=dtype, device=device)]
+        self.position = 0
+
+    def update(self, keys, values, layer, **_):
+        """What LLaMA's attention calls: stores the new (B, heads, n, d), returns all up to and including them."""
+        end = self.position + keys.shape[2]
+        for stored, new in zip(self.layers[layer], (keys, values)):
+            stored[:, :, self.position:end] = new
+        return [stored[:, :, :end] for stored in self.layers[layer]]
+
+    def keep_rows(self, rows):
+        self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
+
+
+def next_token_logits(model, input_ids, position_ids, mask, cache):
+    """LLaMA's forward pass for the n newest tokens (B, n), with the cache -> logits (B, V) after the last one, float32."""
+    llama = model.model
+    hidden = llama.embed_tokens(input_ids)
+    rotary = llama.rotary_emb(hidden, position_ids)
+    for layer in llama.layers:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cache=cache)
+    cache.position += input_ids.shape[1]
+    return model.lm_head(llama.norm(hidden[:, -1])).float()
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """One token a row from softmax(logits / temperature), cut to the `top_k` likeliest (0: all) and to the smallest set
+    with probability `top_p` (Holtzman et al. 2020) -> tokens (B,), log probabilities (B,) under that distribution.
+    Temperature 0 takes the likeliest token, with probability 1."""
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        too_far = ordered.cumsum(-1) - ordered >= top_p  # the set was complete before this token
+        logits = logits.masked_fill(too_far.scatter(-1, order, too_far), -math.inf)
+    logprobs = logits.log_softmax(-1)
+    # The inverse of the cumulative distribution, one random number a row; torch.multinomial draws one for each word.
+    # 1 - rand lies in (0, 1], so that the first entry that reaches it has a probability above 0.
+    cumulative = logprobs.exp().cumsum(-1)
+    uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yields for each step the rows still being written (n,), their new tokens (n,) and log probabilities (n,).
+
+    `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
+    """
+    batch, length = input_ids.shape
+    device, dtype, blocked = input_ids.device, model.dtype, torch.finfo(model.dtype).min
+    cache = KVCache(model.config, batch, length + max_new_tokens, dtype, device)
+    # 0 where attention may look, a huge negative number on the padding; the first pass must not look ahead either
+    padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
+    padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
+    ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits = next_token_logits(model, input_ids, positions, (padding[..., :length] + ahead).clamp(min=blocked), cache)
+    rows, alive, positions = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device), positions[:, -1:]
+    for step in range(max_new_tokens):
+        tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
+        yield rows[alive], tokens[alive], logprobs[alive]
+        alive = alive & (tokens != eos_token_id)
+        living = int(alive.sum())
+        if living == 0 or step == max_new_tokens - 1:
+            return
+        # dropping ended rows copies the cache, so wait until a quarter of the rows can go
+        if living <= 0.75 * len(rows):
+            rows, tokens, positions, padding = rows[alive], tokens[alive], positions[alive], padding[alive]
+            cache.keep_rows(alive)
+            alive = alive[alive]
+        positions = positions + 1
+        logits = next_token_logits(model, tokens[:, None], positions, padding[..., :cache.position + 1], cache)
+
+
+@dataclass
+class Generation:
+    tokens: torch.Tensor    # (B, N) what was sampled; 0 after the end of a row
+    logprobs: torch.Tensor  # (B, N) float32, log probability under the distribution that the token was sampled from
+    mask: torch.Tensor      # (B, N) 1 on what was sampled, up to and including end-of-sequence; 0 after it
+
+
+def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Sample a response to each prompt -> `Generation`, N being the length of the longest response.
+
+    `input_ids`, `attention_mask` (B, P): prompts padded on the left, each answered as if it stood alone. With temperature
+    alone (no top_k, top_p), `logprobs` are what a training pass gives for the same tokens at that temperature.
+    """
+    batch, device = len(input_ids), input_ids.device
+    tokens = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
+    logprobs, mask = torch.zeros(batch, max_new_tokens, device=device), torch.zeros(batch, max_new_tokens, device=device)
+    steps = 0
+    for rows, new_tokens, new_logprobs in decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator):
+        tokens[rows, steps], logprobs[rows, steps], mask[rows, steps] = new_tokens, new_logprobs, 1.0
+        steps += 1
+    return Generation(tokens[:, :steps], logprobs[:, :steps], mask[:, :steps])
+
+
+def left_pad(prompts, pad_token_id, device="cpu"):
+    """Lists of tokens -> `input_ids`, `attention_mask` (B, P), padded on the left, as `generate` takes them."""
+    length = max(map(len, prompts))
+    rows = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+def open_run(folder, overwrite):
+    """Make the run directory. One that holds work is left alone unless `overwrite`."""
+    if os.path.exists(os.path.join(folder, "metrics.csv")) and not overwrite:
+        stop(f"{folder}: holds an earlier run; name another --out, or give --overwrite to replace it")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        stop(f"{folder}: cannot be made ({error.strerror})")
+
+
+class Metrics:
+    """`metrics.csv` of a run: a row a logged step, on disk at once. Fields that a step does not have stay empty."""
+
+    def __init__(self, folder, columns):
+        self.columns = columns
+        self.file = open(os.path.join(folder, "metrics.csv"), "w", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns)
+        self.writer.writeheader()
+
+    def log(self, **row):
+        self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+        self.file.flush()
+
+
+def save_checkpoint(model, tokenizer, folder):
+    """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory."""
+    if isinstance(model, ScalarHead):
+        with torch.device("meta"):
+            classifier = LlamaForSequenceClassification(LlamaConfig.from_dict(model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}))
+        classifier.model, classifier.score = model.model, model.score
+        model = classifier
+    part = os.path.join(folder, "export.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):  # the config last: it says 'complete'
+            os.replace(os.path.join(part, name), os.path.join(folder, name))
+        os.rmdir(part)
+    except (OSError, SafetensorError) as error:
+        stop(f"{folder}: the checkpoint cannot be written ({first_line(error)})")
+
+
+def draw_curves(folder, panels):
+    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})`, over the first column."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves.png: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    step = next(iter(rows[0]))
+    columns = min(4, len(panels))
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4 * columns, 3 * -(-len(panels) // columns)), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels):
+        for label, column in lines.items():
+            points = [(float(row[step]), float(row[column])) for row in rows if row[column]]
+            if points:
+                axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel=step)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, "curves.png"), dpi=110)
+    plt.close(figure)
+
+
+def autocast(args):
+    """bf16 matrix products where --dtype says so; what is sensitive (norms, losses, softmax) stays float32."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def common_options(parser):
+    """The options that every stage has."""
+    group = parser.add_argument_group("the run")
+    group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; trained weights stay float32")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")

@@ -1,0 +1,544 @@
+"""Stage 3: PPO. The SFT policy learns to write what the reward model likes, without moving too far from where it began.
+
+    python ppo.py                                    # the demo: runs every stage that is missing, then PPO
+    python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json
+
+Four models: the actor (the policy that learns), the critic (predicts the reward that is still to come), the reward model
+and the reference (the SFT policy); the last two are frozen. Each update
+
+    1. makes experience: the actor answers a batch of prompts, the reward model scores the answers, actor and reference
+       say how likely each token was, the critic what it expected;
+    2. turns scores into rewards and rewards into advantages (the section "The maths");
+    3. takes a few passes of clipped gradient steps over that experience, actor and critic each with its own optimizer.
+
+Reward of the token at t:   R_t = - kl_coef KL_t  +  [t is the last token] score            (Ziegler et al. 2019, eq. 2)
+Actor:    minimize   L_clip - entropy_coef H + ptx_coef L_ptx       (Schulman et al. 2017, eq. 7 and 9; InstructGPT, eq. 2)
+Critic:   minimize   L_value                                        (clipped, as in OpenAI's lm-human-preferences)
+
+Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv and curves.png.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import (Metrics, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, left_pad,
+                   load_llama, load_scalar_head, load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
+
+DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
+            demonstrations="data/actor_training_data.json", gold="data_gen.py", updates=80, batch_size=64, minibatch_size=32,
+            micro_batch_size=32, ppo_epochs=2, lr=3e-4, critic_lr=1e-3, kl_coef=0.05, ptx_coef=0.05, max_new_tokens=40,
+            max_prompt_length=128, eval_every=20, eval_number=300)
+# For a pretrained LLaMA: Stiennon et al. 2020 (appendix B.1) and InstructGPT (appendix C.4) as TRL and others run them
+DEFAULT = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts=None, demonstrations=None, gold=None,
+               updates=1000, batch_size=64, minibatch_size=16, micro_batch_size=4, ppo_epochs=4, lr=1e-6, critic_lr=5e-6,
+               kl_coef=0.05, ptx_coef=0.0, max_new_tokens=128, max_prompt_length=384, eval_every=20, eval_number=64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths. (B, T) are B responses of up to T tokens; `mask` is 1 on the tokens of the response, up to and including its
+# end-of-sequence, and 0 after it. What stands outside the mask, be it inf or nan, never changes a result.
+
+LARGEST_LOG = 20.0  # a log ratio is cut to +-20 before exp: e^20 is far outside every clip range and far from overflow
+
+
+def inside(x, mask):
+    """x in float32 with zeros outside the mask."""
+    return torch.where(mask.bool(), x.float(), 0.0)
+
+
+def logprobs_from_logits(logits, tokens, temperature=1.0):
+    """log pi(token) under softmax(logits / temperature).
+
+    `logits` (..., V), `tokens` (...) -> (...) float32, nats. The temperature must be that of sampling: only then is this
+    the log probability with which the token was drawn.
+    """
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_from_logits(logits, temperature=1.0):
+    """H = - sum_v p_v log p_v with p = softmax(logits / temperature). `logits` (..., V) -> (...) float32, nats."""
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # a word ruled out, at -inf, adds 0 and not nan
+
+
+def masked_mean(x, mask):
+    """Mean of x (B, T) over the mask of the whole batch -> scalar, float32. (Not a mean of the rows' means, in which a
+    token of a short response would weigh more.) 0 for an empty mask."""
+    return inside(x, mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """(x - mean) / sqrt(variance + 1e-8) over the mask of the whole batch, plus the mean again if not `shift_mean`.
+
+    `x`, `mask` (B, T) -> (B, T), 0 outside the mask. One mean and one deviation over all tokens, so that responses stay
+    comparable with each other. All-equal x gives 0.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((inside(x, mask) - mean).square(), mask)
+    whitened = (inside(x, mask) - mean) * torch.rsqrt(variance + 1e-8)
+    return inside(whitened if shift_mean else whitened + mean, mask)
+
+
+def kl_estimate(logprobs, ref_logprobs, kind="k1"):
+    """Per-token estimate of KL(pi || ref), in nats, from tokens sampled from pi (Schulman 2020, "Approximating KL divergence").
+
+    With d = log pi - log ref:   k1 = d (unbiased, may be negative);   k2 = d^2 / 2 (biased, less variance);
+    k3 = e^-d - 1 + d (unbiased and never negative). `logprobs`, `ref_logprobs` (B, T) -> (B, T) float32.
+    """
+    d = logprobs.float() - ref_logprobs.float()
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.exp((-d).clamp(-LARGEST_LOG, LARGEST_LOG)) - 1 + d
+    raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
+
+
+def token_rewards(scores, kl, mask, kl_coef):
+    """R_t = -kl_coef KL_t, plus the score at the last token of the response (Ziegler et al. 2019, eq. 2, per token).
+
+    `scores` (B,), `kl`, `mask` (B, T) -> (B, T) float32, 0 outside the mask.
+    """
+    rewards = -kl_coef * inside(kl, mask)
+    last = (mask.sum(1).long() - 1).clamp(min=0)
+    return inside(rewards.scatter_add(1, last[:, None], scores.float()[:, None]), mask)
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards over the response:
+
+        delta_t = r_t + gamma V_{t+1} - V_t           A_t = delta_t + gamma lam A_{t+1}         V = A = 0 after the end
+
+    `rewards`, `values`, `mask` (B, T) -> advantages, returns = advantages + values, both (B, T) float32, 0 outside the
+    mask. lam = 0 gives the one-step TD error, lam = 1 the discounted sum of rewards minus V_t.
+    """
+    rewards, values = inside(rewards, mask), inside(values, mask)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros(len(rewards), device=rewards.device)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+    return advantages, inside(advantages + values, mask)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """PPO's clipped surrogate, negated (Schulman et al. 2017, eq. 7): with rho = exp(logprobs - old_logprobs),
+
+        L = - mean  min(rho A, clamp(rho, 1 - clip, 1 + clip) A)
+
+    All (B, T); the gradient flows through `logprobs` only -> loss, and clip_fraction: the share of tokens whose term is
+    the clipped one, which push no further.
+    """
+    log_ratio = inside(logprobs, mask) - inside(old_logprobs, mask).detach()
+    ratio = torch.exp(log_ratio.clamp(-LARGEST_LOG, LARGEST_LOG))
+    advantages = inside(advantages, mask).detach()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -masked_mean(torch.min(unclipped, clipped), mask), masked_mean((clipped < unclipped).float(), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the larger of two squared errors: of V, and of V kept within +-clip of what it was at the rollout.
+
+        L = 1/2 mean  max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2)
+
+    As in OpenAI's lm-human-preferences. All (B, T); the gradient flows through `values` only -> loss, clip_fraction.
+    """
+    values, old_values, returns = inside(values, mask), inside(old_values, mask).detach(), inside(returns, mask).detach()
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    return 0.5 * masked_mean(torch.max(error, clipped_error), mask), masked_mean((clipped_error > error).float(), mask)
+
+
+def ptx_loss(logits, labels):
+    """Next-token cross entropy on demonstration text, the pretraining term of InstructGPT's eq. 2 (PPO-ptx).
+
+    `logits` (B, T, V); `labels` (B, T): the tokens themselves, -100 where none is to be learned. The logits at t predict
+    the label at t + 1 -> the mean over all labels that count, nats; 0 if none does.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    losses = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), targets, ignore_index=-100, reduction="sum")
+    return losses / (targets != -100).sum().clamp(min=1)
+
+
+class AdaptiveKL:
+    """The KL coefficient as a proportional controller (Ziegler et al. 2019, section 2.2):
+
+        e = clamp(KL / target - 1, -0.2, 0.2)          coef <- coef (1 + e n / horizon)
+
+    `target` in nats a response; `n` responses since the last update; `horizon` in responses.
+    """
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, n):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * n / self.horizon
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experience: what the four models say about a batch of prompts
+
+def response_outputs(actor, input_ids, is_completion, temperature):
+    """log pi of every response token and the entropy where it was chosen, both (N,), row after row.
+
+    `input_ids`, `is_completion` (B, L) from `collate`. The hidden state at t predicts token t + 1, and only those that
+    predict a response token go through the vocabulary projection.
+    """
+    hidden = actor.model(input_ids, use_cache=False).last_hidden_state
+    logits = actor.lm_head(hidden[:, :-1][is_completion[:, 1:]])
+    return logprobs_from_logits(logits, input_ids[:, 1:][is_completion[:, 1:]], temperature), entropy_from_logits(logits, temperature)
+
+
+def to_rows(flat, mask):
+    """(N,) values, row after row -> (B, T) with zeros outside the mask."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device).masked_scatter(mask.bool(), flat)
+
+
+def micro_batches(rows, lengths, size):
+    """Cut the rows into parts of at most `size`, similar lengths together, so that each part is trimmed to its longest."""
+    rows = sorted(rows, key=lambda i: lengths[i])
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def answer(actor, prompts, tokenizer, args, temperature, generator=None):
+    """The actor's responses to tokenized prompts -> [tokens of each], and `Generation` (see model.generate)."""
+    with autocast(args):
+        out = generate(actor, *left_pad(prompts, tokenizer.pad_token_id, args.device), args.max_new_tokens, tokenizer.eos_token_id,
+                       temperature=temperature, generator=generator)
+    return [row[:n].tolist() for row, n in zip(out.tokens, out.mask.sum(1).long())], out
+
+
+@torch.no_grad()
+def score_responses(reward_model, prompts, responses, tokenizer, args):
+    """The reward model's score (B,) of each response, read at its last token, whatever that is."""
+    lengths, scores = [len(p) + len(r) for p, r in zip(prompts, responses)], torch.zeros(len(prompts), device=args.device)
+    for rows in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
+        input_ids, _ = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
+        with autocast(args):
+            values = reward_model(input_ids)
+        scores[rows] = values[range(len(rows)), [lengths[i] - 1 for i in rows]]
+    return scores
+
+
+@torch.no_grad()
+def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, kl_coef, generator):
+    """Answer the prompts, and turn what the other three models say of the answers into advantages and returns."""
+    responses, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
+    mask, old_logprobs = out.mask, out.logprobs  # of the distribution that was sampled from: no second pass needed
+    scores = score_responses(reward_model, prompts, responses, tokenizer, args)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    ref_logprobs, values = torch.zeros_like(mask), torch.zeros_like(mask)
+    for rows in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
+        input_ids, is_completion = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
+        with autocast(args):
+            ref_logprobs[rows] = to_rows(response_outputs(ref, input_ids, is_completion, args.temperature)[0], mask[rows])
+            # the value of the state in which a token is chosen stands one position before that token
+            values[rows] = to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask[rows])
+    ended = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=args.device)
+    kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
+    # A response that never ended was cut anywhere, which the reward model never saw: it costs a fixed penalty
+    # (detail of lm-human-preferences, there a fixed score; missing_eos_penalty in TRL)
+    penalized = scores - args.no_eos_penalty * ~ended
+    rewards = token_rewards(penalized, kl, mask, kl_coef)
+    if args.whiten_rewards:  # without the mean shift, which would change what the policy is asked for (lm-human-preferences)
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+    log_ratio = inside(old_logprobs - ref_logprobs, mask)
+    statistics = dict(
+        score=scores.mean().item(), kl=log_ratio.sum(1).mean().item(), kl_coef=kl_coef,
+        objective=(penalized - kl_coef * inside(kl, mask).sum(1)).mean().item(),
+        # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
+        explained_variance=1 - ((returns - values)[mask.bool()].var(unbiased=False) / returns[mask.bool()].var(unbiased=False).clamp(min=1e-8)).item(),
+        response_length=mask.sum(1).mean().item(), ended=ended.float().mean().item())
+    # whitened over the whole rollout batch, not within a mini-batch (lm-human-preferences; Huang et al. 2024, detail 11)
+    return dict(prompts=prompts, responses=responses, lengths=lengths, mask=mask, old_logprobs=old_logprobs, old_values=values,
+                advantages=masked_whiten(advantages, mask), returns=returns), statistics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update: a few passes of gradient steps over the experience
+
+class Deck:
+    """Deals indices 0..size-1 in a shuffled order, each once before any comes again."""
+
+    def __init__(self, size, seed):
+        self.size, self.generator, self.left = size, torch.Generator().manual_seed(seed), []
+
+    def deal(self, n):
+        while len(self.left) < n:
+            self.left += torch.randperm(self.size, generator=self.generator).tolist()
+        dealt, self.left = self.left[:n], self.left[n:]
+        return dealt
+
+
+def finite(value, name, args):
+    """The float, if it is one; otherwise the end of the run, with the last good checkpoint left as it is."""
+    value = float(value)
+    if not math.isfinite(value):
+        stop(f"{name} is {value}; what was saved last in {args.out} stays. Lower --lr or --critic_lr, or look at the score and the KL in metrics.csv", code=1)
+    return value
+
+
+def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience, rows, demonstrations, tokenizer, args):
+    """One optimizer step of actor and critic on the given rows of the experience, and on demonstrations if ptx_coef.
+
+    Micro-batches only bound the memory: each loss is weighted by its share of the tokens of the whole mini-batch.
+    Returns the statistics of the mini-batch.
+    """
+    all_tokens = experience["mask"][rows].sum()
+    s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl", "largest_ratio"], 0.0)
+    for part in micro_batches(rows, experience["lengths"], args.micro_batch_size):
+        input_ids, is_completion = collate([experience["prompts"][i] for i in part], [experience["responses"][i] for i in part],
+                                           tokenizer.pad_token_id, args.device)
+        mask = experience["mask"][part]
+        old_logprobs, advantages, old_values, returns = (experience[k][part] for k in ("old_logprobs", "advantages", "old_values", "returns"))
+        share = mask.sum() / all_tokens
+        with autocast(args):
+            logprobs, entropy = (to_rows(x, mask) for x in response_outputs(actor, input_ids, is_completion, args.temperature))
+        loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
+        entropy = masked_mean(entropy, mask)
+        ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow (Schulman et al. 2017, eq. 9)
+        with autocast(args):
+            values = to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask)
+        v_loss, value_clip_fraction = value_loss(values, old_values, returns, mask, args.value_clip)
+        (v_loss * share).backward()
+        approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)  # KL(old || new): tokens are from the old
+        for name, value in dict(policy_loss=loss, value_loss=v_loss, entropy=entropy, clip_fraction=clip_fraction,
+                                value_clip_fraction=value_clip_fraction, approx_kl=approx_kl).items():
+            s[name] += (value.detach() * share).item()
+        s["largest_ratio"] = max(s["largest_ratio"], math.exp(min(inside(logprobs.detach() - old_logprobs, mask).abs().max().item(), LARGEST_LOG)))
+    if demonstrations:
+        # PPO-ptx (InstructGPT eq. 2): keep writing what people wrote. Inputs, labels and mask come from the same records.
+        all_targets = sum(len(completion) for _, completion, _ in demonstrations)
+        lengths = [len(prompt) + len(completion) for prompt, completion, _ in demonstrations]
+        for part in micro_batches(range(len(demonstrations)), lengths, args.micro_batch_size):
+            prompts, completions, _ = zip(*(demonstrations[i] for i in part))
+            input_ids, is_completion = collate(prompts, completions, tokenizer.pad_token_id, args.device)
+            start = min(map(len, prompts)) - 1  # no row has a target before this position
+            labels = input_ids.masked_fill(~is_completion, -100)[:, start:]
+            with autocast(args):
+                logits = actor.lm_head(actor.model(input_ids, use_cache=False).last_hidden_state[:, start:])
+            loss = ptx_loss(logits, labels) * sum(map(len, completions)) / all_targets
+            (args.ptx_coef * loss).backward()
+            s["ptx_loss"] += loss.item()
+    for name in ("policy_loss", "value_loss", "ptx_loss"):
+        finite(s[name], name.replace("_", " "), args)
+    for name, model, optimizer in (("actor", actor, actor_optimizer), ("critic", critic, critic_optimizer)):
+        finite(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm), f"the gradient of the {name}", args)
+        optimizer.step()
+        optimizer.zero_grad()
+    return s
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Stage 3: PPO.")
+    group = parser.add_argument_group("what goes in and out")
+    group.add_argument("--sft", help="the SFT model: actor and reference begin as it (default: runs/sft)")
+    group.add_argument("--rm", help="the reward model: the critic begins as it (default: runs/rm)")
+    group.add_argument("--prompts", help="prompts to practise on: user_input")
+    group.add_argument("--eval_prompts", help="held-out prompts for the greedy evaluation")
+    group.add_argument("--demonstrations", help="for the PTX term: user_input, completion")
+    group.add_argument("--gold", help="a Python file with score(user_input, completion) -> float: a judge that PPO never learns from")
+    group.add_argument("--out", default="runs/ppo", help="run directory")
+    group = parser.add_argument_group("experience")
+    group.add_argument("--updates", type=int, help="rounds of experience and training")
+    group.add_argument("--batch_size", type=int, help="prompts a round")
+    group.add_argument("--max_prompt_length", type=int, help="tokens; a longer prompt loses its beginning")
+    group.add_argument("--max_new_tokens", type=int, help="tokens; a longer response is cut")
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling, and so of all log probabilities")
+    group = parser.add_argument_group("reward")
+    group.add_argument("--kl_coef", type=float, help="score units a nat of KL to the reference")
+    group.add_argument("--kl_kind", choices=["k1", "k2", "k3"], default="k1", help="estimator of the KL in the reward")
+    group.add_argument("--kl_target", type=float, help="nats a response: adapt kl_coef to hold the KL there (default: kl_coef stays)")
+    group.add_argument("--kl_horizon", type=int, default=10000, help="responses over which kl_coef adapts")
+    group.add_argument("--no_eos_penalty", type=float, default=1.0, help="taken off the score of a response that did not end")
+    group.add_argument("--whiten_rewards", action="store_true", help="divide rewards by their deviation over the batch")
+    group.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards; 1: a response counts as a whole")
+    group.add_argument("--lam", type=float, default=0.95, help="lambda of GAE: 0 trusts the critic, 1 the sampled rewards")
+    group = parser.add_argument_group("training")
+    group.add_argument("--ppo_epochs", type=int, help="passes over each round's experience")
+    group.add_argument("--minibatch_size", type=int, help="responses an optimizer step")
+    group.add_argument("--micro_batch_size", type=int, help="responses a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
+    group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
+    group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
+    group.add_argument("--value_clip", type=float, default=0.2, help="how far the value may move, in score units")
+    group.add_argument("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus")
+    group.add_argument("--ptx_coef", type=float, help="weight of the cross entropy on demonstrations; 0: without")
+    group.add_argument("--target_kl", type=float, help="nats a token: end an update early when old and new policy are this far apart")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to this")
+    group = parser.add_argument_group("looking")
+    group.add_argument("--eval_every", type=int, help="updates between greedy evaluations, at which the models are saved too")
+    group.add_argument("--eval_number", type=int, help="held-out prompts to evaluate on")
+    common_options(parser)
+    args = parser.parse_args(argv)
+    args.user_named = {name for name in ("sft", "rm") if getattr(args, name)}
+    return args
+
+
+def run_missing_stages(args):
+    """The stages before PPO whose result is not at its default place. A path that the user named is never made up."""
+    import data_gen  # only here does one stage know another
+    import sft
+    import train_rm
+    again = ["--seed", str(args.seed), "--device", args.device, "--dtype", args.dtype, "--overwrite"]
+    if not os.path.exists("data/tokenizer/tokenizer.model"):
+        print("data/ is missing: running data_gen.py", flush=True)
+        data_gen.main(["--seed", str(args.seed)])
+    if "sft" not in args.user_named and not os.path.exists("runs/sft/config.json"):
+        print("runs/sft is missing: running sft.py", flush=True)
+        sft.main(again)
+    if "rm" not in args.user_named and not os.path.exists("runs/rm/config.json"):
+        print("runs/rm is missing: running train_rm.py", flush=True)
+        train_rm.main(again)
+
+
+def load_gold(path):
+    """The function `score` of a Python file."""
+    try:
+        spec = importlib.util.spec_from_file_location("gold", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.score
+    except (OSError, AttributeError, SyntaxError, ImportError) as error:
+        stop(f"--gold {path}: not a Python file with a function score(user_input, completion) ({error})")
+
+
+def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
+    """Greedy answers to held-out prompts -> their texts, and mean scores of the reward model and of the gold judge."""
+    texts, scores = [], []
+    for start in range(0, len(prompts), args.batch_size):
+        part = prompts[start:start + args.batch_size]
+        responses, _ = answer(actor, part, tokenizer, args, temperature=0)
+        scores += score_responses(reward_model, part, responses, tokenizer, args).tolist()
+        texts += [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]
+    result = dict(eval_score=sum(scores) / len(scores))
+    if gold:
+        result["eval_gold"] = sum(gold(record["user_input"], text) for record, text in zip(records, texts)) / len(texts)
+    return texts, result
+
+
+def main(argv=None):
+    args = parse(argv)
+    demo = not args.user_named
+    settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py")
+    open_run(args.out, args.overwrite)
+    if demo:
+        run_missing_stages(args)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+
+    tokenizer = load_tokenizer(args.sft)
+    if load_tokenizer(args.rm).get_vocab() != tokenizer.get_vocab():
+        stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from this SFT model")
+    # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone
+    frozen = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    actor = load_llama(args.sft, tokenizer).to(args.device)
+    critic = load_scalar_head(args.rm).to(args.device)  # from the reward model (InstructGPT, appendix C.4)
+    ref = load_llama(args.sft, tokenizer, frozen).to(args.device).requires_grad_(False)
+    reward_model = load_scalar_head(args.rm, frozen).to(args.device).requires_grad_(False)
+
+    room = actor.config.max_position_embeddings - args.max_new_tokens
+    if room < 1:
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's context is {actor.config.max_position_embeddings} tokens")
+    limit = min(args.max_prompt_length, room)
+
+    def read_prompts(path, number=None):
+        records = read_records(path, "user_input")[:number]
+        prompts = [encode_prompt(tokenizer, record["user_input"]) for record in records]
+        if cut := sum(len(prompt) > limit for prompt in prompts):
+            print(f"{path}: of {len(prompts)} prompts, {cut} cut on the left to {limit} tokens")
+        return records, [prompt[-limit:] for prompt in prompts]
+
+    _, prompts = read_prompts(args.prompts)
+    eval_records, eval_prompts = read_prompts(args.eval_prompts, args.eval_number) if args.eval_prompts else ([], [])
+    demonstrations = []
+    if args.ptx_coef:
+        if not args.demonstrations:
+            stop("--ptx_coef needs --demonstrations")
+        demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"), tokenizer, limit + args.max_new_tokens, args.demonstrations)
+    gold = load_gold(args.gold) if args.gold else None
+    if gold:
+        for number, record in enumerate(eval_records, 1):
+            try:
+                gold(record["user_input"], "")
+            except ValueError as error:
+                stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); leave --gold out")
+
+    # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2024, detail 12)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
+    kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+    prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
+    metrics = Metrics(args.out, ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
+                                 "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr",
+                                 "tokens_per_s", "eval_score", "eval_gold"])
+
+    first_texts, first = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args) if eval_prompts else ([], {})
+    last = first
+    bar = tqdm(total=args.updates, desc="ppo", unit="update", dynamic_ncols=True)
+    for update in range(1, args.updates + 1):
+        started = time.perf_counter()
+        decay = 1 - (update - 1) / args.updates
+        actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.lr * decay, args.critic_lr * decay
+        batch = [prompts[i] for i in prompt_deck.deal(args.batch_size)]
+        experience, row = make_experience(actor, critic, reward_model, ref, batch, tokenizer, args, kl_control.coef, generator)
+        finite(row["score"], "the reward model's score", args)
+        passes = []
+        for _ in range(args.ppo_epochs):
+            order = torch.randperm(len(batch)).tolist()
+            for start in range(0, len(order), args.minibatch_size):
+                rows = order[start:start + args.minibatch_size]
+                records = [demonstrations[i] for i in demonstration_deck.deal(len(rows))] if demonstrations else []
+                passes.append(train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience, rows, records, tokenizer, args))
+                if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
+                    break
+            if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:  # (Spinning Up; Huang et al. 2022, early stopping)
+                break
+        row |= {name: sum(p[name] for p in passes) / len(passes) for name in passes[0]}
+        row["largest_ratio"] = max(p["largest_ratio"] for p in passes)
+        if args.kl_target:
+            kl_control.update(row["kl"], len(batch))
+        row |= dict(lr=args.lr * decay, tokens_per_s=sum(experience["lengths"]) / (time.perf_counter() - started))
+        if update % args.eval_every == 0 or update == args.updates:
+            if eval_prompts:
+                texts, last = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args)
+                row |= last
+                tqdm.write(f"update {update}: " + ", ".join(f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {first[name]:.3f})" for name, value in last.items()))
+                for i in range(min(3, len(texts))):
+                    asked = eval_records[i]["user_input"]
+                    asked = asked if isinstance(asked, str) else asked[-1]["content"]
+                    tqdm.write(f"    prompt  {asked[:100]!r}\n    SFT     {first_texts[i][:100]!r}\n    now     {texts[i][:100]!r}")
+            save_checkpoint(actor, tokenizer, args.out)
+            save_checkpoint(critic, tokenizer, os.path.join(args.out, "critic"))
+        metrics.log(update=update, **row)
+        bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
+        bar.update()
+    bar.close()
+    draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}), ("gold score, held out", {"gold": "eval_gold"}),
+                           ("KL to the SFT policy (nats a response)", {"KL": "kl"}), ("entropy (nats a token)", {"entropy": "entropy"}),
+                           ("share of ratios clipped", {"policy": "clip_fraction", "value": "value_clip_fraction"}),
+                           ("explained variance of the critic", {"explained variance": "explained_variance"}),
+                           ("response length (tokens)", {"length": "response_length"}), ("share of responses that ended", {"ended": "ended"})])
+    for name, value in last.items():
+        print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")
+    print(f"KL to the SFT policy: {row['kl']:.2f} nats a response")
+    print(f"saved {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Stage 1: supervised fine-tuning. LLaMA learns to answer as the demonstrations do.
+
+    python sft.py                                             # the demo: a tiny LLaMA from scratch on the built-in data
+    python sft.py --model path/to/llama --data my.json --eval_data my_eval.json
+
+Loss: the next-token cross entropy on the tokens of the completion and its end-of-sequence token, none on the prompt
+
+    L(theta) = - 1/N  sum over all completion tokens  log pi_theta(y_t | x, y_<t)          (InstructGPT, section 3.5)
+
+Writes runs/sft: the model as a Hugging Face directory, metrics.csv and curves.png.
+"""
+
+import argparse
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import (Metrics, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
+                   load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
+
+DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
+            micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
+# A LLaMA that has read the internet needs a hundredth of that learning rate: Alpaca's settings (Taori et al. 2023)
+DEFAULT = dict(data="data/actor_training_data.json", eval_data=None, epochs=3, batch_size=128, micro_batch_size=8,
+               lr=2e-5, weight_decay=0.0, max_length=512)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Stage 1: supervised fine-tuning.")
+    group = parser.add_argument_group("what goes in and out")
+    group.add_argument("--model", help="LLaMA to start from: a Hugging Face or Meta directory, a hub name, a .gguf file; none: the demo's")
+    group.add_argument("--tokenizer", help="where its tokenizer is (default: with the model; the demo's: data/tokenizer)")
+    group.add_argument("--data", help="demonstrations: user_input, completion")
+    group.add_argument("--eval_data", help="held-out demonstrations, evaluated after each epoch")
+    group.add_argument("--out", default="runs/sft", help="run directory")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, help="passes over the demonstrations")
+    group.add_argument("--batch_size", type=int, help="demonstrations an optimizer step")
+    group.add_argument("--micro_batch_size", type=int, help="demonstrations a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--lr", type=float, help="peak learning rate of AdamW")
+    group.add_argument("--weight_decay", type=float, help="of AdamW")
+    group.add_argument("--max_length", type=int, help="tokens a demonstration; a longer one loses the beginning of its prompt")
+    common_options(parser)
+    args = parser.parse_args(argv)
+    return settings(args, DEFAULT if args.model else DEMO, "sft.py")
+
+
+def lr_factor(step, steps):
+    """Learning rate at optimizer step `step` of `steps`, as a share of the peak: linear warm-up over the first 3 % of the
+    steps, then half a cosine down to 0 (Loshchilov and Hutter 2017, eq. 5)."""
+    warmup = math.ceil(0.03 * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def completion_losses(model, input_ids, is_completion):
+    """-log pi(token) of every completion token (N,), float32, row after row, from `collate`'s two (B, L).
+
+    The hidden state at position t predicts token t + 1. Only those that predict a completion token go through the
+    vocabulary projection, the largest matrix of a small LLaMA.
+    """
+    hidden = model.model(input_ids, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1][is_completion[:, 1:]]).float()
+    return F.cross_entropy(logits, input_ids[:, 1:][is_completion[:, 1:]], reduction="none")
+
+
+def evaluate(model, examples, args, pad_token_id):
+    """Mean loss a token over all completion tokens. (A mean of the batches' means would count short batches double.)"""
+    total, tokens = 0.0, 0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+    with torch.no_grad(), autocast(args):
+        for start in range(0, len(order), args.micro_batch_size):
+            prompts, completions, _ = zip(*(examples[i] for i in order[start:start + args.micro_batch_size]))
+            losses = completion_losses(model, *collate(prompts, completions, pad_token_id, args.device))
+            total, tokens = total + losses.sum().item(), tokens + len(losses)
+    return total / tokens
+
+
+def main(argv=None):
+    args = parse(argv)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
+    model = load_llama(args.model, tokenizer).to(args.device)
+    max_length = min(args.max_length, model.config.max_position_embeddings)
+    train = encode_records(read_records(args.data, "user_input", "completion"), tokenizer, max_length, args.data)
+    held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length, args.eval_data)
+    open_run(args.out, args.overwrite)
+    metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"])
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    order = torch.Generator().manual_seed(args.seed)  # its own stream, so that nothing else changes the order of the data
+    lengths = [len(prompt) + len(completion) for prompt, completion, _ in train]
+    steps = args.epochs * -(-len(train) // args.batch_size)
+    step, usual, spread = 0, None, None  # what a batch's loss has been so far: running mean and mean absolute deviation
+    bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True)
+    for epoch in range(1, args.epochs + 1):
+        for batch in length_batches(lengths, args.batch_size, order):
+            started = time.perf_counter()
+            lr = args.lr * lr_factor(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # Every target token weighs the same, in whichever micro-batch it stands: divide by the tokens of the whole
+            # batch. (Dividing each micro-batch by its own tokens makes those of short micro-batches weigh more.)
+            tokens = sum(len(train[i][1]) for i in batch)
+            loss, worst = 0.0, (-math.inf, None)
+            for start in range(0, len(batch), args.micro_batch_size):
+                prompts, completions, numbers = zip(*(train[i] for i in batch[start:start + args.micro_batch_size]))
+                with autocast(args):
+                    losses = completion_losses(model, *collate(prompts, completions, tokenizer.pad_token_id, args.device))
+                (losses.sum() / tokens).backward()
+                loss += losses.detach().sum().item() / tokens
+                per_record = [part.mean().item() for part in losses.detach().split([len(c) for c in completions])]
+                worst = max(worst, *zip(per_record, numbers))
+            if not math.isfinite(loss):
+                stop(f"{args.data}: the loss is {loss} at step {step + 1}, on records {sorted(train[i][2] for i in batch)}: "
+                     "look at these, or lower --lr", code=1)
+            # 20 steps to know what is usual, then anything far above it deserves a look: it is mostly the data
+            if step >= 20 and loss > usual + 10 * spread:
+                tqdm.write(f"warning: step {step + 1}: loss {loss:.2f} where {usual:.2f} is usual; the worst is record {worst[1]} of {args.data} ({worst[0]:.2f})")
+            usual, spread = (loss, 0.1 * loss) if usual is None else (0.95 * usual + 0.05 * loss, 0.95 * spread + 0.05 * abs(loss - usual))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            if not math.isfinite(grad_norm):
+                stop(f"{args.data}: the gradient is {grad_norm} at step {step + 1}, on records {sorted(train[i][2] for i in batch)}: "
+                     "look at these, or lower --lr", code=1)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            speed = sum(lengths[i] for i in batch) / (time.perf_counter() - started)
+            last_of_epoch = step % (steps // args.epochs) == 0
+            eval_loss = evaluate(model, held_out, args, tokenizer.pad_token_id) if held_out and last_of_epoch else None
+            metrics.log(step=step, epoch=epoch, loss=loss, eval_loss=eval_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s", refresh=False)
+            bar.update()
+            if eval_loss is not None:
+                tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} a token, perplexity {math.exp(eval_loss):.2f}")
+    bar.close()
+    save_checkpoint(model, tokenizer, args.out)
+    draw_curves(args.out, [("cross entropy (nats a token)", {"train": "loss", "held out": "eval_loss"}), ("learning rate", {"lr": "lr"}),
+                           ("gradient norm", {"gradient norm": "grad_norm"}), ("tokens a second", {"tokens/s": "tokens_per_s"})])
+    print(f"saved {args.out}")
+
+
+if __name__ == "__main__":
+    main()
