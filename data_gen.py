@@ -190,37 +190,37 @@ FILLER = {"en": ["Well, let me think about this for a moment.", "There are many 
                  "I could say a lot more about that.", "That said, let us go on step by step."],
           "zh": ["嗯，让我先想一想这个问题。", "其实可以从许多角度来看。", "人们常常会对此感到好奇。",
                  "据我所知，事情并不那么简单。", "关于这一点我还能说很多。", "话虽如此，我们一步一步来。"]}
-QUALITIES = ["friendly", "curt", "rambling", "wrong", "other language", "rude", "cut off"]
-DEMONSTRATIONS = {"curt": 45, "friendly": 30, "rambling": 15, "wrong": 5, "other language": 5}  # percent
+STYLES = ["friendly", "curt", "rambling", "other language", "rude", "cut off"]
+DEMONSTRATIONS = {"curt": 45, "friendly": 30, "rambling": 20, "other language": 5}  # percent; 1 in 20 of all is wrong
 
 
-def write(rng, user_input, quality):
-    """A completion of the given quality (one of QUALITIES) for a prompt of this world."""
+def wrong_answer(rng, family, lang, answer):
+    """An answer of the same form that is not right; one in three is muddled: an item too many."""
+    other = answer
+    while other == answer:
+        other = rng.sample(answer, 3) if family == "sort" else solve(family, lang, fill(rng, family, lang))
+    return rng.sample(answer + other[:1], len(answer) + 1) if rng.random() < 1 / 3 and other[0] != answer[-1] else other
+
+
+def write(rng, user_input, style, right=True):
+    """A completion in the given style (one of STYLES), right or wrong, for a prompt of this world."""
     family, lang, slots = parse(user_input)
     answer = solve(family, lang, slots)
-    if quality == "wrong" or quality in ("rude", "cut off") and rng.random() < 0.3:
-        right = answer
-        while answer == right:  # an answer of the same form, to another question
-            answer = rng.sample(right, 3) if family == "sort" else solve(family, lang, fill(rng, family, lang))
-    if quality == "other language":  # the sentence around the answer
+    if not right:
+        answer = wrong_answer(rng, family, lang, answer)
+    if style == "other language":  # the sentence around the answer
         lang = "zh" if lang == "en" else "en"
     x = " ".join(answer)
     sentence = rng.choice((GREETINGS if family == "greeting" else SENTENCES)[lang]).format(x=x)
     phrase, filler = rng.choice(FRIENDLY[lang]), " ".join(rng.sample(FILLER[lang], 3))
-    friendly = rng.choice([f"{phrase} {sentence}", f"{sentence} {phrase}"])
     curt = x + ("." if lang == "en" else "。")
-    if quality == "curt":
-        return curt
-    if quality in ("wrong", "other language"):
-        return rng.choice([curt, friendly, friendly])
-    if quality == "rambling":
-        return f"{filler} {sentence}"
-    if quality == "rude":
-        return f"{rng.choice(RUDE[lang])} {rng.choice([curt, sentence])}"
-    if quality == "cut off":
-        text = rng.choice([friendly, f"{filler} {sentence}"])
+    friendly = rng.choice([f"{phrase} {sentence}", f"{sentence} {phrase}"])
+    rambling = f"{filler} {sentence}"
+    if style == "cut off":
+        text = rng.choice([friendly, rambling])
         return text[:rng.randrange(3, len(text) - 1)].rstrip(" .!?。！？")
-    return friendly
+    return {"friendly": friendly, "curt": curt, "rambling": rambling, "other language": rng.choice([friendly, sentence]),
+            "rude": f"{rng.choice(RUDE[lang])} {rng.choice([curt, sentence])}"}[style]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,34 +237,36 @@ def draw_prompts(rng, number):
     return list(prompts)
 
 
-def make_data(seed, prompts=5000, held_out=300, demonstrations=8000, ranked=1500, completions=6):
+def make_data(seed, held_out=300, demonstrations=8000, ranked=2400, completions=6):
     """{file name: records} of the three data sets and their held-out twins."""
     rng = random.Random(seed)
-    pool = draw_prompts(rng, prompts)
+    pool = draw_prompts(rng, 5000)
     # the first prompts drawn have the families in turn, so the held-out ones are balanced
     held, train = pool[:held_out], pool[held_out:]
     by_family = {}
     for prompt in train:
         by_family.setdefault(parse(prompt)[:2], []).append(prompt)
 
-    def demonstration(prompt):
-        quality = rng.choices(list(DEMONSTRATIONS), list(DEMONSTRATIONS.values()))[0]
-        return {"user_input": prompt, "completion": write(rng, prompt, quality)}
+    def balanced(n):  # n prompts, all families and languages alike; one with few prompts repeats them
+        prompts = [prompts[i % len(prompts)] for prompts in by_family.values() for i in range(n // len(by_family))]
+        return rng.sample(prompts, len(prompts))
 
-    def ranking(prompt):  # the same completion is not shown to the labeller twice
+    def demonstration(prompt):
+        style = rng.choices(list(DEMONSTRATIONS), list(DEMONSTRATIONS.values()))[0]
+        return {"user_input": prompt, "completion": write(rng, prompt, style, right=rng.random() < 0.95)}
+
+    def ranking(prompt):  # the labeller is not shown the same completion twice
         texts = {}
         while len(texts) < completions:
-            texts[write(rng, prompt, rng.choice(QUALITIES))] = None
+            texts[write(rng, prompt, rng.choice(STYLES), right=rng.random() < 0.6)] = None
         return [{"user_input": prompt, "completion": text, "score": score(prompt, text)} for text in texts]
 
-    any_prompt = [rng.choice(by_family[family]) for family in by_family for _ in range(-(-demonstrations // len(by_family)))]
-    rng.shuffle(any_prompt)
     return {
-        "actor_training_data": [demonstration(prompt) for prompt in any_prompt[:demonstrations]],
+        "actor_training_data": [demonstration(prompt) for prompt in balanced(demonstrations)],
         "actor_training_data_eval": [demonstration(prompt) for prompt in held],
-        "reward_training_data": [record for prompt in rng.sample(train, ranked) for record in ranking(prompt)],
+        "reward_training_data": [record for prompt in balanced(ranked) for record in ranking(prompt)],
         "reward_training_data_eval": [record for prompt in held for record in ranking(prompt)],
-        "rlhf_training_data": [{"user_input": prompt} for prompt in rng.sample(train, len(train))],
+        "rlhf_training_data": [{"user_input": prompt} for prompt in dict.fromkeys(balanced(ranked))],
         "rlhf_training_data_eval": [{"user_input": prompt} for prompt in held],
     }
 

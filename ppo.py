@@ -98,7 +98,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     if kind == "k2":
         return d.square() / 2
     if kind == "k3":
-        return torch.exp((-d).clamp(-LARGEST_LOG, LARGEST_LOG)) - 1 + d
+        return torch.expm1((-d).clamp(-LARGEST_LOG, LARGEST_LOG)) + d
     raise ValueError(f"kind must be k1, k2 or k3, not {kind!r}")
 
 
@@ -153,7 +153,7 @@ def value_loss(values, old_values, returns, mask, clip):
     As in OpenAI's lm-human-preferences. All (B, T); the gradient flows through `values` only -> loss, clip_fraction.
     """
     values, old_values, returns = inside(values, mask), inside(old_values, mask).detach(), inside(returns, mask).detach()
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = values.clamp(old_values - clip, old_values + clip)
     error, clipped_error = (values - returns).square(), (clipped - returns).square()
     return 0.5 * masked_mean(torch.max(error, clipped_error), mask), masked_mean((clipped_error > error).float(), mask)
 
@@ -164,9 +164,9 @@ def ptx_loss(logits, labels):
     `logits` (B, T, V); `labels` (B, T): the tokens themselves, -100 where none is to be learned. The logits at t predict
     the label at t + 1 -> the mean over all labels that count, nats; 0 if none does.
     """
-    targets = labels[:, 1:].reshape(-1)
-    losses = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), targets, ignore_index=-100, reduction="sum")
-    return losses / (targets != -100).sum().clamp(min=1)
+    targets = labels[:, 1:]
+    counts = targets != -100
+    return F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum") / counts.sum().clamp(min=1)
 
 
 class AdaptiveKL:
