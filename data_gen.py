@@ -2,7 +2,7 @@
 
     python data_gen.py                  # writes data/ in a few seconds, the same bytes for the same --seed
 
-The world is that of a small bilingual assistant: ten families of tasks, each asked in English and in Chinese and in
+The world is that of a small bilingual assistant: nine families of tasks, each asked in English and in Chinese and in
 several phrasings. From it come
 
     data/actor_training_data.json   demonstrations, for SFT           {"user_input", "completion"}
@@ -70,8 +70,6 @@ PHRASINGS = {
              "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。"]},
     "letters": {"en": ["How many letters are in {word}?", "Count the letters of {word}.", "How long is the word {word}, in letters?"],
                 "zh": ["{word} 有几个字母？", "请数一数 {word} 的字母数。", "单词 {word} 由多少个字母组成？"]},
-    "swap": {"en": ["Say these words backwards: {list}.", "Swap the words {list}.", "Write {list} from last to first."],
-                "zh": ["请把这些词倒过来说：{list}。", "将 {list} 的顺序对调。", "从后往前写：{list}。"]},
     "greeting": {"en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here."],
                  "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。"]},
 }
@@ -85,7 +83,7 @@ PATTERNS = [(family, lang, re.compile("".join(f"(?P<{part}>{SLOTS[part]})" if i 
 def fill(rng, family, lang):
     """The slots of one random task of the family: a dict of texts."""
     if family == "sum":
-        return {"a": str(rng.randrange(10)), "b": str(rng.randrange(10))}
+        return {"a": str(rng.randrange(8)), "b": str(rng.randrange(8))}
     if family == "larger":
         a, b = rng.sample(range(10), 2)
         return {"a": str(a), "b": str(b)}
@@ -99,8 +97,6 @@ def fill(rng, family, lang):
         return {"word": rng.choice(list(CHINESE))}
     if family == "kind":
         return {"word": rng.choice(list(WORDS if lang == "en" else CHINESE))}
-    if family == "swap":
-        return {"list": " ".join(rng.sample(list(WORDS if lang == "en" else CHINESE), 2))}
     return {"name": rng.choice(NAMES[lang])}
 
 
@@ -122,8 +118,6 @@ def solve(family, lang, slots):
         return [WORDS[slots["word"]][1][0] if lang == "en" else CHINESE[slots["word"]][1][1]]
     if family == "letters":
         return [str(len(slots["word"]))]
-    if family == "swap":
-        return slots["list"].split()[::-1]
     return [slots["name"]]
 
 
@@ -191,7 +185,8 @@ FILLER = {"en": ["Well, let me think about this for a moment.", "There are many 
           "zh": ["嗯，让我先想一想这个问题。", "其实可以从许多角度来看。", "人们常常会对此感到好奇。",
                  "据我所知，事情并不那么简单。", "关于这一点我还能说很多。", "话虽如此，我们一步一步来。"]}
 STYLES = ["friendly", "curt", "rambling", "other language", "rude", "cut off"]
-DEMONSTRATIONS = {"curt": 45, "friendly": 30, "rambling": 20, "other language": 5}  # percent; 1 in 20 of all is wrong
+DEMONSTRATED = {"curt": 45, "friendly": 30, "rambling": 20, "other language": 5}  # percent; 1 in 20 of all is wrong
+RANKED = {"friendly": 30, "curt": 30, "rambling": 20, "other language": 8, "rude": 6, "cut off": 6}  # half are wrong
 
 
 def wrong_answer(rng, family, lang, answer):
@@ -212,7 +207,7 @@ def write(rng, user_input, style, right=True):
         lang = "zh" if lang == "en" else "en"
     x = " ".join(answer)
     sentence = rng.choice((GREETINGS if family == "greeting" else SENTENCES)[lang]).format(x=x)
-    phrase, filler = rng.choice(FRIENDLY[lang]), " ".join(rng.sample(FILLER[lang], 3))
+    phrase, filler = rng.choice(FRIENDLY[lang]), " ".join(rng.sample(FILLER[lang], 2))
     curt = x + ("." if lang == "en" else "。")
     friendly = rng.choice([f"{phrase} {sentence}", f"{sentence} {phrase}"])
     rambling = f"{filler} {sentence}"
@@ -252,13 +247,14 @@ def make_data(seed, held_out=300, demonstrations=8000, ranked=2400, completions=
         return rng.sample(prompts, len(prompts))
 
     def demonstration(prompt):
-        style = rng.choices(list(DEMONSTRATIONS), list(DEMONSTRATIONS.values()))[0]
+        style = rng.choices(list(DEMONSTRATED), list(DEMONSTRATED.values()))[0]
         return {"user_input": prompt, "completion": write(rng, prompt, style, right=rng.random() < 0.95)}
 
     def ranking(prompt):  # the labeller is not shown the same completion twice
         texts = {}
         while len(texts) < completions:
-            texts[write(rng, prompt, rng.choice(STYLES), right=rng.random() < 0.6)] = None
+            style = rng.choices(list(RANKED), list(RANKED.values()))[0]
+            texts[write(rng, prompt, style, right=rng.random() < 0.5)] = None
         return [{"user_input": prompt, "completion": text, "score": score(prompt, text)} for text in texts]
 
     return {

@@ -33,7 +33,7 @@ from model import (Metrics, autocast, collate, common_options, draw_curves, enco
 
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
             demonstrations="data/actor_training_data.json", gold="data_gen.py", updates=80, batch_size=64, minibatch_size=32,
-            micro_batch_size=32, ppo_epochs=2, lr=3e-4, critic_lr=1e-3, kl_coef=0.05, ptx_coef=0.05, max_new_tokens=40,
+            micro_batch_size=32, ppo_epochs=2, lr=2e-4, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=40,
             max_prompt_length=128, eval_every=20, eval_number=300)
 # For a pretrained LLaMA: Stiennon et al. 2020 (appendix B.1) and InstructGPT (appendix C.4) as TRL and others run them
 DEFAULT = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts=None, demonstrations=None, gold=None,

@@ -1,0 +1,1318 @@
+"""The stages end to end on a tiny LLaMA, and the parts of each that are more than plumbing:
+
+    pytest tests/test_stages.py
+
+    data_gen   the world, its labeller and its writers; the files
+    sft        the gradient of a batch, however it is cut; what is logged, warned of and exported
+    train_rm   the same; the evaluation, and the normalization at the end
+    ppo        experience and gradient steps; the run; what stops it; the demo from an empty directory
+
+One tiny pipeline (data, SFT model, reward model, PPO) runs once and serves all tests. What the fast code computes on
+padded micro-batches is compared with slow references in float64: one record at a time, a plain forward pass without
+padding, loops over tokens. For a comparison of gradients AdamW gives way to plain gradient descent with learning rate 1:
+the change of the weights is then the gradient itself, and an error in it shows at its full size.
+"""
+
+import copy
+import csv
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that does not exist is not to be looked up on the hub
+
+import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,  # noqa: E402
+                          LlamaModel)
+
+import data_gen  # noqa: E402
+import model  # noqa: E402
+import ppo  # noqa: E402
+import sft  # noqa: E402
+import train_rm  # noqa: E402
+from model import (ScalarHead, collate, encode_prompt, encode_records, load_llama, load_scalar_head,  # noqa: E402
+                   load_tokenizer, read_records, settings)
+
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
+DATA_FILES = ["actor_training_data", "reward_training_data", "rlhf_training_data"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+def options(**values):
+    """options(lr=0.1, overwrite=True) -> ["--lr", "0.1", "--overwrite"]; None leaves an option out."""
+    argv = []
+    for name, value in values.items():
+        if value is not None:
+            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return argv
+
+
+def write_records(path, records):
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def read_rows(folder):
+    """The rows of metrics.csv: numbers, or None where a field is empty."""
+    with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
+        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def without_speed(rows):
+    return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
+
+
+def run_stage(script, argv):
+    """Run main(argv) -> the folder of --out, its metrics, and {folder: model} of what was exported, as it was in memory."""
+    exported = {}
+
+    def save(trained, tokenizer, folder):
+        exported[folder] = copy.deepcopy(trained)
+        model.save_checkpoint(trained, tokenizer, folder)
+
+    out = str(argv[argv.index("--out") + 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "save_checkpoint", save)
+        script.main(argv)
+    return SimpleNamespace(folder=out, rows=read_rows(out), exported=exported)
+
+
+def error_line(capsys, call, code=2):
+    """The one line on standard error with which `call` ends the program (after a progress bar, when code is 1)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    said = capsys.readouterr().err
+    assert stopped.value.code == code
+    lines = said.strip().split("\n")
+    assert len(lines) == 1 or code == 1, said
+    assert lines[-1].startswith("error: ") and said.count("error: ") == 1 and "Traceback" not in said, said
+    return lines[-1]
+
+
+class PlainDescent(torch.optim.SGD):
+    """Takes the place of AdamW: the step is the gradient times the learning rate. Keeps the parameters before and after."""
+
+    made = None  # the one made last
+
+    def __init__(self, parameters, lr, **_):
+        super().__init__(list(parameters), lr)
+        self.parameters = self.param_groups[0]["params"]
+        self.before, PlainDescent.made = self.copies(), self
+
+    def copies(self):
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def step(self):
+        super().step()
+        self.after = self.copies()
+
+    def change(self):
+        """What the step took off the parameters, as one vector: the gradient, when the learning rate is 1."""
+        return flat(before - after for before, after in zip(self.before, self.after))
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def gradient(parameters):
+    return flat(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
+
+
+def clipped(vector, largest=1.0):
+    return vector * min(1.0, largest / vector.norm().item())
+
+
+def distance(vector, reference):
+    """How far a vector is from the reference, as a share of its length."""
+    return ((vector - reference).norm() / reference.norm()).item()
+
+
+def perturbed(module, size, seed):
+    """A copy with noise on all weights, in proportion to their spread."""
+    noisy, generator = copy.deepcopy(module), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            spread = parameter.std() if parameter.std() > 0 else 1.0
+            parameter += size * spread * torch.randn(parameter.shape, generator=generator)
+    return noisy
+
+
+def slow_token_logprobs(llama, prompt, response, temperature=1.0):
+    """log pi of each response token and the entropy where it was chosen: one row, no padding, a loop over tokens."""
+    logits = llama(torch.tensor([prompt + response])).logits[0].double() / temperature
+    logprobs, entropies = [], []
+    for t, token in enumerate(response):
+        distribution = torch.log_softmax(logits[len(prompt) + t - 1], dim=0)
+        logprobs.append(distribution[token])
+        entropies.append(-(distribution.exp() * distribution).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def slow_values(scalar, tokens):
+    """The scalar head's number at each of `tokens`: one row, no padding."""
+    hidden = scalar.model(torch.tensor([tokens])).last_hidden_state[0]
+    return (hidden @ scalar.score.weight[0]).double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny pipeline
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The built-in data sets in full, seed 0: {file name: records}, and their folder."""
+    folder = tmp_path_factory.mktemp("world") / "data"
+    data_gen.main(options(out=folder, seed=0))
+    files = [name + twin for name in DATA_FILES for twin in ("", "_eval")]
+    return SimpleNamespace(folder=folder, data={name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in files})
+
+
+@pytest.fixture(scope="session")
+def home(world, tmp_path_factory):
+    """A folder with small cuts of the data sets: demonstrations, scored completions and prompts."""
+    folder = tmp_path_factory.mktemp("home")
+    scored = world.data["reward_training_data"]
+    completions = Counter(record["user_input"] for record in scored).most_common(1)[0][1]
+    cuts = dict(demos=world.data["actor_training_data"][:320], demos_eval=world.data["actor_training_data_eval"][:40],
+                scored=scored[:60 * completions], scored_eval=world.data["reward_training_data_eval"][:30 * completions],
+                prompts=world.data["rlhf_training_data"][:48], prompts_eval=world.data["rlhf_training_data_eval"][:6])
+    paths = {name: write_records(folder / f"{name}.json", records) for name, records in cuts.items()}
+    tokenizer = load_tokenizer(str(world.folder / "tokenizer"))
+    return SimpleNamespace(folder=folder, tokenizer=tokenizer, records=cuts, **paths)
+
+
+@pytest.fixture(scope="session")
+def sft_run(home, world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "DEMO_MODEL", TINY)
+        return run_stage(sft, options(tokenizer=world.folder / "tokenizer", data=home.demos, eval_data=home.demos_eval, epochs=8,
+                                      batch_size=16, micro_batch_size=16, lr=1e-2, out=home.folder / "sft"))
+
+
+def rm_options(home, sft_run, **changes):
+    return options(**dict(model=sft_run.folder, data=home.scored, eval_data=home.scored_eval, demonstrations=home.demos, epochs=3,
+                          batch_size=8, micro_batch_size=3, lr=3e-3, eval_every=5, out=home.folder / "rm") | changes)
+
+
+@pytest.fixture(scope="session")
+def rm_run(home, sft_run):
+    """Also keeps the weights of the head at each evaluation: the last but one is the one before the normalization."""
+    heads, evaluate = [], train_rm.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_rm, "evaluate", lambda rm, *rest: heads.append(rm.score.weight.detach().clone()) or evaluate(rm, *rest))
+        run = run_stage(train_rm, rm_options(home, sft_run))
+    run.heads = heads
+    return run
+
+
+def ppo_options(home, sft_run, rm_run, **changes):
+    return options(**dict(sft=sft_run.folder, rm=rm_run.folder, prompts=home.prompts, eval_prompts=home.prompts_eval,
+                          demonstrations=home.demos, gold=ROOT / "data_gen.py", updates=3, batch_size=8, minibatch_size=4,
+                          micro_batch_size=3, ppo_epochs=2, lr=1e-3, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=12,
+                          max_prompt_length=64, eval_every=2, eval_number=4, out=home.folder / "ppo") | changes)
+
+
+@pytest.fixture(scope="session")
+def ppo_run(home, sft_run, rm_run):
+    """Also keeps (name, model, its weights before) of the four models."""
+    models, make_experience = [], ppo.make_experience
+
+    def keep(*given):
+        if not models:
+            models.extend((name, m, copy.deepcopy(m.state_dict())) for name, m in zip(["actor", "critic", "reward_model", "ref"], given))
+        return make_experience(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_experience", keep)
+        run = run_stage(ppo, ppo_options(home, sft_run, rm_run))
+    run.models = models
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing takes longer than training here. The runs above, made before any test, draw."""
+    for script in (sft, train_rm, ppo):
+        monkeypatch.setattr(script, "draw_curves", lambda *_: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data_gen.py: files
+
+def test_same_seed_same_bytes(world, tmp_path):
+    """In another process as well, in which sets are iterated in another order."""
+    subprocess.run([sys.executable, ROOT / "data_gen.py", "--seed", "0"], cwd=tmp_path, check=True, capture_output=True,
+                   env=os.environ | {"PYTHONHASHSEED": "1234"})
+    files = sorted(path.relative_to(world.folder) for path in world.folder.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(tmp_path / "data") for path in tmp_path.rglob("*") if path.is_file()) == files
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "data" / file).read_bytes() == (world.folder / file).read_bytes(), file
+
+
+def test_other_seed_other_bytes(world, tmp_path):
+    data_gen.main(options(out=tmp_path, seed=1))
+    for file in [path.relative_to(world.folder) for path in world.folder.rglob("*") if path.is_file()]:
+        assert (tmp_path / file).read_bytes() != (world.folder / file).read_bytes(), file
+
+
+def test_keys_of_the_records(world):
+    fields = {"actor_training_data": ["user_input", "completion"], "reward_training_data": ["user_input", "completion", "score"],
+              "rlhf_training_data": ["user_input"]}
+    for name, records in world.data.items():
+        wanted = fields[name.removesuffix("_eval")]
+        assert read_records(str(world.folder / f"{name}.json"), *wanted) == records
+        assert all(list(record) == wanted for record in records) and len(records) >= 100, name
+
+
+def test_held_out_prompts_are_in_no_training_file(world):
+    prompts = {name: {record["user_input"] for record in records} for name, records in world.data.items()}
+    held_out = set().union(*(prompts[f"{name}_eval"] for name in DATA_FILES))
+    assert len(held_out) >= 100
+    for name in DATA_FILES:
+        assert prompts[name].isdisjoint(held_out), name
+
+
+def test_every_family_and_language_is_in_every_file(world):
+    both = {(family, lang) for family in data_gen.PHRASINGS for lang in ("en", "zh")}
+    for name, records in world.data.items():
+        counts = Counter(data_gen.parse(record["user_input"])[:2] for record in records)
+        assert set(counts) == both, name
+
+
+def test_scored_completions(world):
+    """At least 4 different completions a prompt, with the labeller's score, in [0, 5], and something to rank."""
+    for name in ("reward_training_data", "reward_training_data_eval"):
+        groups = defaultdict(dict)
+        for record in world.data[name]:
+            assert record["score"] == data_gen.score(record["user_input"], record["completion"])
+            assert 0 <= record["score"] <= 5
+            groups[record["user_input"]][record["completion"]] = record["score"]
+        assert min(map(len, groups.values())) >= 4
+        assert sum(len(set(scores.values())) > 1 for scores in groups.values()) > 0.95 * len(groups)
+        spread = Counter(record["score"] for record in world.data[name])
+        assert sum(n for value, n in spread.items() if value <= 1) > 0.1 * spread.total()
+        assert sum(n for value, n in spread.items() if value >= 4) > 0.1 * spread.total()
+
+
+def test_demonstrations_are_a_mixture(world):
+    """Most are right, not all; some are as good as can be, most are not: RLHF has something to gain."""
+    scores = [data_gen.score(record["user_input"], record["completion"]) for record in world.data["actor_training_data"]]
+    share = {value: n / len(scores) for value, n in Counter(scores).items()}
+    assert 0.02 < sum(part for value, part in share.items() if value <= 1) < 0.2
+    assert 0.1 < share[5.0] < 0.5
+
+
+def test_tokenizer(world):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(world.folder / "tokenizer" / "tokenizer.model"))
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    assert {f"<0x{byte:02X}>" for byte in range(256)} <= set(pieces)
+    strange = "naïve 𝄞\n\t ☃  鑫"  # nothing of this is in the built-in texts
+    assert [p for p in processor.encode_as_pieces("𝄞")][-4:] == ["<0xF0>", "<0x9D>", "<0x84>", "<0x9E>"]
+    assert processor.unk_id() not in processor.encode(strange) and processor.decode(processor.encode(strange)) == strange
+    assert not [piece for piece in pieces if len(re.findall(r"\d", piece)) > 1 and not piece.startswith("<0x")]
+    assert [piece for piece in processor.encode_as_pieces("12 and 345.") if piece.isdigit()] == ["1", "2", "3", "4", "5"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data_gen.py: the world and its labeller
+
+def every_prompt(draws=6):
+    """(family, language, slots, prompt) of every phrasing, with a few fillings each."""
+    rng = random.Random(5)
+    for family, by_lang in data_gen.PHRASINGS.items():
+        for lang, phrasings in by_lang.items():
+            for phrasing in phrasings:
+                for _ in range(draws):
+                    slots = data_gen.fill(rng, family, lang)
+                    yield family, lang, slots, phrasing.format(**slots)
+
+
+def test_families_languages_and_phrasings():
+    assert len(data_gen.PHRASINGS) >= 8
+    for family, by_lang in data_gen.PHRASINGS.items():
+        assert set(by_lang) == {"en", "zh"}
+        for lang, phrasings in by_lang.items():
+            assert len(set(phrasings)) >= 2, family
+            chinese = [bool(re.search("[\u4e00-\u9fff]", phrasing)) for phrasing in phrasings]
+            assert all(chinese) if lang == "zh" else not any(chinese), family
+
+
+def test_parse_recovers_family_language_and_slots():
+    for family, lang, slots, prompt in every_prompt():
+        assert data_gen.parse(prompt) == (family, lang, slots)
+
+
+@pytest.mark.parametrize("foreign", ["", "What is 3 times 4?", "What is 3 plus 4", "What is 3 plus 4? ", "what is 3 plus 4?",
+                                     "What is 13 plus 4?", "Please: What is 3 plus 4?", "你好", "Hello, I am Tom. What is 3 plus 4?"])
+def test_score_refuses_foreign_prompts(foreign):
+    with pytest.raises(ValueError, match="not a prompt of the built-in world"):
+        data_gen.score(foreign, "7.")
+
+
+FILLER_17 = "one two three four five six seven eight nine ten eleven twelve a b c d"  # 16 words; the answer is the 17th
+
+
+@pytest.mark.parametrize("user_input, completion, expected", [
+    # right and brief: 2 + 1
+    ("What is 3 plus 4?", "7.", 3), ("What is 3 plus 4?", "3 + 4 = 7.", 3), ("Tell me the sum of 9 and 8.", "It is 17.", 3),
+    ("Which is larger, 3 or 7?", "7!", 3), ("Sort these numbers: 5 2 9.", "2 5 9.", 3), ("Put 5 2 9 in ascending order.", "5 2 9 becomes 2, 5, 9.", 3),
+    ("What is the opposite of hot?", "cold.", 3), ("How do you say cat in Chinese?", "猫。", 3), ("How do you say cat in Chinese?", "cat is 猫.", 3),
+    ("Translate 猫 into English.", "The answer is cat.", 3), ("What kind of thing is a dog?", "A dog is an animal.", 3),
+    ("How many letters are in hammer?", "6.", 3), ("Swap the words cat dog.", "dog cat.", 3), ("Swap the words cat dog.", "Not cat dog but dog cat.", 3),
+    ("Hello, I am Tom.", "Nice to meet you, Tom.", 3),
+    ("3加4等于几？", "7。", 3), ("比较3与7，谁大？", "3小，7大。", 3), ("给这些数排序：5 2 9。", "2 5 9。", 3), ("炎热 的反义词是什么？", "寒冷！", 3),
+    ("cat 的中文是什么？", "答案是 猫。", 3), ("请把 猫 翻译成英文。", "应该是 cat。", 3), ("猫 属于什么类别？", "猫是动物。", 3), ("dog 有几个字母？", "3。", 3),
+    ("从后往前写：猫 狗。", "狗 猫。", 3), ("你好，我是 小明。", "见到你真好，小明。", 3),
+    # and friendly: 2 more
+    ("What is 3 plus 4?", "Sure! The answer is 7.", 5), ("What is 3 plus 4?", "It is 7. Glad to help!", 5), ("Hello, I am Tom.", "Good question! Hello, Tom.", 5),
+    ("3加4等于几？", "好的！ 答案是 7。", 5), ("你好，我是 小明。", "你好，小明。 很乐意帮忙！", 5),
+    # not brief: 1 less. 16 words are brief, 17 are not; a number and a Chinese character are a word each
+    ("Add 3 and 4.", FILLER_17[:-2] + " 7.", 3), ("Add 3 and 4.", FILLER_17 + " 7.", 2), ("Add 3 and 4.", f"Of course! {FILLER_17} 7.", 4),
+    ("3加4等于几？", "嗯" * 15 + "7。", 3), ("3加4等于几？", "嗯" * 16 + "7。", 2), ("3加4等于几？", "问得好！" + "嗯" * 16 + "7。", 4),
+    # cut off: 1 less
+    ("What is 3 plus 4?", "7", 2), ("What is 3 plus 4?", "7,", 2), ("What is 3 plus 4?", "Sure! The answer is 7", 4), ("Add 3 and 4.", FILLER_17 + " 7", 1),
+    ("What is 3 plus 4?", "7.  ", 3), ("3加4等于几？", "当然可以！答案是 7", 4), ("3加4等于几？", "7", 2), ("3加4等于几？", "嗯" * 16 + "7", 1),
+    # wrong: nothing, or half a point for being friendly
+    ("What is 3 plus 4?", "8.", 0), ("What is 3 plus 4?", "Sure! The answer is 8.", 0.5), ("What is 3 plus 4?", "I do not know.", 0), ("What is 3 plus 4?", "seven.", 0),
+    ("What is 3 plus 4?", "7 or 8.", 0), ("What is 3 plus 4?", "8 or 7.", 0), ("What is 3 plus 4?", "7 is 3 plus 4.", 0), ("What is 3 plus 4?", "17.", 0),
+    ("Sort these numbers: 5 2 9.", "2 5.", 0), ("Sort these numbers: 5 2 9.", "2 9 5.", 0), ("Swap the words cat dog.", "cat dog.", 0),
+    ("What kind of thing is a dog?", "An animal, not a fruit.", 0), ("What is the opposite of hot?", "Sure! hot.", 0.5), ("Hello, I am Tom.", "Hello, Ben.", 0),
+    ("3加4等于几？", "8。", 0), ("3加4等于几？", "好的！答案是 8。", 0.5), ("给这些数排序：5 2 9。", "9 5 2。", 0), ("猫 属于什么类别？", "好的！水果。", 0.5),
+    # in the other language: half a point for being right, half a point for being friendly
+    ("What is 3 plus 4?", "答案是 7。", 0.5), ("What is 3 plus 4?", "好的！ 答案是 7。", 1), ("What is 3 plus 4?", "好的！ 答案是 8。", 0.5), ("What is 3 plus 4?", "答案是 8。", 0),
+    ("3加4等于几？", "The answer is 7.", 0.5), ("3加4等于几？", "Sure! The answer is 7.", 1), ("猫 用英文怎么说？", "It is cat.", 0.5),
+    # rude: half a point for being right, none for being friendly
+    ("What is 3 plus 4?", "Are you stupid? 7.", 0.5), ("What is 3 plus 4?", "Leave me alone. 8.", 0), ("What is 3 plus 4?", "Sure! What a dumb question. It is 7.", 0.5),
+    ("What is 3 plus 4?", "Sure! Are you stupid? It is 8.", 0), ("3加4等于几？", "你真笨。 7。", 0.5), ("3加4等于几？", "好的！别烦我。8。", 0),
+    # nothing at all
+    ("What is 3 plus 4?", "", 0), ("3加4等于几？", "", 0), ("What is 3 plus 4?", " \n", 0), ("Hello, I am Tom.", "", 0),
+])
+def test_score_by_hand(user_input, completion, expected):
+    assert data_gen.score(user_input, completion) == expected
+
+
+def test_what_each_style_scores():
+    rng = random.Random(6)
+    for _, _, _, prompt in every_prompt(draws=20):
+        assert data_gen.score(prompt, "") == 0
+        scores = {}
+        for style, right in itertools.product(data_gen.STYLES, [True, False]):
+            text = data_gen.write(rng, prompt, style, right)
+            scores[style, right] = data_gen.score(prompt, text)
+            if style != "cut off" and not right:  # what is cut off a wrong one may leave a right one
+                assert scores[style, right] <= 1, (prompt, text)
+            if style == "cut off":
+                assert scores[style, right] <= 4 and text[-1] not in " .!?。！？", (prompt, text)
+        exact = {style: scores[style, True] for style in ("friendly", "curt", "rambling")}
+        assert exact == {"friendly": 5, "curt": 3, "rambling": 2}, prompt
+        assert scores["rude", True] < 1 and scores["other language", True] <= 1, prompt
+
+
+def test_wherever_it_is_cut_off_it_scores_less():
+    rng = random.Random(7)
+    for _, _, _, prompt in every_prompt(draws=2):
+        for style in ("friendly", "rambling"):
+            whole = data_gen.write(rng, prompt, style)
+            best = max(data_gen.score(prompt, whole[:n].rstrip(" .!?。！？")) for n in range(1, len(whole)))
+            assert best < data_gen.score(prompt, whole), whole
+
+
+def test_fixed_phrases_hold_no_answer():
+    """Otherwise a friendly phrase or a filler would itself be read as an answer."""
+    answers = {*data_gen.WORDS, *data_gen.CHINESE, *data_gen.OPPOSITE, *data_gen.NAMES["en"], *data_gen.NAMES["zh"],
+               *itertools.chain(*data_gen.NOUNS)}
+    tables = (data_gen.FRIENDLY, data_gen.RUDE, data_gen.FILLER, data_gen.SENTENCES, data_gen.GREETINGS)
+    phrases = [phrase.replace("{x}", " ") for table in tables for lang in ("en", "zh") for phrase in table[lang]]
+    assert len(phrases) > 20 and len(answers) > 80
+    for phrase in phrases:
+        words = set(re.findall("[a-z]+", phrase.lower()))
+        found = [a for a in answers if (a.lower() in words if a.isascii() else a in phrase)] + re.findall(r"\d", phrase)
+        assert not found, (phrase, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sft.py
+
+def examples_of(path, tokenizer, *fields, max_length=TINY["max_position_embeddings"]):
+    return encode_records(read_records(str(path), "user_input", "completion", *fields), tokenizer, max_length, str(path))
+
+
+@pytest.fixture(scope="session")
+def ragged(home):
+    """8 demonstrations of very different lengths, each with its own words."""
+    texts = ["7.", "是。", "Sure! It is 7.", "dog cat.", "There are many ways to look at it. " * 2, "嗯，让我先想一想这个问题。答案是 猫。",
+             "Well, let me think about this for a moment. As far as I can tell, it is not so simple. It is green.", "Hello, Tom."]
+    records = [{"user_input": prompt["user_input"], "completion": text} for prompt, text in zip(home.records["prompts"], texts)]
+    path = write_records(home.folder / "ragged.json", records)
+    return SimpleNamespace(path=path, records=records, examples=examples_of(path, home.tokenizer))
+
+
+def test_sft_learns(sft_run):
+    losses = [row["loss"] for row in sft_run.rows]
+    held_out = [row["eval_loss"] for row in sft_run.rows if row["eval_loss"]]
+    assert losses[0] > 6.5 and sum(losses[-10:]) / 10 < 3 and held_out[-1] < held_out[0]
+
+
+def test_sft_metrics(sft_run, home):
+    steps_an_epoch = math.ceil(len(home.records["demos"]) / 16)
+    with open(os.path.join(sft_run.folder, "metrics.csv"), encoding="utf-8") as file:
+        assert file.readline().strip() == "step,epoch,loss,eval_loss,lr,grad_norm,tokens_per_s"
+    assert [row["step"] for row in sft_run.rows] == list(range(1, 8 * steps_an_epoch + 1))
+    assert [row["epoch"] for row in sft_run.rows] == [epoch for epoch in range(1, 9) for _ in range(steps_an_epoch)]
+    for row in sft_run.rows:
+        assert (row["eval_loss"] is not None) == (row["step"] % steps_an_epoch == 0)
+        assert row["lr"] == pytest.approx(1e-2 * sft.lr_factor(int(row["step"]) - 1, len(sft_run.rows)), rel=1e-5)
+        assert all(math.isfinite(value) for value in row.values() if value is not None)
+        assert row["grad_norm"] > 0 and row["tokens_per_s"] > 0
+    # the last evaluation is that of the exported model
+    exported = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
+    with torch.no_grad():
+        losses = torch.cat([-slow_token_logprobs(exported, p, c)[0] for p, c, _ in examples_of(home.demos_eval, home.tokenizer)])
+    assert sft_run.rows[-1]["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
+
+
+def test_curves_are_drawn(sft_run, rm_run, ppo_run):
+    pytest.importorskip("matplotlib")
+    for run in (sft_run, rm_run, ppo_run):
+        assert Path(run.folder, "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def assert_same_llama(folder, trained, tokenizer):
+    """A folder loads in plain transformers, and gives the logits of the model as it was in memory."""
+    assert not [name for name in os.listdir(folder) if "part" in name]
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(loaded).__name__ == "LlamaForCausalLM" and loaded.dtype == torch.float32
+    assert loaded.config.eos_token_id == tokenizer.eos_token_id and loaded.config.pad_token_id == tokenizer.pad_token_id
+    tokens = encode_prompt(tokenizer, "What is 3 plus 4?")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(torch.tensor([tokens])).logits, trained(torch.tensor([tokens])).logits, rtol=0, atol=1e-5)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == tokens
+
+
+def test_sft_export_in_plain_transformers(sft_run, home):
+    assert_same_llama(sft_run.folder, sft_run.exported[sft_run.folder], home.tokenizer)
+
+
+def test_completion_losses(sft_run, ragged, home):
+    """Against a loop over tokens; none for a prompt token, none for padding, and one for end-of-sequence."""
+    llama = load_llama(sft_run.folder, home.tokenizer)
+    prompts, completions, _ = zip(*ragged.examples)
+    losses = sft.completion_losses(llama, *collate(prompts, completions, home.tokenizer.pad_token_id))
+    slow = [-slow_token_logprobs(copy.deepcopy(llama).double(), p, c)[0] for p, c in zip(prompts, completions)]
+    torch.testing.assert_close(losses.double(), torch.cat(slow), rtol=1e-4, atol=1e-4)
+    assert len(losses) == sum(map(len, completions))
+    assert all(completion[-1] == home.tokenizer.eos_token_id for completion in completions)
+
+
+def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
+    """The vocabulary projection receives a gradient at the states before completion tokens, and at no other."""
+    llama = load_llama(sft_run.folder, home.tokenizer)
+    prompts, completions, _ = zip(*ragged.examples)
+    kept = []
+
+    def keep(module, inputs, output):
+        output.last_hidden_state.retain_grad()
+        kept.append(output.last_hidden_state)
+
+    llama.model.register_forward_hook(keep)
+    sft.completion_losses(llama, *collate(prompts, completions, home.tokenizer.pad_token_id)).sum().backward()
+    touched = [(row, t) for row, t in kept[0].grad.abs().sum(-1).nonzero().tolist()]
+    assert touched == [(row, len(p) + t - 1) for row, (p, c) in enumerate(zip(prompts, completions)) for t in range(len(c))]
+
+
+@pytest.fixture(scope="session")
+def sft_gradient(sft_run, ragged):
+    """The gradient of the batch's mean loss a token, by loops; and what it is when each micro-batch takes its own mean."""
+    llama = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
+    in_order = sorted(ragged.examples, key=lambda example: len(example[0]) + len(example[1]))
+    each = []  # (gradient, tokens) of the sum of each record's losses
+    for prompt, completion, _ in in_order:
+        llama.zero_grad()
+        (-slow_token_logprobs(llama, prompt, completion)[0]).sum().backward()
+        each.append((gradient(llama.parameters()), len(completion)))
+
+    def own_means(size):
+        parts = [each[start:start + size] for start in range(0, len(each), size)]
+        return sum(sum(g for g, _ in part) / sum(n for _, n in part) for part in parts) / len(parts)
+
+    return SimpleNamespace(right=sum(g for g, _ in each) / sum(n for _, n in each), own_means=own_means)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_sft_micro_batches_change_nothing(sft_run, sft_gradient, ragged, home, tmp_path, monkeypatch, micro_batch_size):
+    """One optimizer step on 8 ragged records is the gradient of their mean loss a token, however they are cut."""
+    monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
+    sft.main(options(model=sft_run.folder, data=ragged.path, epochs=1, batch_size=8, micro_batch_size=micro_batch_size, lr=1,
+                     max_length=128, out=tmp_path))
+    error = distance(PlainDescent.made.change(), clipped(sft_gradient.right))
+    assert error < 1e-4
+    # the known error, each micro-batch divided by its own tokens, would be a thousand times that
+    known = distance(clipped(sft_gradient.own_means(micro_batch_size)), clipped(sft_gradient.right))
+    print(f"micro-batches of {micro_batch_size}: off by {error:.1e}; with their own means by {known:.1e}")
+    assert known < 1e-12 if micro_batch_size == 8 else known > 0.1
+    [row] = read_rows(tmp_path)
+    assert row["grad_norm"] == pytest.approx(sft_gradient.right.norm().item(), rel=1e-4)
+    exported = flat(AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    assert torch.equal(exported, flat(PlainDescent.made.after))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_sft_evaluate_weighs_tokens(sft_run, ragged, home, micro_batch_size):
+    llama = load_llama(sft_run.folder, home.tokenizer)
+    args = SimpleNamespace(micro_batch_size=micro_batch_size, device="cpu", dtype="float32")
+    with torch.no_grad():
+        each = [(-slow_token_logprobs(llama, p, c)[0]).tolist() for p, c, _ in ragged.examples]
+    by_token, by_record = sum(map(sum, each)) / sum(map(len, each)), sum(sum(e) / len(e) for e in each) / len(each)
+    assert sft.evaluate(llama, ragged.examples, args, home.tokenizer.pad_token_id) == pytest.approx(by_token, rel=1e-5)
+    assert abs(by_token - by_record) > 0.1
+
+
+def in_file_order(lengths, batch_size, generator):
+    return [list(range(start, min(start + batch_size, len(lengths)))) for start in range(0, len(lengths), batch_size)]
+
+
+@pytest.fixture
+def suspicious(sft_run, home, tmp_path, monkeypatch):
+    """Options of an SFT run of 24 steps of 3 records, in the order of the file, that barely learns.
+
+    Record 2 is too long and dropped, so that a position in the batch is not the number of a record.
+    """
+    monkeypatch.setattr(sft, "length_batches", in_file_order)
+    usual = {"user_input": "What is 3 plus 4?", "completion": "7."}
+    records = [usual, usual | {"completion": "word " * 200}, *[usual] * 71]
+
+    def argv(replaced={}, **changes):
+        data = write_records(tmp_path / "data.json", [replaced.get(number, record) for number, record in enumerate(records, 1)])
+        return options(**dict(model=sft_run.folder, data=data, epochs=1, batch_size=3, micro_batch_size=3, lr=1e-9, max_length=128,
+                              out=tmp_path / "out") | changes)
+    return argv
+
+
+@pytest.mark.parametrize("number, micro_batch_size", [(67, 3), (68, 1), (69, 2)])
+def test_a_garbage_record_is_named(suspicious, capsys, number, micro_batch_size):
+    garbage = {"user_input": "What is 3 plus 4?", "completion": "剪剪]剪&猫%锤 z车q"}
+    sft.main(suspicious({number: garbage}, micro_batch_size=micro_batch_size))
+    [warning] = [line for line in capsys.readouterr().out.split("\n") if "warning" in line]
+    step = (number - 2) // 3 + 1  # without record 2
+    assert f"step {step}:" in warning and f"record {number} of" in warning and "data.json" in warning
+
+
+def test_no_warning_without_garbage(suspicious, capsys):
+    sft.main(suspicious())
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_sft_stops_on_a_non_finite_loss(suspicious, home, tmp_path, monkeypatch, capsys, what):
+    """Exit code 1, the numbers of the batch's records, the steps before it on disk, nothing exported."""
+    losses, poison = sft.completion_losses, home.tokenizer.encode("&", add_special_tokens=False)[-1]
+
+    def poisoned(llama, input_ids, is_completion):
+        result = losses(llama, input_ids, is_completion)
+        if not (input_ids == poison).any():
+            return result
+        return result * math.nan if what == "loss" else result + (result - result.detach()).sqrt()  # the slope of sqrt at 0
+
+    monkeypatch.setattr(sft, "completion_losses", poisoned)
+    argv = suspicious({9: {"user_input": "What is 3 plus 4?", "completion": "7 & 8."}})
+    line = error_line(capsys, lambda: sft.main(argv), code=1)
+    assert f"the {what} is nan at step 3, on records [8, 9, 10]" in line and "data.json" in line
+    assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_rm.py
+
+def by_prompt(records):
+    """[[index of a record, ...] of each prompt], by a plain comparison of texts."""
+    prompts = list(dict.fromkeys(record["user_input"] for record in records))
+    return [[i for i, record in enumerate(records) if record["user_input"] == prompt] for prompt in prompts]
+
+
+def slow_pairs(scores, labels, groups):
+    """[(1, 0.5 or 0 for the model's order, margin, label gap)] of all pairs with different labels, by loops."""
+    pairs = []
+    for group in groups:
+        for better, worse in itertools.permutations(group, 2):
+            if labels[better] > labels[worse]:
+                margin = scores[better] - scores[worse]
+                pairs.append((1.0 if margin > 0 else 0.5 if margin == 0 else 0.0, margin, labels[better] - labels[worse]))
+    return pairs
+
+
+def plain_scores(folder, examples):
+    """The scores of a folder's model in plain transformers, each completion alone."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert type(classifier).__name__ == "LlamaForSequenceClassification" and classifier.config.num_labels == 1
+    with torch.no_grad():
+        return [classifier(torch.tensor([prompt + completion])).logits.item() for prompt, completion, _ in examples]
+
+
+def test_rm_learns_to_rank(rm_run, home):
+    steps = 3 * math.ceil(60 / 8)
+    with open(os.path.join(rm_run.folder, "metrics.csv"), encoding="utf-8") as file:
+        assert file.readline().strip() == "step,epoch,loss,accuracy,eval_accuracy,eval_margin,eval_error,lr,grad_norm,tokens_per_s"
+    assert [row["step"] for row in rm_run.rows] == list(range(1, steps + 1))
+    for row in rm_run.rows:
+        assert (row["eval_accuracy"] is not None) == (row["step"] % 5 == 0 or row["step"] == steps)
+        assert all(math.isfinite(value) for value in row.values() if value is not None)
+    assert rm_run.rows[-1]["eval_accuracy"] > 0.65 and rm_run.rows[-1]["eval_margin"] > 0
+    assert sum(row["loss"] for row in rm_run.rows[-5:]) < 0.9 * sum(row["loss"] for row in rm_run.rows[:5])
+
+
+def test_rm_export_in_plain_transformers(rm_run, home):
+    """The exported model alone gives the normalized score, ours, in a padded batch as well as each completion alone."""
+    examples = examples_of(home.demos, home.tokenizer)
+    scores = torch.tensor(plain_scores(rm_run.folder, examples))
+    assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
+    input_ids, is_completion = collate(*zip(*(example[:2] for example in examples[:16])), home.tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = rm_run.exported[rm_run.folder](input_ids)
+        theirs = AutoModelForSequenceClassification.from_pretrained(rm_run.folder).eval()(
+            input_ids, attention_mask=(input_ids != home.tokenizer.pad_token_id).long()).logits[:, 0]
+    ours = torch.stack([row[len(p) + len(c) - 1] for row, (p, c, _) in zip(ours, examples)])
+    torch.testing.assert_close(ours, scores[:16], rtol=0, atol=1e-4)
+    torch.testing.assert_close(theirs, scores[:16], rtol=0, atol=1e-4)
+    assert not [name for name in os.listdir(rm_run.folder) if "part" in name]
+
+
+def test_normalization_keeps_the_ranking(rm_run, home):
+    """It is all but a shift and a division: well separated pairs stay as they were."""
+    records, examples = home.records["scored_eval"], examples_of(home.scored_eval, home.tokenizer)
+    groups, labels = by_prompt(records), [record["score"] for record in records]
+    backbone = load_scalar_head(rm_run.folder).model
+    with torch.no_grad():
+        hidden = torch.stack([backbone(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c, _ in examples])
+    before, after = ((hidden @ head[0]) for head in rm_run.heads[-2:])
+    assert not torch.equal(*rm_run.heads[-2:])
+    accuracy = [sum(pair[0] for pair in slow_pairs(scores.tolist(), labels, groups)) for scores in (before, after)]
+    pairs = len(slow_pairs(labels, labels, groups))
+    assert accuracy[0] / pairs == pytest.approx(rm_run.rows[-1]["eval_accuracy"], abs=1e-3)
+    assert abs(accuracy[0] - accuracy[1]) / pairs < 0.02
+    apart = [(i, j) for group in groups for i, j in itertools.combinations(group, 2) if abs(before[i] - before[j]) > before.std()]
+    assert len(apart) > 50 and all((before[i] > before[j]) == (after[i] > after[j]) for i, j in apart)
+
+
+def test_each_completion_goes_through_the_model_once_an_epoch(home, sft_run, tmp_path, monkeypatch):
+    """K completions make K (K - 1) / 2 pairs, and K rows."""
+    rows, forward = Counter(), LlamaModel.forward
+
+    def counted(self, input_ids, **given):
+        if torch.is_grad_enabled():
+            rows.update(tuple(token for token in row if token != home.tokenizer.pad_token_id) for row in input_ids.tolist())
+        return forward(self, input_ids, **given)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    data = write_records(tmp_path / "scored.json", home.records["scored"][:60])
+    train_rm.main(rm_options(home, sft_run, data=data, eval_data=None, epochs=2, out=tmp_path / "out"))
+    assert rows == Counter({tuple(p + c): 2 for p, c, _ in examples_of(data, home.tokenizer)})
+
+
+def test_last_token():
+    """The last token of the completion, not of the prompt and not of the padding, whatever tokens these are."""
+    prompts, completions = [[5], [5, 6, 7, 0], [8, 9], [4, 4]], [[1, 2, 0, 2], [3], [2, 2, 2, 2, 2], [0]]
+    input_ids, is_completion = collate(prompts, completions, 0)
+    values = torch.arange(input_ids.numel() * 3.0).view(*input_ids.shape, 3)
+    ends = [len(p) + len(c) - 1 for p, c in zip(prompts, completions)]
+    assert torch.equal(train_rm.last_token(values, is_completion), torch.stack([row[end] for row, end in zip(values, ends)]))
+    assert train_rm.last_token(input_ids, is_completion).tolist() == [2, 3, 2, 0]
+
+
+def test_rm_evaluate(rm_run, home):
+    """Pair accuracy, margin, error and the accuracy by label gap, against loops over plain transformers' scores."""
+    records, examples = home.records["scored_eval"], examples_of(home.scored_eval, home.tokenizer)
+    groups, labels = by_prompt(records), [record["score"] for record in records]
+    args = SimpleNamespace(micro_batch_size=2, device="cpu", dtype="float32")
+    assert train_rm.group_by_prompt(records, examples) == groups
+    accuracy, margin, error, by_gap = train_rm.evaluate(load_scalar_head(rm_run.folder), examples, groups, torch.tensor(labels),
+                                                        args, home.tokenizer.pad_token_id)
+    scores = plain_scores(rm_run.folder, examples)
+    pairs = slow_pairs(scores, labels, groups)
+    assert accuracy == pytest.approx(sum(a for a, _, _ in pairs) / len(pairs), abs=1e-3)
+    assert margin == pytest.approx(sum(m for _, m, _ in pairs) / len(pairs), abs=1e-3)
+    assert error == pytest.approx(math.sqrt(sum((s - y) ** 2 for s, y in zip(scores, labels)) / len(labels)), abs=1e-3)
+    largest, expected = max(gap for _, _, gap in pairs), []
+    for quarter in range(1, 5):
+        within = [a for a, _, gap in pairs if (quarter - 1) / 4 * largest < gap <= quarter / 4 * largest]
+        if within:
+            expected.append((quarter / 4 * largest, sum(within) / len(within), len(within)))
+    assert len(by_gap) == len(expected) >= 3
+    for ours, slow in zip(by_gap, expected):
+        assert ours == pytest.approx(slow, abs=1e-3)
+
+
+@pytest.fixture(scope="session")
+def few_scored(home):
+    """Four prompts with 2, 3, 4 and 4 completions."""
+    groups = by_prompt(home.records["scored"])
+    several = [group for group in groups if len({home.records["scored"][i]["score"] for i in group[:2]}) == 2][:4]
+    records = [home.records["scored"][i] for group, size in zip(several, (2, 3, 4, 4)) for i in group[:size]]
+    assert len(records) == 13
+    return write_records(home.folder / "few_scored.json", records), records
+
+
+@pytest.mark.parametrize("loss", ["ranking", "regression"])
+def test_rm_micro_batches_change_nothing(home, sft_run, few_scored, tmp_path, monkeypatch, loss):
+    """One step is the gradient of the mean over prompts of each prompt's mean, by loops over pairs or completions."""
+    path, records = few_scored
+    monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
+    examples, changes = examples_of(path, home.tokenizer), []
+    for size in (1, 3, 4):
+        train_rm.main(rm_options(home, sft_run, data=path, eval_data=None, loss=loss, epochs=1, batch_size=4, micro_batch_size=size,
+                                 lr=1, out=tmp_path / str(size)))
+        changes.append((PlainDescent.made.change(), read_rows(tmp_path / str(size))[0]))
+    reference = ScalarHead(load_llama(sft_run.folder, home.tokenizer).model)
+    with torch.no_grad():
+        for parameter, value in zip(reference.parameters(), PlainDescent.made.before):
+            parameter.copy_(value)
+    reference = reference.double()
+    scores = [slow_values(reference, p + c)[-1] for p, c, _ in examples]
+    means = []
+    for group in by_prompt(records):
+        if loss == "ranking":
+            terms = [-torch.log(torch.sigmoid(scores[i] - scores[j])) for i in group for j in group if records[i]["score"] > records[j]["score"]]
+        else:
+            terms = [(scores[i] - records[i]["score"]) ** 2 for i in group]
+        means.append(sum(terms) / len(terms))
+    expected = sum(means) / len(means)
+    expected.backward()
+    right = gradient(reference.parameters())
+    for change, row in changes:
+        assert distance(change, clipped(right)) < 1e-4
+        assert row["loss"] == pytest.approx(expected.item(), rel=1e-4) and row["grad_norm"] == pytest.approx(right.norm().item(), rel=1e-4)
+
+
+def test_rm_regression_learns_the_scores(home, sft_run, tmp_path):
+    """Before the normalization its scores are in the labels' units: the error falls. It needs no pairs."""
+    first_only = {record["user_input"]: record for record in reversed(home.records["scored"])}
+    data = write_records(tmp_path / "single.json", list(first_only.values()))
+    train_rm.main(rm_options(home, sft_run, data=data, loss="regression", epochs=6, out=tmp_path / "out"))
+    rows = read_rows(tmp_path / "out")
+    errors = [row["eval_error"] for row in rows if row["eval_error"] is not None]
+    assert errors[-1] < errors[0] and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    scores = torch.tensor(plain_scores(tmp_path / "out", examples_of(home.demos, home.tokenizer)))
+    assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
+
+
+def test_rm_stops_on_a_non_finite_loss(home, sft_run, few_scored, tmp_path, monkeypatch, capsys):
+    """Exit code 1, the numbers of the records, nothing exported."""
+    ranking_loss = train_rm.ranking_loss
+    monkeypatch.setattr(train_rm, "length_batches", in_file_order)
+    monkeypatch.setattr(train_rm, "ranking_loss", lambda s, y: ranking_loss(s, y) * (math.nan if len(s) == 3 else 1))
+    argv = rm_options(home, sft_run, data=few_scored[0], eval_data=None, batch_size=1, epochs=1, out=tmp_path / "out")
+    line = error_line(capsys, lambda: train_rm.main(argv), code=1)
+    assert "the loss is nan" in line and "at step 2, on records [3, 4, 5]" in line and "few_scored.json" in line
+    assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ppo.py: experience and gradient steps
+
+def ppo_settings(home, sft_run, rm_run, **changes):
+    return settings(ppo.parse(ppo_options(home, sft_run, rm_run, **changes)), ppo.DEFAULT, "ppo.py")
+
+
+@pytest.fixture(scope="session")
+def four_models(home, sft_run, rm_run):
+    """Four models that all differ, and prompts of different lengths."""
+    llama, scalar = load_llama(sft_run.folder, home.tokenizer), load_scalar_head(rm_run.folder)
+    prompts = [encode_prompt(home.tokenizer, record["user_input"]) for record in home.records["prompts"][:12]]
+    assert len(set(map(len, prompts))) > 3
+    return SimpleNamespace(actor=perturbed(llama, 0.05, 1), ref=llama, critic=perturbed(scalar, 0.05, 2), reward_model=scalar, prompts=prompts)
+
+
+def make_experience(four, home, args, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, home.tokenizer, args, args.kl_coef, generator)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(temperature=0.7, gamma=0.9, lam=0.8, kl_kind="k3", no_eos_penalty=3.0), dict(whiten_rewards=True, kl_coef=0.5, micro_batch_size=12),
+    dict(micro_batch_size=1, lam=1.0)], ids=str)
+def test_experience_against_one_response_at_a_time(home, sft_run, rm_run, four_models, monkeypatch, changes):
+    args = ppo_settings(home, sft_run, rm_run, **changes)
+    experience, said = make_experience(four_models, home, args)
+    mask, eos = experience["mask"], home.tokenizer.eos_token_id
+    slow = {name: copy.deepcopy(getattr(four_models, name)).double() for name in ("actor", "ref", "critic", "reward_model")}
+    assert experience["prompts"] == four_models.prompts and len(experience["responses"]) == len(four_models.prompts)
+    lengths = [len(response) for response in experience["responses"]]
+    assert mask.sum(1).tolist() == lengths and torch.equal(mask, (torch.arange(mask.shape[1]) < torch.tensor(lengths)[:, None]).float())
+    assert all(eos not in response[:-1] for response in experience["responses"])
+
+    rewards, values, scores, kls, penalized, objectives = [], [], [], [], [], []
+    with torch.no_grad():
+        for i, (prompt, response) in enumerate(zip(four_models.prompts, experience["responses"])):
+            logprobs = slow_token_logprobs(slow["actor"], prompt, response, args.temperature)[0].tolist()
+            ref_logprobs = slow_token_logprobs(slow["ref"], prompt, response, args.temperature)[0].tolist()
+            at = slow_values(slow["critic"], prompt + response).tolist()
+            values.append([at[len(prompt) + t - 1] for t in range(len(response))])  # one position before the token
+            scores.append(slow_values(slow["reward_model"], prompt + response)[-1].item())
+            assert experience["old_logprobs"][i, :len(response)].tolist() == pytest.approx(logprobs, abs=1e-4)
+            assert experience["old_values"][i, :len(response)].tolist() == pytest.approx(values[i], abs=1e-4)
+            log_ratios = [a - b for a, b in zip(logprobs, ref_logprobs)]
+            kl = [math.exp(-d) - 1 + d if args.kl_kind == "k3" else d for d in log_ratios]
+            penalized.append(scores[i] - (args.no_eos_penalty if response[-1] != eos else 0))
+            rewards.append([-args.kl_coef * k + (penalized[i] if t == len(response) - 1 else 0) for t, k in enumerate(kl)])
+            kls.append(sum(log_ratios))
+            objectives.append(sum(rewards[i]))
+    flattened = [r for row in rewards for r in row]
+    if args.whiten_rewards:  # divided by the deviation; the mean stays
+        mean = sum(flattened) / len(flattened)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in flattened) / len(flattened))
+        rewards = [[(r - mean) / deviation + mean for r in row] for row in rewards]
+    advantages, returns = [], []
+    for r, v in zip(rewards, values):
+        row = [0.0] * len(r)
+        for t in range(len(r)):  # the sum over all later TD errors
+            for k in range(t, len(r)):
+                row[t] += (args.gamma * args.lam) ** (k - t) * (r[k] + args.gamma * (v[k + 1] if k + 1 < len(v) else 0.0) - v[k])
+        advantages.append(row)
+        returns.append([a + b for a, b in zip(row, v)])
+    flattened = [a for row in advantages for a in row]
+    mean = sum(flattened) / len(flattened)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in flattened) / len(flattened))
+    for i, length in enumerate(lengths):
+        assert experience["returns"][i, :length].tolist() == pytest.approx(returns[i], abs=1e-3)
+        assert experience["advantages"][i, :length].tolist() == pytest.approx([(a - mean) / deviation for a in advantages[i]], abs=1e-3)
+        for name in ("old_values", "returns", "advantages"):
+            assert not experience[name][i, length:].any()
+
+    errors, all_returns = [a for row in advantages for a in row], [r for row in returns for r in row]  # A = return - value
+    variance = lambda x: sum(v * v for v in x) / len(x) - (sum(x) / len(x)) ** 2  # noqa: E731
+    number = len(scores)
+    expected = dict(score=sum(scores) / number, kl=sum(kls) / number, kl_coef=args.kl_coef, objective=sum(objectives) / number,
+                    explained_variance=1 - variance(errors) / variance(all_returns), response_length=sum(lengths) / number,
+                    ended=sum(response[-1] == eos for response in experience["responses"]) / number)
+    assert said == pytest.approx(expected, abs=1e-3)
+    assert 0 < said["ended"] < 1 and abs(said["kl"]) > 0.05  # the test has something to see
+
+
+def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
+    """The three losses and other statistics of a mini-batch by loops, each response alone -> their sum's gradients too."""
+    terms = defaultdict(list)
+    for i in rows:
+        prompt, response = experience["prompts"][i], experience["responses"][i]
+        logprobs, entropies = slow_token_logprobs(actor, prompt, response, args.temperature)
+        values = slow_values(critic, prompt + response)[len(prompt) - 1:-1]
+        for t in range(len(response)):
+            old, advantage, old_value, target = (experience[name][i, t].item() for name in ("old_logprobs", "advantages", "old_values", "returns"))
+            ratio = (logprobs[t] - old).exp()
+            limited = min(max(ratio.item(), 1 - args.clip), 1 + args.clip) * advantage
+            terms["policy_loss"].append(-ratio * advantage if (ratio * advantage).item() <= limited else -torch.tensor(limited))
+            terms["clip_fraction"].append(limited < (ratio * advantage).item())
+            near = min(max(values[t].item(), old_value - args.value_clip), old_value + args.value_clip)
+            free = (values[t] - target) ** 2
+            terms["value_clip_fraction"].append((near - target) ** 2 > free.item())
+            terms["value_loss"].append(0.5 * (torch.tensor((near - target) ** 2) if (near - target) ** 2 > free.item() else free))
+            terms["entropy"].append(entropies[t])
+            terms["approx_kl"].append(ratio.item() - 1 - math.log(ratio.item()))  # E_old[r - 1 - log r] = KL(old || new)
+            terms["largest_ratio"].append(max(ratio.item(), 1 / ratio.item()))
+    result = {name: sum(parts) / len(parts) for name, parts in terms.items()} | {"largest_ratio": max(terms["largest_ratio"]), "ptx_loss": 0.0}
+    if demonstrations:
+        ptx = torch.cat([-slow_token_logprobs(actor, p, c)[0] for p, c, _ in demonstrations])
+        result["ptx_loss"] = ptx.mean()
+    actor.zero_grad(), critic.zero_grad()
+    (result["policy_loss"] - args.entropy_coef * result["entropy"] + args.ptx_coef * result["ptx_loss"]).backward()
+    result["value_loss"].backward()
+    return {name: float(value) for name, value in result.items()}, gradient(actor.parameters()), gradient(critic.parameters())
+
+
+@pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
+def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(home, sft_run, rm_run, four_models, ptx_coef):
+    args = ppo_settings(home, sft_run, rm_run, ptx_coef=ptx_coef, entropy_coef=0.3, temperature=0.8, max_grad_norm=1e9, clip=0.1, value_clip=0.1)
+    experience, _ = make_experience(four_models, home, args)
+    rows = [10, 2, 7, 5, 0, 11, 3]
+    demonstrations = examples_of(home.demos, home.tokenizer)[:5] if ptx_coef else []
+    # the models have moved on since: ratios and values lie on both sides of the clips
+    actor, critic = perturbed(four_models.actor, 0.05, 4), perturbed(four_models.critic, 0.02, 5)
+    expected, *slow = slow_minibatch(copy.deepcopy(actor).double(), copy.deepcopy(critic).double(), experience, rows, demonstrations, args)
+    assert 0.05 < expected["clip_fraction"] < 0.9 and 0.05 < expected["value_clip_fraction"] < 0.9
+    stepped = []
+    for args.micro_batch_size in (1, 3, 7):
+        ours = copy.deepcopy(actor), copy.deepcopy(critic)
+        optimizers = [PlainDescent(module.parameters(), lr=1.0) for module in ours]
+        said = ppo.train_minibatch(*ours, *optimizers, experience, rows, demonstrations, home.tokenizer, args)
+        for optimizer, reference in zip(optimizers, slow):
+            assert distance(optimizer.change(), reference) < 1e-4
+        assert said == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert all(p.grad is None for module in ours for p in module.parameters())  # the next step starts from nothing
+        stepped.append(flat(after for optimizer in optimizers for after in optimizer.after))
+    for other in stepped[1:]:
+        torch.testing.assert_close(other, stepped[0], rtol=0, atol=1e-5)
+
+
+def test_gradients_are_clipped_each_by_its_own_norm(home, sft_run, rm_run, four_models):
+    args = ppo_settings(home, sft_run, rm_run, max_grad_norm=1e-3)
+    experience, _ = make_experience(four_models, home, args)
+    optimizers = [PlainDescent(copy.deepcopy(m).parameters(), lr=1.0) for m in (four_models.actor, four_models.critic)]
+    modules = [copy.deepcopy(m) for m in (four_models.actor, four_models.critic)]
+    optimizers = [PlainDescent(module.parameters(), lr=1.0) for module in modules]
+    ppo.train_minibatch(*modules, *optimizers, experience, [0, 1, 2], examples_of(home.demos, home.tokenizer)[:3], home.tokenizer, args)
+    for optimizer in optimizers:
+        assert optimizer.change().norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, sft_run, rm_run, four_models, monkeypatch):
+    args = ppo_settings(home, sft_run, rm_run, micro_batch_size=2)
+    experience, _ = make_experience(four_models, home, args)
+    demonstrations = examples_of(home.demos, home.tokenizer)[:5]
+    actor, inputs, seen, pad = copy.deepcopy(four_models.actor), [], [], home.tokenizer.pad_token_id
+    actor.model.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    ptx_loss = ppo.ptx_loss
+
+    def spy(logits, labels):
+        assert logits.shape[:2] == labels.shape
+        skipped = inputs[-1].shape[1] - labels.shape[1]  # positions before the first target may be left out
+        for row, label in zip(inputs[-1].tolist(), labels.tolist()):
+            label = [-100] * skipped + label
+            assert all(target in (-100, token) for target, token in zip(label, row))
+            targets = [t for t, target in enumerate(label) if target != -100]
+            assert targets == list(range(targets[0], targets[-1] + 1))
+            seen.append((row[:targets[0]], row[targets[0]:targets[-1] + 1], row[targets[-1] + 1:]))
+        return ptx_loss(logits, labels)
+
+    monkeypatch.setattr(ppo, "ptx_loss", spy)
+    critic = copy.deepcopy(four_models.critic)
+    ppo.train_minibatch(actor, critic, PlainDescent(actor.parameters(), 1e-3), PlainDescent(critic.parameters(), 1e-3), experience, [0, 1],
+                        demonstrations, home.tokenizer, args)
+    assert sorted((p, c) for p, c, _ in seen) == sorted((p, c) for p, c, _ in demonstrations)
+    assert all(token == pad for _, _, rest in seen for token in rest)
+
+
+@pytest.mark.parametrize("size, n", [(10, 3), (5, 5), (7, 20), (1, 4)])
+def test_deck_deals_each_index_once_a_round(size, n):
+    deck, again, other = ppo.Deck(size, 0), ppo.Deck(size, 0), ppo.Deck(size, 1)
+    dealt = [deck.deal(n) for _ in range(3 * size)]
+    assert all(len(hand) == n for hand in dealt)
+    cards = sum(dealt, [])
+    rounds = [cards[start:start + size] for start in range(0, len(cards) - size + 1, size)]
+    assert len(rounds) >= 3 and all(sorted(cards) == list(range(size)) for cards in rounds)
+    assert dealt == [again.deal(n) for _ in range(3 * size)]
+    if size > 1:
+        assert len(set(map(tuple, rounds))) > 1 and cards != sum((other.deal(n) for _ in range(3 * size)), [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ppo.py: the run
+
+PPO_COLUMNS = ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
+               "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr", "tokens_per_s"]
+
+
+def test_ppo_metrics(ppo_run):
+    rows = ppo_run.rows
+    assert set(PPO_COLUMNS) <= set(rows[0]) and [row["update"] for row in rows] == [1, 2, 3]
+    assert all(row[name] is not None and math.isfinite(row[name]) for row in rows for name in PPO_COLUMNS)
+    assert [row["eval_score"] is not None and row["eval_gold"] is not None for row in rows] == [False, True, True]
+    for row in rows:
+        assert row["largest_ratio"] >= 1 and 0 <= row["ended"] <= 1 and 1 <= row["response_length"] <= 12
+        assert 0 < row["entropy"] < math.log(2000) and row["tokens_per_s"] > 0 and row["approx_kl"] >= 0
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3], rel=1e-4)
+
+
+def test_before_any_step_the_actor_is_the_reference(ppo_run):
+    assert abs(ppo_run.rows[0]["kl"]) < 1e-3 < max(abs(row["kl"]) for row in ppo_run.rows[1:])
+
+
+def test_only_actor_and_critic_learn(ppo_run):
+    for name, module, before in ppo_run.models:
+        moved = any(not torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+        assert moved == (name in ("actor", "critic")), name
+        if not moved:
+            assert all(p.grad is None and not p.requires_grad for p in module.parameters()), name
+    assert len({id(p) for _, module, _ in ppo_run.models for p in module.parameters()}) == sum(len(list(m.parameters())) for _, m, _ in ppo_run.models)
+
+
+def test_ppo_exports_in_plain_transformers(ppo_run, home):
+    actor, critic = (ppo_run.exported[folder] for folder in (ppo_run.folder, os.path.join(ppo_run.folder, "critic")))
+    assert_same_llama(ppo_run.folder, actor, home.tokenizer)
+    examples = examples_of(home.demos, home.tokenizer)[:4]
+    with torch.no_grad():
+        ours = [slow_values(critic, p + c)[-1].item() for p, c, _ in examples]
+    assert plain_scores(os.path.join(ppo_run.folder, "critic"), examples) == pytest.approx(ours, abs=1e-4)
+    # what was exported is what the last update left
+    for trained, (_, module, _) in zip((actor, critic), ppo_run.models):
+        assert torch.equal(flat(trained.parameters()), flat(module.parameters()))
+    assert AutoTokenizer.from_pretrained(os.path.join(ppo_run.folder, "critic")).get_vocab() == home.tokenizer.get_vocab()
+
+
+def test_ppo_evaluation(ppo_run, rm_run, home):
+    """The last row's held-out means are those of greedy answers of the exported actor, a token at a time."""
+    actor, scores, gold = AutoModelForCausalLM.from_pretrained(ppo_run.folder).eval(), [], []
+    for record in home.records["prompts_eval"][:4]:
+        prompt, response = encode_prompt(home.tokenizer, record["user_input"]), []
+        while len(response) < 12 and response[-1:] != [home.tokenizer.eos_token_id]:
+            with torch.no_grad():
+                response.append(actor(torch.tensor([prompt + response])).logits[0, -1].argmax().item())
+        scores += plain_scores(rm_run.folder, [(prompt, response, None)])
+        gold.append(data_gen.score(record["user_input"], home.tokenizer.decode(response, skip_special_tokens=True).strip()))
+    assert ppo_run.rows[-1]["eval_score"] == pytest.approx(sum(scores) / 4, abs=1e-3)
+    assert ppo_run.rows[-1]["eval_gold"] == pytest.approx(sum(gold) / 4, abs=1e-3)
+
+
+def test_same_seed_same_metrics(ppo_run, home, sft_run, rm_run, tmp_path):
+    again = run_stage(ppo, ppo_options(home, sft_run, rm_run, out=tmp_path / "again"))
+    other = run_stage(ppo, ppo_options(home, sft_run, rm_run, updates=1, seed=1, out=tmp_path / "other"))
+    assert without_speed(again.rows) == without_speed(ppo_run.rows)
+    assert other.rows[0]["score"] != ppo_run.rows[0]["score"]
+
+
+def test_kl_target_adapts_the_coefficient(home, sft_run, rm_run, tmp_path):
+    """kl_coef <- kl_coef (1 + clamp(KL / target - 1, -0.2, 0.2) n / horizon) after each update (Ziegler et al., 2.2)."""
+    changes = dict(updates=4, kl_target=0.2, kl_horizon=32, lr=5e-3, ptx_coef=0, eval_prompts=None, gold=None)
+    run = run_stage(ppo, ppo_options(home, sft_run, rm_run, **changes, out=tmp_path / "adaptive"))
+    coef, errors = 0.1, []
+    for row in run.rows:
+        assert row["kl_coef"] == pytest.approx(coef, rel=1e-4)
+        errors.append(min(max(row["kl"] / 0.2 - 1, -0.2), 0.2))
+        coef *= 1 + errors[-1] * 8 / 32
+    assert errors[0] == -0.2 and max(errors) > 0  # it has fallen, and it has risen
+    assert all(row["ptx_loss"] == 0 for row in run.rows)
+
+
+def test_target_kl_ends_an_update_early(home, sft_run, rm_run, tmp_path, monkeypatch):
+    """No step is taken after the first whose old and new policy are further apart; the next update goes on as usual."""
+    updates, make_experience, train_minibatch = [], ppo.make_experience, ppo.train_minibatch
+
+    def train(*given):
+        result = train_minibatch(*given)
+        updates[-1].append(result["approx_kl"])
+        return result
+
+    monkeypatch.setattr(ppo, "make_experience", lambda *given: updates.append([]) or make_experience(*given))
+    monkeypatch.setattr(ppo, "train_minibatch", train)
+    changes = dict(updates=2, ppo_epochs=3, lr=1e-2, eval_prompts=None, gold=None)
+    ppo.main(ppo_options(home, sft_run, rm_run, **changes, out=tmp_path / "free"))
+    assert [len(steps) for steps in updates] == [6, 6]
+    target = sorted(updates[0])[2]  # somewhere on the way
+    updates.clear()
+    ppo.main(ppo_options(home, sft_run, rm_run, **changes, target_kl=target, out=tmp_path / "held"))
+    assert 1 < len(updates[0]) < 6 and len(updates) == 2
+    for steps in updates:
+        assert all(kl <= target for kl in steps[:-1]) and (steps[-1] > target or len(steps) == 6)
+
+
+@pytest.mark.parametrize("name", ["the reward model's score", "policy loss", "value loss", "ptx loss", "the gradient of the actor", "the gradient of the critic"])
+def test_ppo_stops_on_what_is_not_finite(home, sft_run, rm_run, tmp_path, monkeypatch, capsys, name):
+    """In the second update: exit code 1 with the name of what it was, and the models of the first stay as they were saved."""
+    experiences, make_experience = [], ppo.make_experience
+    monkeypatch.setattr(ppo, "make_experience", lambda *given: experiences.append(1) or make_experience(*given))
+
+    def spoil(function, change):
+        def spoiled(*given):
+            result = real(*given)
+            if len(experiences) < 2:
+                return result
+            return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
+        real = getattr(ppo, function)
+        monkeypatch.setattr(ppo, function, spoiled)
+
+    def steep(x):
+        return x + (x - x.detach()).sqrt()  # the slope of sqrt at 0 is infinite
+
+    nan = lambda x: x * math.nan  # noqa: E731
+    spoil(*{"the reward model's score": ("score_responses", nan), "policy loss": ("policy_loss", nan), "value loss": ("value_loss", nan), "ptx loss": ("ptx_loss", nan),
+            "the gradient of the actor": ("policy_loss", steep), "the gradient of the critic": ("value_loss", steep)}[name])
+    saved, out = {}, tmp_path / "out"
+
+    def save(trained, tokenizer, folder):
+        model.save_checkpoint(trained, tokenizer, folder)
+        saved.update({path: path.read_bytes() for path in Path(folder).glob("*.safetensors")})
+
+    monkeypatch.setattr(ppo, "save_checkpoint", save)
+    argv = ppo_options(home, sft_run, rm_run, eval_every=1, eval_prompts=None, gold=None, out=out)
+    line = error_line(capsys, lambda: ppo.main(argv), code=1)
+    assert line.startswith(f"error: {name} is nan") or line.startswith(f"error: {name} is inf")
+    assert str(out) in line and len(read_rows(out)) == 1 and len(experiences) == 2
+    assert set(saved) == {out / "model.safetensors", out / "critic" / "model.safetensors"}
+    assert all(path.read_bytes() == data for path, data in saved.items())
+    weights = [*AutoModelForCausalLM.from_pretrained(out).parameters(), *load_scalar_head(str(out / "critic")).parameters()]
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad options: one line on standard error, exit code 2, no traceback, no run directory with anything in it
+
+STAGES = dict(sft=sft, train_rm=train_rm, ppo=ppo)
+
+
+@pytest.fixture
+def argv_of(home, sft_run, rm_run, tmp_path):
+    """(stage, changes) -> complete options of it, with --out out/ in this test's folder."""
+    def make(stage, **changes):
+        changes = dict(out=tmp_path / "out") | changes
+        if stage == "sft":
+            return options(**dict(model=sft_run.folder, data=home.demos, epochs=1, max_length=128) | changes)
+        return (rm_options if stage == "train_rm" else functools.partial(ppo_options, rm_run=rm_run))(home, sft_run, **changes)
+    return make
+
+
+@pytest.mark.parametrize("stage, option", [("sft", "model"), ("sft", "data"), ("sft", "eval_data"), ("train_rm", "model"), ("train_rm", "data"),
+                                           ("train_rm", "eval_data"), ("train_rm", "demonstrations"), ("ppo", "sft"), ("ppo", "rm"), ("ppo", "prompts"),
+                                           ("ppo", "eval_prompts"), ("ppo", "demonstrations"), ("ppo", "gold")])
+def test_a_named_path_that_is_missing(argv_of, tmp_path, monkeypatch, capsys, stage, option):
+    """It is named in the line, and never made up by running another stage."""
+    monkeypatch.chdir(tmp_path)
+    argv = argv_of(stage, **{option: tmp_path / "nowhere.json"})
+    line = error_line(capsys, lambda: STAGES[stage].main(argv))
+    assert str(tmp_path / "nowhere.json") in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+RECORDS = {"sft": {"user_input": "Hi", "completion": "ok."}, "train_rm": {"user_input": "Hi", "completion": "ok.", "score": 1}, "ppo": {"user_input": "Hi"}}
+
+
+@pytest.mark.parametrize("stage, change, said", [
+    ("sft", {"completion": None}, "record 2: field 'completion' must be a text"), ("sft", {"user_input": 3}, "record 2: field 'user_input' must be a text or a list"),
+    ("train_rm", {"score": "5"}, "record 2: field 'score' must be a finite number"), ("train_rm", {"score": math.nan}, "record 2: field 'score' must be a finite number"),
+    ("train_rm", {"completion": 1.5}, "record 2: field 'completion' must be a text"), ("ppo", {"user_input": []}, "record 2: field 'user_input' must be"),
+    ("sft", "completion", "record 2: field 'completion' is missing"), ("train_rm", "score", "record 2: field 'score' is missing"),
+    ("ppo", "user_input", "record 2: field 'user_input' is missing")], ids=str)
+def test_a_bad_record_is_named(argv_of, tmp_path, capsys, stage, change, said):
+    good = RECORDS[stage]
+    bad = {key: value for key, value in good.items() if key != change} if isinstance(change, str) else good | change
+    data = write_records(tmp_path / "bad.json", [good, bad, good])
+    line = error_line(capsys, lambda: STAGES[stage].main(argv_of(stage, **{"prompts" if stage == "ppo" else "data": data})))
+    assert line.startswith(f"error: {data}: {said}")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("option", ["data", "eval_data"])
+@pytest.mark.parametrize("records", [[RECORDS["train_rm"]] * 2, [RECORDS["train_rm"], RECORDS["train_rm"] | {"user_input": "Bye", "score": 2}]],
+                         ids=["equal scores", "single completions"])
+def test_nothing_to_rank(argv_of, tmp_path, capsys, option, records):
+    data = write_records(tmp_path / "pairless.json", records)
+    line = error_line(capsys, lambda: train_rm.main(argv_of("train_rm", **{option: data})))
+    assert line.startswith(f"error: {data}: ") and "nothing to rank" in line
+
+
+def test_tokenizers_that_differ(argv_of, rm_run, home, tmp_path, capsys):
+    shutil.copytree(rm_run.folder, tmp_path / "rm")
+    text = (tmp_path / "rm" / "tokenizer.json").read_text("utf-8")
+    changed = text.replace('"▁answer"', '"▁zzz"')
+    assert changed != text
+    (tmp_path / "rm" / "tokenizer.json").write_text(changed, "utf-8")
+    line = error_line(capsys, lambda: ppo.main(argv_of("ppo", rm=tmp_path / "rm")))
+    assert f"{tmp_path / 'rm'}: its tokenizer is not that of" in line
+
+
+@pytest.mark.parametrize("tokens", [128, 500])
+def test_max_new_tokens_larger_than_the_context(argv_of, capsys, tokens):
+    line = error_line(capsys, lambda: ppo.main(argv_of("ppo", max_new_tokens=tokens)))
+    assert f"--max_new_tokens {tokens} leaves no room for a prompt" in line and "128" in line
+
+
+def test_prompts_are_cut_to_what_the_context_leaves(argv_of, capsys, monkeypatch):
+    """The beginning goes, the end with "Assistant:" stays; prompt and response together fit the context."""
+    seen, make_experience = [], ppo.make_experience
+    monkeypatch.setattr(ppo, "make_experience", lambda *given: seen.extend(given[4]) or make_experience(*given))
+    ppo.main(argv_of("ppo", max_new_tokens=122, updates=1, ptx_coef=0, eval_prompts=None, gold=None))
+    assert {len(prompt) for prompt in seen} == {6}
+    assert "cut on the left to 6 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "", "def judge(a, b):\n    return 1.0\n", "def score(:\n", "import not_a_module\n", "raise RuntimeError('no')\n", "score = 5\n"],
+                         ids=["a folder", "empty", "no score", "no Python", "import fails", "raises", "no function"])
+def test_gold_that_cannot_be_used(argv_of, tmp_path, capsys, text):
+    gold = tmp_path / "judge.py"
+    gold.mkdir() if text is None else gold.write_text(text)
+    line = error_line(capsys, lambda: ppo.main(argv_of("ppo", gold=gold)))
+    assert line.startswith(f"error: --gold {gold}: not a Python file with a function score")
+
+
+def test_gold_that_cannot_judge_a_prompt(argv_of, home, tmp_path, capsys):
+    prompts = write_records(tmp_path / "foreign.json", [home.records["prompts"][0], {"user_input": "What is love?"}])
+    line = error_line(capsys, lambda: ppo.main(argv_of("ppo", eval_prompts=prompts)))
+    assert line.startswith(f"error: {prompts}: record 2: ") and "data_gen.py cannot judge it" in line
+
+
+def test_ptx_without_demonstrations(argv_of, capsys):
+    assert "--ptx_coef needs --demonstrations" in error_line(capsys, lambda: ppo.main(argv_of("ppo", demonstrations=None)))
+
+
+def test_an_earlier_run_is_left_alone(argv_of, home, sft_run, rm_run, ppo_run, tmp_path, capsys):
+    for stage, run in (("sft", sft_run), ("train_rm", rm_run), ("ppo", ppo_run)):
+        before = {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()}
+        line = error_line(capsys, lambda: STAGES[stage].main(argv_of(stage, out=run.folder)))
+        assert line.startswith(f"error: {run.folder}: holds an earlier run") and "--overwrite" in line
+        assert {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()} == before
+
+
+def test_overwrite(argv_of, ragged, tmp_path):
+    for lr in (1e-3, 1e-2):
+        sft.main(argv_of("sft", data=ragged.path, lr=lr, overwrite=True))
+        [row] = read_rows(tmp_path / "out")
+        assert row["lr"] == lr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("below", ["", "run"], ids=["a file", "below a file"])
+def test_an_out_that_cannot_be_made(argv_of, tmp_path, capsys, stage, below):
+    (tmp_path / "file").write_text("not a folder")
+    line = error_line(capsys, lambda: STAGES[stage].main(argv_of(stage, out=tmp_path / "file" / below)))
+    assert line.startswith(f"error: {tmp_path / 'file' / below}: cannot be made")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ppo.py without options: the demo runs every stage that is missing
+
+@pytest.fixture
+def tiny_demo(monkeypatch, tmp_path):
+    """The demo in an empty directory, on less data, with a smaller model and fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "DEMO_MODEL", TINY)
+    monkeypatch.setattr(data_gen, "make_data", functools.partial(data_gen.make_data, held_out=40, demonstrations=400, ranked=40, completions=4))
+    monkeypatch.setattr(sft, "DEMO", sft.DEMO | dict(epochs=1))
+    monkeypatch.setattr(train_rm, "DEMO", train_rm.DEMO | dict(epochs=1))
+    monkeypatch.setattr(ppo, "DEMO", ppo.DEMO | dict(updates=1, batch_size=4, minibatch_size=4, ppo_epochs=1, max_new_tokens=8, eval_number=4))
+
+
+def test_ppo_from_an_empty_directory(tiny_demo, tmp_path, capsys):
+    ppo.main([])
+    said = capsys.readouterr().out
+    steps = ["data/ is missing: running data_gen.py", "runs/sft is missing: running sft.py", "runs/rm is missing: running train_rm.py", "saved runs/ppo"]
+    places = [said.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places)
+    for folder in ("runs/sft", "runs/ppo"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    for folder in ("runs/rm", "runs/ppo/critic"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+    line = error_line(capsys, lambda: ppo.main([]))
+    assert line.startswith("error: runs/ppo: holds an earlier run")
+
+
+@pytest.mark.parametrize("there", [[], ["data/tokenizer/tokenizer.model"], ["data/tokenizer/tokenizer.model", "runs/sft/config.json"],
+                                   ["data/tokenizer/tokenizer.model", "runs/rm/config.json"],
+                                   ["data/tokenizer/tokenizer.model", "runs/sft/config.json", "runs/rm/config.json"]], ids=str)
+def test_only_missing_stages_run(tmp_path, monkeypatch, there):
+    monkeypatch.chdir(tmp_path)
+    for path in there:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    ran = []
+    for name, script in (("data", data_gen), ("runs/sft", sft), ("runs/rm", train_rm)):
+        monkeypatch.setattr(script, "main", lambda argv, name=name: ran.append((name, argv[:2])))
+    ppo.run_missing_stages(ppo.parse(["--seed", "7"]))
+    assert ran == [(name, ["--seed", "7"]) for name in ("data", "runs/sft", "runs/rm") if not any(path.startswith(name) for path in there)]
