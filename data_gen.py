@@ -43,13 +43,13 @@ WORDS = {en: (zh, category) for category, words in NOUNS.items() for en, zh in w
 CHINESE = {zh: (en, category) for en, (zh, category) in WORDS.items()}
 OPPOSITES = {
     "en": [("hot", "cold"), ("big", "small"), ("fast", "slow"), ("old", "new"), ("day", "night"), ("happy", "sad"),
-           ("open", "closed"), ("light", "dark"), ("long", "short"), ("hard", "soft"), ("rich", "poor"), ("wet", "dry")],
+           ("open", "closed"), ("hard", "soft"), ("wet", "dry")],
     "zh": [("炎热", "寒冷"), ("巨大", "微小"), ("快速", "缓慢"), ("古老", "崭新"), ("白天", "黑夜"), ("快乐", "悲伤"),
-           ("打开", "关闭"), ("明亮", "黑暗"), ("漫长", "短暂"), ("坚硬", "柔软"), ("富有", "贫穷"), ("潮湿", "干燥")],
+           ("打开", "关闭"), ("坚硬", "柔软"), ("潮湿", "干燥")],
 }
 OPPOSITE = {a: b for pairs in OPPOSITES.values() for x, y in pairs for a, b in ((x, y), (y, x))}
-NAMES = {"en": ["Tom", "Anna", "Ben", "Lucy", "Jack", "Emma", "Sam", "Kate", "Max", "Rose", "Leo", "Mary"],
-         "zh": ["小明", "小红", "小华", "小丽", "小刚", "小芳", "小军", "小燕", "小龙", "小雪", "小强", "小兰"]}
+NAMES = {"en": ["Tom", "Anna", "Ben", "Lucy", "Jack", "Emma", "Sam", "Kate"],
+         "zh": ["小明", "小红", "小华", "小丽", "小刚", "小芳", "小军", "小燕"]}
 
 # A space on either side of a word, in Chinese too, makes it one token wherever it stands.
 # family: the phrasings in each language; `{x}` is a slot, and the family's `Task` function below fills and answers it
@@ -60,8 +60,8 @@ PHRASINGS = {
                "zh": ["{a}和{b}哪个更大？", "请选出较大的数：{a}、{b}。", "比较{a}与{b}，谁大？"]},
     "sort": {"en": ["Sort these numbers: {list}.", "Put {list} in ascending order.", "Arrange from small to large: {list}."],
              "zh": ["请把 {list} 从小到大排列。", "给这些数排序：{list}。", "将 {list} 按升序写出。"]},
-    "opposite": {"en": ["What is the opposite of {word}?", "Give me the opposite of {word}.", "Which word means the reverse of {word}?"],
-                 "zh": ["{word} 的反义词是什么？", "请说出 {word} 的反义词。", "与 {word} 相反的词是哪个？"]},
+    "opposite": {"en": ["What is the opposite of {word}?", "Give me the opposite of {word}.", "Which word means the reverse of {word}?", "What do you call it when something is not {word} at all?"],
+                 "zh": ["{word} 的反义词是什么？", "请说出 {word} 的反义词。", "与 {word} 相反的词是哪个？", "把 {word} 的意思反过来是什么？"]},
     "to_chinese": {"en": ["How do you say {word} in Chinese?", "Translate {word} into Chinese.", "What is the Chinese word for {word}?"],
                    "zh": ["{word} 用中文怎么说？", "请把 {word} 翻译成中文。", "{word} 的中文是什么？"]},
     "to_english": {"en": ["How do you say {word} in English?", "Translate {word} into English.", "What is the English word for {word}?"],
@@ -70,8 +70,8 @@ PHRASINGS = {
              "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。"]},
     "letters": {"en": ["How many letters are in {word}?", "Count the letters of {word}.", "How long is the word {word}, in letters?"],
                 "zh": ["{word} 有几个字母？", "请数一数 {word} 的字母数。", "单词 {word} 由多少个字母组成？"]},
-    "greeting": {"en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here."],
-                 "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。"]},
+    "greeting": {"en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here.", "Hey, it is {name}.", "Pleased to meet you. They call me {name}."],
+                 "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。", "嘿，我就是 {name}。", "初次见面，大家叫我 {name}。"]},
 }
 FAMILIES = list(PHRASINGS)
 SLOTS = {"a": r"\d", "b": r"\d", "list": r"[\w ]+", "word": r"\w+?", "name": r"\w+?"}  # what may stand in each slot
@@ -151,9 +151,8 @@ def score(user_input, completion):
     - brief (1 point): at most 16 words (a number or a Chinese character counts as one);
     - cut off (1 point less): it does not end in . ! ? or their Chinese forms.
 
-    One that is wrong, in the other language or rude gets none of these, but half a point for being right and half a
-    point for being friendly (if not rude). So right, friendly and brief is 5, right and curt 3, right and rambling 2.
-    Nothing at all gets 0.
+    One that is wrong, in the other language or rude gets none of these, only half a point if it is friendly and not rude.
+    So right, friendly and brief is 5, right and curt 3, right and rambling 2, nothing at all 0.
 
     Raises ValueError for a `user_input` that is not a prompt of this world.
     """
@@ -170,7 +169,7 @@ def score(user_input, completion):
     letters, characters = (len(re.findall(script, rest)) for script in ("[A-Za-z]+", "[\u4e00-\u9fff]"))
     other_language = characters > letters if lang == "en" else letters > characters
     if not right or other_language or rude:
-        return 0.5 * right + 0.5 * (friendly and not rude)
+        return 0.5 * (friendly and not rude)
     return 2.0 * right + 2.0 * friendly + 1.0 * brief - 1.0 * cut_off
 
 
@@ -232,7 +231,7 @@ def draw_prompts(rng, number):
     return list(prompts)
 
 
-def make_data(seed, held_out=300, demonstrations=8000, ranked=2400, completions=6):
+def make_data(seed, held_out=270, demonstrations=8000, ranked=2400, completions=6):
     """{file name: records} of the three data sets and their held-out twins."""
     rng = random.Random(seed)
     pool = draw_prompts(rng, 5000)

@@ -29,9 +29,9 @@ from model import (Metrics, ScalarHead, autocast, collate, common_options, draw_
                    load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json", epochs=4,
-            batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256)
+            batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
 # InstructGPT (appendix C.2) trains one epoch, since more overfit, with 64 prompts a batch and 9e-6 for its 6B model
-DEFAULT = dict(data="data/reward_training_data.json", eval_data=None, epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512)
+DEFAULT = dict(data="data/reward_training_data.json", eval_data=None, epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512, eval_every=50)
 
 
 def parse(argv):
@@ -50,7 +50,7 @@ def parse(argv):
     group.add_argument("--micro_batch_size", type=int, help="prompts a forward pass: bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW; falls to a tenth along a cosine")
     group.add_argument("--max_length", type=int, help="tokens a prompt with a completion; a longer one loses the beginning of its prompt")
-    group.add_argument("--eval_every", type=int, default=50, help="optimizer steps between evaluations")
+    group.add_argument("--eval_every", type=int, help="optimizer steps between evaluations")
     common_options(parser)
     args = parser.parse_args(argv)
     return settings(args, DEFAULT if args.model else DEMO, "train_rm.py")

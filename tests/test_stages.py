@@ -9,7 +9,7 @@
 
 One tiny pipeline (data, SFT model, reward model, PPO) runs once and serves all tests. What the fast code computes on
 padded micro-batches is compared with slow references in float64: one record at a time, a plain forward pass without
-padding, loops over tokens. For a comparison of gradients AdamW gives way to plain gradient descent with learning rate 1:
+padding, loops over tokens. For a comparison of gradients AdamW gives way to plain gradient descent at learning rate 1:
 the change of the weights is then the gradient itself, and an error in it shows at its full size.
 """
 
@@ -29,24 +29,20 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaModel
+
+import data_gen
+import model
+import ppo
+import sft
+import train_rm
+from model import (ScalarHead, collate, encode_prompt, encode_records, load_llama, load_scalar_head, load_tokenizer,
+                   read_records, settings)
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that does not exist is not to be looked up on the hub
-
-import pytest  # noqa: E402
-import sentencepiece  # noqa: E402
-import torch  # noqa: E402
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,  # noqa: E402
-                          LlamaModel)
-
-import data_gen  # noqa: E402
-import model  # noqa: E402
-import ppo  # noqa: E402
-import sft  # noqa: E402
-import train_rm  # noqa: E402
-from model import (ScalarHead, collate, encode_prompt, encode_records, load_llama, load_scalar_head,  # noqa: E402
-                   load_tokenizer, read_records, settings)
-
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
 DATA_FILES = ["actor_training_data", "reward_training_data", "rlhf_training_data"]
@@ -80,7 +76,7 @@ def without_speed(rows):
 
 
 def run_stage(script, argv):
-    """Run main(argv) -> the folder of --out, its metrics, and {folder: model} of what was exported, as it was in memory."""
+    """main(argv) -> the folder of --out, its metrics, and {folder: model} of what it exported, as it was in memory."""
     exported = {}
 
     def save(trained, tokenizer, folder):
@@ -95,20 +91,21 @@ def run_stage(script, argv):
 
 
 def error_line(capsys, call, code=2):
-    """The one line on standard error with which `call` ends the program (after a progress bar, when code is 1)."""
+    """The line on standard error with which `call` ends the program. With code 2 there is no other line; with code 1
+    there may be a progress bar before it, on a line of its own."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         call()
-    said = capsys.readouterr().err
-    assert stopped.value.code == code
-    lines = said.strip().split("\n")
-    assert len(lines) == 1 or code == 1, said
-    assert lines[-1].startswith("error: ") and said.count("error: ") == 1 and "Traceback" not in said, said
-    return lines[-1]
+    said = capsys.readouterr().err.replace("\x1b[A", "")
+    assert stopped.value.code == code and "Traceback" not in said, said
+    lines = [line for line in re.split("[\r\n]", said) if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == said.count("error: ") == 1 and (len(lines) == 1 or code == 1), said
+    return errors[0]
 
 
 class PlainDescent(torch.optim.SGD):
-    """Takes the place of AdamW: the step is the gradient times the learning rate. Keeps the parameters before and after."""
+    """Takes the place of AdamW: steps by gradient times learning rate. Keeps the weights before and after a step."""
 
     made = None  # the one made last
 
@@ -127,6 +124,11 @@ class PlainDescent(torch.optim.SGD):
     def change(self):
         """What the step took off the parameters, as one vector: the gradient, when the learning rate is 1."""
         return flat(before - after for before, after in zip(self.before, self.after))
+
+
+def steep(x):
+    """x, with a gradient that is not finite: the slope of the square root at 0."""
+    return x + (x - x.detach()).sqrt()
 
 
 def flat(tensors):
@@ -181,19 +183,23 @@ def world(tmp_path_factory):
     """The built-in data sets in full, seed 0: {file name: records}, and their folder."""
     folder = tmp_path_factory.mktemp("world") / "data"
     data_gen.main(options(out=folder, seed=0))
-    files = [name + twin for name in DATA_FILES for twin in ("", "_eval")]
-    return SimpleNamespace(folder=folder, data={name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in files})
+    data = {name + twin: json.loads((folder / f"{name}{twin}.json").read_text("utf-8"))
+            for name in DATA_FILES for twin in ("", "_eval")}
+    return SimpleNamespace(folder=folder, data=data)
 
 
 @pytest.fixture(scope="session")
 def home(world, tmp_path_factory):
     """A folder with small cuts of the data sets: demonstrations, scored completions and prompts."""
     folder = tmp_path_factory.mktemp("home")
-    scored = world.data["reward_training_data"]
-    completions = Counter(record["user_input"] for record in scored).most_common(1)[0][1]
-    cuts = dict(demos=world.data["actor_training_data"][:320], demos_eval=world.data["actor_training_data_eval"][:40],
-                scored=scored[:60 * completions], scored_eval=world.data["reward_training_data_eval"][:30 * completions],
-                prompts=world.data["rlhf_training_data"][:48], prompts_eval=world.data["rlhf_training_data_eval"][:6])
+
+    def first(name, number):  # all records of the first prompts, as far as they stand together
+        groups = itertools.groupby(world.data[name], key=lambda record: record["user_input"])
+        return [record for _, group in itertools.islice(groups, number) for record in group]
+
+    cuts = dict(demos=first("actor_training_data", 320), demos_eval=first("actor_training_data_eval", 40),
+                scored=first("reward_training_data", 60), scored_eval=first("reward_training_data_eval", 30),
+                prompts=first("rlhf_training_data", 48), prompts_eval=first("rlhf_training_data_eval", 6))
     paths = {name: write_records(folder / f"{name}.json", records) for name, records in cuts.items()}
     tokenizer = load_tokenizer(str(world.folder / "tokenizer"))
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, records=cuts, **paths)
@@ -203,46 +209,64 @@ def home(world, tmp_path_factory):
 def sft_run(home, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "DEMO_MODEL", TINY)
-        return run_stage(sft, options(tokenizer=world.folder / "tokenizer", data=home.demos, eval_data=home.demos_eval, epochs=8,
-                                      batch_size=16, micro_batch_size=16, lr=1e-2, out=home.folder / "sft"))
-
-
-def rm_options(home, sft_run, **changes):
-    return options(**dict(model=sft_run.folder, data=home.scored, eval_data=home.scored_eval, demonstrations=home.demos, epochs=3,
-                          batch_size=8, micro_batch_size=3, lr=3e-3, eval_every=5, out=home.folder / "rm") | changes)
+        return run_stage(sft, options(tokenizer=world.folder / "tokenizer", data=home.demos, eval_data=home.demos_eval,
+                                      epochs=8, batch_size=16, micro_batch_size=16, lr=1e-2, out=home.folder / "sft"))
 
 
 @pytest.fixture(scope="session")
-def rm_run(home, sft_run):
-    """Also keeps the weights of the head at each evaluation: the last but one is the one before the normalization."""
+def sft_argv(home, sft_run):
+    """The options of an SFT run on the tiny pipeline, with changes."""
+    usual = dict(model=sft_run.folder, data=home.demos, epochs=1, max_length=128)
+    return lambda **changes: options(**usual | changes)
+
+
+@pytest.fixture(scope="session")
+def rm_argv(home, sft_run):
+    """The options of a reward model run on the tiny pipeline, with changes."""
+    usual = dict(model=sft_run.folder, data=home.scored, eval_data=home.scored_eval, demonstrations=home.demos,
+                 epochs=3, batch_size=8, micro_batch_size=3, lr=3e-3, eval_every=5, out=home.folder / "rm")
+    return lambda **changes: options(**usual | changes)
+
+
+@pytest.fixture(scope="session")
+def rm_run(rm_argv):
+    """Also keeps the weights of the head at each evaluation; only the last of these comes after the normalization."""
     heads, evaluate = [], train_rm.evaluate
+
+    def keep(reward_model, *given):
+        heads.append(reward_model.score.weight.detach().clone())
+        return evaluate(reward_model, *given)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_rm, "evaluate", lambda rm, *rest: heads.append(rm.score.weight.detach().clone()) or evaluate(rm, *rest))
-        run = run_stage(train_rm, rm_options(home, sft_run))
+        patch.setattr(train_rm, "evaluate", keep)
+        run = run_stage(train_rm, rm_argv())
     run.heads = heads
     return run
 
 
-def ppo_options(home, sft_run, rm_run, **changes):
-    return options(**dict(sft=sft_run.folder, rm=rm_run.folder, prompts=home.prompts, eval_prompts=home.prompts_eval,
-                          demonstrations=home.demos, gold=ROOT / "data_gen.py", updates=3, batch_size=8, minibatch_size=4,
-                          micro_batch_size=3, ppo_epochs=2, lr=1e-3, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=12,
-                          max_prompt_length=64, eval_every=2, eval_number=4, out=home.folder / "ppo") | changes)
+@pytest.fixture(scope="session")
+def ppo_argv(home, sft_run, rm_run):
+    """The options of a PPO run on the tiny pipeline, with changes."""
+    usual = dict(sft=sft_run.folder, rm=rm_run.folder, prompts=home.prompts, eval_prompts=home.prompts_eval,
+                 demonstrations=home.demos, gold=ROOT / "data_gen.py", updates=3, batch_size=8, minibatch_size=4,
+                 micro_batch_size=3, ppo_epochs=2, lr=1e-3, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=8,
+                 max_prompt_length=64, eval_every=2, eval_number=4, out=home.folder / "ppo")
+    return lambda **changes: options(**usual | changes)
 
 
 @pytest.fixture(scope="session")
-def ppo_run(home, sft_run, rm_run):
+def ppo_run(ppo_argv):
     """Also keeps (name, model, its weights before) of the four models."""
-    models, make_experience = [], ppo.make_experience
+    names, models, make_experience = ["actor", "critic", "reward_model", "ref"], [], ppo.make_experience
 
     def keep(*given):
         if not models:
-            models.extend((name, m, copy.deepcopy(m.state_dict())) for name, m in zip(["actor", "critic", "reward_model", "ref"], given))
+            models.extend((name, module, copy.deepcopy(module.state_dict())) for name, module in zip(names, given))
         return make_experience(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "make_experience", keep)
-        run = run_stage(ppo, ppo_options(home, sft_run, rm_run))
+        run = run_stage(ppo, ppo_argv())
     run.models = models
     return run
 
@@ -275,8 +299,8 @@ def test_other_seed_other_bytes(world, tmp_path):
 
 
 def test_keys_of_the_records(world):
-    fields = {"actor_training_data": ["user_input", "completion"], "reward_training_data": ["user_input", "completion", "score"],
-              "rlhf_training_data": ["user_input"]}
+    fields = {"actor_training_data": ["user_input", "completion"], "rlhf_training_data": ["user_input"],
+              "reward_training_data": ["user_input", "completion", "score"]}
     for name, records in world.data.items():
         wanted = fields[name.removesuffix("_eval")]
         assert read_records(str(world.folder / f"{name}.json"), *wanted) == records
@@ -315,7 +339,7 @@ def test_scored_completions(world):
 
 def test_demonstrations_are_a_mixture(world):
     """Most are right, not all; some are as good as can be, most are not: RLHF has something to gain."""
-    scores = [data_gen.score(record["user_input"], record["completion"]) for record in world.data["actor_training_data"]]
+    scores = [data_gen.score(**record) for record in world.data["actor_training_data"]]
     share = {value: n / len(scores) for value, n in Counter(scores).items()}
     assert 0.02 < sum(part for value, part in share.items() if value <= 1) < 0.2
     assert 0.1 < share[5.0] < 0.5
@@ -327,9 +351,11 @@ def test_tokenizer(world):
     assert {f"<0x{byte:02X}>" for byte in range(256)} <= set(pieces)
     strange = "naïve 𝄞\n\t ☃  鑫"  # nothing of this is in the built-in texts
     assert [p for p in processor.encode_as_pieces("𝄞")][-4:] == ["<0xF0>", "<0x9D>", "<0x84>", "<0x9E>"]
-    assert processor.unk_id() not in processor.encode(strange) and processor.decode(processor.encode(strange)) == strange
+    assert processor.unk_id() not in processor.encode(strange)
+    assert processor.decode(processor.encode(strange)) == strange
     assert not [piece for piece in pieces if len(re.findall(r"\d", piece)) > 1 and not piece.startswith("<0x")]
-    assert [piece for piece in processor.encode_as_pieces("12 and 345.") if piece.isdigit()] == ["1", "2", "3", "4", "5"]
+    digits = [piece for piece in processor.encode_as_pieces("12 and 345.") if piece.isdigit()]
+    assert digits == ["1", "2", "3", "4", "5"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,50 +387,56 @@ def test_parse_recovers_family_language_and_slots():
         assert data_gen.parse(prompt) == (family, lang, slots)
 
 
-@pytest.mark.parametrize("foreign", ["", "What is 3 times 4?", "What is 3 plus 4", "What is 3 plus 4? ", "what is 3 plus 4?",
-                                     "What is 13 plus 4?", "Please: What is 3 plus 4?", "你好", "Hello, I am Tom. What is 3 plus 4?"])
+@pytest.mark.parametrize("foreign", [
+    "", "What is 3 times 4?", "What is 3 plus 4", "What is 3 plus 4? ", "what is 3 plus 4?", "What is 13 plus 4?",
+    "Please: What is 3 plus 4?", "你好", "Hello, I am Tom. What is 3 plus 4?"])
 def test_score_refuses_foreign_prompts(foreign):
     with pytest.raises(ValueError, match="not a prompt of the built-in world"):
         data_gen.score(foreign, "7.")
 
 
-FILLER_17 = "one two three four five six seven eight nine ten eleven twelve a b c d"  # 16 words; the answer is the 17th
+EN, ZH = "What is 3 plus 4?", "3加4等于几？"
+LONG = "one two three four five six seven eight nine ten eleven twelve a b c d"  # 16 words, no answer among them
 
 
 @pytest.mark.parametrize("user_input, completion, expected", [
     # right and brief: 2 + 1
-    ("What is 3 plus 4?", "7.", 3), ("What is 3 plus 4?", "3 + 4 = 7.", 3), ("Tell me the sum of 9 and 8.", "It is 17.", 3),
-    ("Which is larger, 3 or 7?", "7!", 3), ("Sort these numbers: 5 2 9.", "2 5 9.", 3), ("Put 5 2 9 in ascending order.", "5 2 9 becomes 2, 5, 9.", 3),
-    ("What is the opposite of hot?", "cold.", 3), ("How do you say cat in Chinese?", "猫。", 3), ("How do you say cat in Chinese?", "cat is 猫.", 3),
-    ("Translate 猫 into English.", "The answer is cat.", 3), ("What kind of thing is a dog?", "A dog is an animal.", 3),
-    ("How many letters are in hammer?", "6.", 3), ("Swap the words cat dog.", "dog cat.", 3), ("Swap the words cat dog.", "Not cat dog but dog cat.", 3),
+    (EN, "7.", 3), (EN, "3 + 4 = 7.", 3), ("Tell me the sum of 9 and 8.", "It is 17.", 3),
+    ("Which is larger, 3 or 7?", "7!", 3), ("Which is larger, 3 or 7?", "Of 3 and 7 it is 7.", 3),
+    ("Sort these numbers: 5 2 9.", "2 5 9.", 3), ("Put 5 2 9 in ascending order.", "5 2 9 becomes 2, 5, 9.", 3),
+    ("What is the opposite of hot?", "cold.", 3), ("How do you say cat in Chinese?", "猫。", 3),
+    ("How do you say cat in Chinese?", "cat is 猫.", 3), ("Translate 猫 into English.", "The answer is cat.", 3),
+    ("What kind of thing is a dog?", "A dog is an animal.", 3), ("How many letters are in hammer?", "6.", 3),
+    ("Is dog an animal, a fruit, a color, a vehicle or a tool?", "Not a tool but an animal.", 3),
     ("Hello, I am Tom.", "Nice to meet you, Tom.", 3),
-    ("3加4等于几？", "7。", 3), ("比较3与7，谁大？", "3小，7大。", 3), ("给这些数排序：5 2 9。", "2 5 9。", 3), ("炎热 的反义词是什么？", "寒冷！", 3),
-    ("cat 的中文是什么？", "答案是 猫。", 3), ("请把 猫 翻译成英文。", "应该是 cat。", 3), ("猫 属于什么类别？", "猫是动物。", 3), ("dog 有几个字母？", "3。", 3),
-    ("从后往前写：猫 狗。", "狗 猫。", 3), ("你好，我是 小明。", "见到你真好，小明。", 3),
+    (ZH, "7。", 3), ("比较3与7，谁大？", "3小，7大。", 3), ("给这些数排序：5 2 9。", "2 5 9。", 3),
+    ("炎热 的反义词是什么？", "寒冷！", 3), ("cat 的中文是什么？", "答案是 猫。", 3), ("请把 猫 翻译成英文。", "应该是 cat。", 3),
+    ("猫 属于什么类别？", "猫是动物。", 3), ("dog 有几个字母？", "3。", 3), ("你好，我是 小明。", "见到你真好，小明。", 3),
     # and friendly: 2 more
-    ("What is 3 plus 4?", "Sure! The answer is 7.", 5), ("What is 3 plus 4?", "It is 7. Glad to help!", 5), ("Hello, I am Tom.", "Good question! Hello, Tom.", 5),
-    ("3加4等于几？", "好的！ 答案是 7。", 5), ("你好，我是 小明。", "你好，小明。 很乐意帮忙！", 5),
+    (EN, "Sure! The answer is 7.", 5), (EN, "It is 7. Glad to help!", 5),
+    ("Hello, I am Tom.", "Good question! Hello, Tom.", 5), (ZH, "好的！ 答案是 7。", 5),
+    ("你好，我是 小明。", "你好，小明。 很乐意帮忙！", 5),
     # not brief: 1 less. 16 words are brief, 17 are not; a number and a Chinese character are a word each
-    ("Add 3 and 4.", FILLER_17[:-2] + " 7.", 3), ("Add 3 and 4.", FILLER_17 + " 7.", 2), ("Add 3 and 4.", f"Of course! {FILLER_17} 7.", 4),
-    ("3加4等于几？", "嗯" * 15 + "7。", 3), ("3加4等于几？", "嗯" * 16 + "7。", 2), ("3加4等于几？", "问得好！" + "嗯" * 16 + "7。", 4),
+    (EN, f"{LONG[:-2]} 7.", 3), (EN, f"{LONG} 7.", 2), (EN, f"Of course! {LONG} 7.", 4),
+    (ZH, "嗯" * 15 + "7。", 3), (ZH, "嗯" * 16 + "7。", 2), (ZH, "问得好！" + "嗯" * 16 + "7。", 4),
     # cut off: 1 less
-    ("What is 3 plus 4?", "7", 2), ("What is 3 plus 4?", "7,", 2), ("What is 3 plus 4?", "Sure! The answer is 7", 4), ("Add 3 and 4.", FILLER_17 + " 7", 1),
-    ("What is 3 plus 4?", "7.  ", 3), ("3加4等于几？", "当然可以！答案是 7", 4), ("3加4等于几？", "7", 2), ("3加4等于几？", "嗯" * 16 + "7", 1),
+    (EN, "7", 2), (EN, "7,", 2), (EN, "Sure! The answer is 7", 4), (EN, f"{LONG} 7", 1), (EN, "7.  ", 3),
+    (ZH, "7", 2), (ZH, "当然可以！答案是 7", 4), (ZH, "嗯" * 16 + "7", 1),
     # wrong: nothing, or half a point for being friendly
-    ("What is 3 plus 4?", "8.", 0), ("What is 3 plus 4?", "Sure! The answer is 8.", 0.5), ("What is 3 plus 4?", "I do not know.", 0), ("What is 3 plus 4?", "seven.", 0),
-    ("What is 3 plus 4?", "7 or 8.", 0), ("What is 3 plus 4?", "8 or 7.", 0), ("What is 3 plus 4?", "7 is 3 plus 4.", 0), ("What is 3 plus 4?", "17.", 0),
-    ("Sort these numbers: 5 2 9.", "2 5.", 0), ("Sort these numbers: 5 2 9.", "2 9 5.", 0), ("Swap the words cat dog.", "cat dog.", 0),
-    ("What kind of thing is a dog?", "An animal, not a fruit.", 0), ("What is the opposite of hot?", "Sure! hot.", 0.5), ("Hello, I am Tom.", "Hello, Ben.", 0),
-    ("3加4等于几？", "8。", 0), ("3加4等于几？", "好的！答案是 8。", 0.5), ("给这些数排序：5 2 9。", "9 5 2。", 0), ("猫 属于什么类别？", "好的！水果。", 0.5),
-    # in the other language: half a point for being right, half a point for being friendly
-    ("What is 3 plus 4?", "答案是 7。", 0.5), ("What is 3 plus 4?", "好的！ 答案是 7。", 1), ("What is 3 plus 4?", "好的！ 答案是 8。", 0.5), ("What is 3 plus 4?", "答案是 8。", 0),
-    ("3加4等于几？", "The answer is 7.", 0.5), ("3加4等于几？", "Sure! The answer is 7.", 1), ("猫 用英文怎么说？", "It is cat.", 0.5),
-    # rude: half a point for being right, none for being friendly
-    ("What is 3 plus 4?", "Are you stupid? 7.", 0.5), ("What is 3 plus 4?", "Leave me alone. 8.", 0), ("What is 3 plus 4?", "Sure! What a dumb question. It is 7.", 0.5),
-    ("What is 3 plus 4?", "Sure! Are you stupid? It is 8.", 0), ("3加4等于几？", "你真笨。 7。", 0.5), ("3加4等于几？", "好的！别烦我。8。", 0),
+    (EN, "8.", 0), (EN, "17.", 0), (EN, "seven.", 0), (EN, "I do not know.", 0), (EN, "Sure! The answer is 8.", 0.5),
+    (EN, "7 or 8.", 0), (EN, "8 or 7.", 0), (EN, "7 is 3 plus 4.", 0), ("Hello, I am Tom.", "Hello, Ben.", 0),
+    ("Sort these numbers: 5 2 9.", "2 5.", 0), ("Sort these numbers: 5 2 9.", "2 9 5.", 0),
+    ("What kind of thing is a dog?", "An animal, not a fruit.", 0),
+    ("What is the opposite of hot?", "Sure! hot.", 0.5), (ZH, "8。", 0), (ZH, "好的！答案是 8。", 0.5),
+    ("给这些数排序：5 2 9。", "9 5 2。", 0), ("猫 属于什么类别？", "好的！水果。", 0.5),
+    # in the other language, right or wrong: the same
+    (EN, "答案是 7。", 0), (EN, "好的！ 答案是 7。", 0.5), (EN, "好的！ 答案是 8。", 0.5), (EN, "答案是 8。", 0),
+    (ZH, "The answer is 7.", 0), (ZH, "Sure! The answer is 7.", 0.5), ("猫 用英文怎么说？", "It is cat.", 0),
+    # rude: nothing, though it be right and friendly
+    (EN, "Are you stupid? 7.", 0), (EN, "Leave me alone. 8.", 0), (EN, "Sure! What a dumb question. It is 7.", 0),
+    (EN, "Sure! Are you stupid? It is 8.", 0), (ZH, "你真笨。 7。", 0), (ZH, "好的！别烦我。8。", 0),
     # nothing at all
-    ("What is 3 plus 4?", "", 0), ("3加4等于几？", "", 0), ("What is 3 plus 4?", " \n", 0), ("Hello, I am Tom.", "", 0),
+    (EN, "", 0), (ZH, "", 0), (EN, " \n", 0), ("Hello, I am Tom.", "", 0),
 ])
 def test_score_by_hand(user_input, completion, expected):
     assert data_gen.score(user_input, completion) == expected
@@ -419,12 +451,12 @@ def test_what_each_style_scores():
             text = data_gen.write(rng, prompt, style, right)
             scores[style, right] = data_gen.score(prompt, text)
             if style != "cut off" and not right:  # what is cut off a wrong one may leave a right one
-                assert scores[style, right] <= 1, (prompt, text)
+                assert scores[style, right] in (0, 0.5), (prompt, text)
             if style == "cut off":
                 assert scores[style, right] <= 4 and text[-1] not in " .!?。！？", (prompt, text)
         exact = {style: scores[style, True] for style in ("friendly", "curt", "rambling")}
         assert exact == {"friendly": 5, "curt": 3, "rambling": 2}, prompt
-        assert scores["rude", True] < 1 and scores["other language", True] <= 1, prompt
+        assert scores["rude", True] == 0 and scores["other language", True] in (0, 0.5), prompt
 
 
 def test_wherever_it_is_cut_off_it_scores_less():
@@ -452,16 +484,17 @@ def test_fixed_phrases_hold_no_answer():
 # ---------------------------------------------------------------------------------------------------------------------
 # sft.py
 
-def examples_of(path, tokenizer, *fields, max_length=TINY["max_position_embeddings"]):
-    return encode_records(read_records(str(path), "user_input", "completion", *fields), tokenizer, max_length, str(path))
+def examples_of(path, tokenizer):
+    """[(prompt, completion, number of the record)] of a data file."""
+    return encode_records(read_records(str(path), "user_input", "completion"), tokenizer, 128, str(path))
 
 
 @pytest.fixture(scope="session")
 def ragged(home):
     """8 demonstrations of very different lengths, each with its own words."""
-    texts = ["7.", "是。", "Sure! It is 7.", "dog cat.", "There are many ways to look at it. " * 2, "嗯，让我先想一想这个问题。答案是 猫。",
-             "Well, let me think about this for a moment. As far as I can tell, it is not so simple. It is green.", "Hello, Tom."]
-    records = [{"user_input": prompt["user_input"], "completion": text} for prompt, text in zip(home.records["prompts"], texts)]
+    texts = ["7.", "是。", "Sure! It is 7.", "dog cat.", "There are many ways to look at it. " * 2, "Hello, Tom.",
+             "嗯，让我先想一想这个问题。答案是 猫。", "Well, let me think about this for a moment. It is not so simple. " * 2]
+    records = [record | {"completion": text} for record, text in zip(home.records["prompts"], texts)]
     path = write_records(home.folder / "ragged.json", records)
     return SimpleNamespace(path=path, records=records, examples=examples_of(path, home.tokenizer))
 
@@ -486,7 +519,8 @@ def test_sft_metrics(sft_run, home):
     # the last evaluation is that of the exported model
     exported = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
     with torch.no_grad():
-        losses = torch.cat([-slow_token_logprobs(exported, p, c)[0] for p, c, _ in examples_of(home.demos_eval, home.tokenizer)])
+        held_out = examples_of(home.demos_eval, home.tokenizer)
+        losses = torch.cat([-slow_token_logprobs(exported, p, c)[0] for p, c, _ in held_out])
     assert sft_run.rows[-1]["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
@@ -504,10 +538,11 @@ def assert_same_llama(folder, trained, tokenizer):
     assert loaded.config.eos_token_id == tokenizer.eos_token_id and loaded.config.pad_token_id == tokenizer.pad_token_id
     tokens = encode_prompt(tokenizer, "What is 3 plus 4?")
     with torch.no_grad():
-        torch.testing.assert_close(loaded(torch.tensor([tokens])).logits, trained(torch.tensor([tokens])).logits, rtol=0, atol=1e-5)
-    theirs = AutoTokenizer.from_pretrained(folder)
+        theirs, ours = (llama(torch.tensor([tokens])).logits for llama in (loaded, trained))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     chat = [{"role": "user", "content": "What is 3 plus 4?"}]
-    assert theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == tokens
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == tokens
 
 
 def test_sft_export_in_plain_transformers(sft_run, home):
@@ -537,13 +572,14 @@ def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
 
     llama.model.register_forward_hook(keep)
     sft.completion_losses(llama, *collate(prompts, completions, home.tokenizer.pad_token_id)).sum().backward()
-    touched = [(row, t) for row, t in kept[0].grad.abs().sum(-1).nonzero().tolist()]
-    assert touched == [(row, len(p) + t - 1) for row, (p, c) in enumerate(zip(prompts, completions)) for t in range(len(c))]
+    touched = kept[0].grad.abs().sum(-1).nonzero().tolist()
+    ends = [(len(prompt), len(prompt) + len(completion)) for prompt, completion in zip(prompts, completions)]
+    assert touched == [[row, t - 1] for row, (start, end) in enumerate(ends) for t in range(start, end)]
 
 
 @pytest.fixture(scope="session")
 def sft_gradient(sft_run, ragged):
-    """The gradient of the batch's mean loss a token, by loops; and what it is when each micro-batch takes its own mean."""
+    """The gradient of the batch's mean loss a token, by loops; and what it is if each micro-batch uses its own mean."""
     llama = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
     in_order = sorted(ragged.examples, key=lambda example: len(example[0]) + len(example[1]))
     each = []  # (gradient, tokens) of the sum of each record's losses
@@ -560,11 +596,10 @@ def sft_gradient(sft_run, ragged):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_sft_micro_batches_change_nothing(sft_run, sft_gradient, ragged, home, tmp_path, monkeypatch, micro_batch_size):
+def test_sft_micro_batches_change_nothing(sft_argv, sft_gradient, ragged, tmp_path, monkeypatch, micro_batch_size):
     """One optimizer step on 8 ragged records is the gradient of their mean loss a token, however they are cut."""
     monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
-    sft.main(options(model=sft_run.folder, data=ragged.path, epochs=1, batch_size=8, micro_batch_size=micro_batch_size, lr=1,
-                     max_length=128, out=tmp_path))
+    sft.main(sft_argv(data=ragged.path, batch_size=8, micro_batch_size=micro_batch_size, lr=1, out=tmp_path))
     error = distance(PlainDescent.made.change(), clipped(sft_gradient.right))
     assert error < 1e-4
     # the known error, each micro-batch divided by its own tokens, would be a thousand times that
@@ -583,9 +618,10 @@ def test_sft_evaluate_weighs_tokens(sft_run, ragged, home, micro_batch_size):
     args = SimpleNamespace(micro_batch_size=micro_batch_size, device="cpu", dtype="float32")
     with torch.no_grad():
         each = [(-slow_token_logprobs(llama, p, c)[0]).tolist() for p, c, _ in ragged.examples]
-    by_token, by_record = sum(map(sum, each)) / sum(map(len, each)), sum(sum(e) / len(e) for e in each) / len(each)
+    by_token = sum(map(sum, each)) / sum(map(len, each))
+    mean_of_means = sum(sum(losses) / len(losses) for losses in each) / len(each)
     assert sft.evaluate(llama, ragged.examples, args, home.tokenizer.pad_token_id) == pytest.approx(by_token, rel=1e-5)
-    assert abs(by_token - by_record) > 0.1
+    assert abs(by_token - mean_of_means) > 0.1
 
 
 def in_file_order(lengths, batch_size, generator):
@@ -593,19 +629,19 @@ def in_file_order(lengths, batch_size, generator):
 
 
 @pytest.fixture
-def suspicious(sft_run, home, tmp_path, monkeypatch):
-    """Options of an SFT run of 24 steps of 3 records, in the order of the file, that barely learns.
+def suspicious(sft_argv, tmp_path, monkeypatch):
+    """The options of an SFT run of 24 steps of 3 records, in the order of the file, that barely learns.
 
     Record 2 is too long and dropped, so that a position in the batch is not the number of a record.
     """
     monkeypatch.setattr(sft, "length_batches", in_file_order)
     usual = {"user_input": "What is 3 plus 4?", "completion": "7."}
-    records = [usual, usual | {"completion": "word " * 200}, *[usual] * 71]
 
     def argv(replaced={}, **changes):
-        data = write_records(tmp_path / "data.json", [replaced.get(number, record) for number, record in enumerate(records, 1)])
-        return options(**dict(model=sft_run.folder, data=data, epochs=1, batch_size=3, micro_batch_size=3, lr=1e-9, max_length=128,
-                              out=tmp_path / "out") | changes)
+        records = [usual, usual | {"completion": "word " * 200}, *[usual] * 71]
+        records = [replaced.get(number, record) for number, record in enumerate(records, 1)]
+        data = write_records(tmp_path / "data.json", records)
+        return sft_argv(**dict(data=data, batch_size=3, micro_batch_size=3, lr=1e-9, out=tmp_path / "out") | changes)
     return argv
 
 
@@ -613,18 +649,19 @@ def suspicious(sft_run, home, tmp_path, monkeypatch):
 def test_a_garbage_record_is_named(suspicious, capsys, number, micro_batch_size):
     garbage = {"user_input": "What is 3 plus 4?", "completion": "剪剪]剪&猫%锤 z车q"}
     sft.main(suspicious({number: garbage}, micro_batch_size=micro_batch_size))
-    [warning] = [line for line in capsys.readouterr().out.split("\n") if "warning" in line]
+    [warning] = [line for line in capsys.readouterr().out.split("\n") if "warning: " in line]
     step = (number - 2) // 3 + 1  # without record 2
     assert f"step {step}:" in warning and f"record {number} of" in warning and "data.json" in warning
 
 
-def test_no_warning_without_garbage(suspicious, capsys):
-    sft.main(suspicious())
-    assert "warning" not in capsys.readouterr().out
+@pytest.mark.parametrize("same", [True, False])
+def test_no_warning_without_garbage(suspicious, home, capsys, same):
+    sft.main(suspicious({} if same else dict(enumerate(home.records["demos"][:73], 1))))
+    assert "warning: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_sft_stops_on_a_non_finite_loss(suspicious, home, tmp_path, monkeypatch, capsys, what):
+def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch, capsys, what):
     """Exit code 1, the numbers of the batch's records, the steps before it on disk, nothing exported."""
     losses, poison = sft.completion_losses, home.tokenizer.encode("&", add_special_tokens=False)[-1]
 
@@ -632,7 +669,7 @@ def test_sft_stops_on_a_non_finite_loss(suspicious, home, tmp_path, monkeypatch,
         result = losses(llama, input_ids, is_completion)
         if not (input_ids == poison).any():
             return result
-        return result * math.nan if what == "loss" else result + (result - result.detach()).sqrt()  # the slope of sqrt at 0
+        return result * math.nan if what == "loss" else steep(result)
 
     monkeypatch.setattr(sft, "completion_losses", poisoned)
     argv = suspicious({9: {"user_input": "What is 3 plus 4?", "completion": "7 & 8."}})
@@ -657,7 +694,8 @@ def slow_pairs(scores, labels, groups):
         for better, worse in itertools.permutations(group, 2):
             if labels[better] > labels[worse]:
                 margin = scores[better] - scores[worse]
-                pairs.append((1.0 if margin > 0 else 0.5 if margin == 0 else 0.0, margin, labels[better] - labels[worse]))
+                order = 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+                pairs.append((order, margin, labels[better] - labels[worse]))
     return pairs
 
 
@@ -670,15 +708,18 @@ def plain_scores(folder, examples):
 
 
 def test_rm_learns_to_rank(rm_run, home):
-    steps = 3 * math.ceil(60 / 8)
+    records = home.records["scored"]
+    steps = 3 * math.ceil(sum(len({records[i]["score"] for i in group}) > 1 for group in by_prompt(records)) / 8)
     with open(os.path.join(rm_run.folder, "metrics.csv"), encoding="utf-8") as file:
-        assert file.readline().strip() == "step,epoch,loss,accuracy,eval_accuracy,eval_margin,eval_error,lr,grad_norm,tokens_per_s"
+        assert file.readline().strip() == ("step,epoch,loss,accuracy,eval_accuracy,eval_margin,eval_error,lr,grad_norm,"
+                                           "tokens_per_s")
     assert [row["step"] for row in rm_run.rows] == list(range(1, steps + 1))
     for row in rm_run.rows:
         assert (row["eval_accuracy"] is not None) == (row["step"] % 5 == 0 or row["step"] == steps)
+        assert row["eval_error"] is None  # a ranking model's scores are not in the labels' units
         assert all(math.isfinite(value) for value in row.values() if value is not None)
-    assert rm_run.rows[-1]["eval_accuracy"] > 0.65 and rm_run.rows[-1]["eval_margin"] > 0
-    assert sum(row["loss"] for row in rm_run.rows[-5:]) < 0.9 * sum(row["loss"] for row in rm_run.rows[:5])
+    assert rm_run.rows[-1]["eval_accuracy"] > 0.55 and rm_run.rows[-1]["eval_margin"] > 0
+    assert sum(row["loss"] for row in rm_run.rows[-5:]) < 0.95 * sum(row["loss"] for row in rm_run.rows[:5])
 
 
 def test_rm_export_in_plain_transformers(rm_run, home):
@@ -710,23 +751,23 @@ def test_normalization_keeps_the_ranking(rm_run, home):
     pairs = len(slow_pairs(labels, labels, groups))
     assert accuracy[0] / pairs == pytest.approx(rm_run.rows[-1]["eval_accuracy"], abs=1e-3)
     assert abs(accuracy[0] - accuracy[1]) / pairs < 0.02
-    apart = [(i, j) for group in groups for i, j in itertools.combinations(group, 2) if abs(before[i] - before[j]) > before.std()]
+    apart = [(i, j) for group in groups for i, j in itertools.combinations(group, 2)
+             if abs(before[i] - before[j]) > before.std()]
     assert len(apart) > 50 and all((before[i] > before[j]) == (after[i] > after[j]) for i, j in apart)
 
 
-def test_each_completion_goes_through_the_model_once_an_epoch(home, sft_run, tmp_path, monkeypatch):
+def test_each_completion_goes_through_the_model_once_an_epoch(home, rm_argv, few_scored, tmp_path, monkeypatch):
     """K completions make K (K - 1) / 2 pairs, and K rows."""
-    rows, forward = Counter(), LlamaModel.forward
+    rows, forward, pad = Counter(), LlamaModel.forward, home.tokenizer.pad_token_id
 
     def counted(self, input_ids, **given):
         if torch.is_grad_enabled():
-            rows.update(tuple(token for token in row if token != home.tokenizer.pad_token_id) for row in input_ids.tolist())
+            rows.update(tuple(token for token in row if token != pad) for row in input_ids.tolist())
         return forward(self, input_ids, **given)
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
-    data = write_records(tmp_path / "scored.json", home.records["scored"][:60])
-    train_rm.main(rm_options(home, sft_run, data=data, eval_data=None, epochs=2, out=tmp_path / "out"))
-    assert rows == Counter({tuple(p + c): 2 for p, c, _ in examples_of(data, home.tokenizer)})
+    train_rm.main(rm_argv(data=few_scored.path, eval_data=None, epochs=2, out=tmp_path / "out"))
+    assert rows == Counter({tuple(p + c): 2 for p, c, _ in examples_of(few_scored.path, home.tokenizer)})
 
 
 def test_last_token():
@@ -735,7 +776,8 @@ def test_last_token():
     input_ids, is_completion = collate(prompts, completions, 0)
     values = torch.arange(input_ids.numel() * 3.0).view(*input_ids.shape, 3)
     ends = [len(p) + len(c) - 1 for p, c in zip(prompts, completions)]
-    assert torch.equal(train_rm.last_token(values, is_completion), torch.stack([row[end] for row, end in zip(values, ends)]))
+    expected = torch.stack([row[end] for row, end in zip(values, ends)])
+    assert torch.equal(train_rm.last_token(values, is_completion), expected)
     assert train_rm.last_token(input_ids, is_completion).tolist() == [2, 3, 2, 0]
 
 
@@ -745,8 +787,8 @@ def test_rm_evaluate(rm_run, home):
     groups, labels = by_prompt(records), [record["score"] for record in records]
     args = SimpleNamespace(micro_batch_size=2, device="cpu", dtype="float32")
     assert train_rm.group_by_prompt(records, examples) == groups
-    accuracy, margin, error, by_gap = train_rm.evaluate(load_scalar_head(rm_run.folder), examples, groups, torch.tensor(labels),
-                                                        args, home.tokenizer.pad_token_id)
+    accuracy, margin, error, by_gap = train_rm.evaluate(load_scalar_head(rm_run.folder), examples, groups,
+                                                        torch.tensor(labels), args, home.tokenizer.pad_token_id)
     scores = plain_scores(rm_run.folder, examples)
     pairs = slow_pairs(scores, labels, groups)
     assert accuracy == pytest.approx(sum(a for a, _, _ in pairs) / len(pairs), abs=1e-3)
@@ -765,23 +807,23 @@ def test_rm_evaluate(rm_run, home):
 @pytest.fixture(scope="session")
 def few_scored(home):
     """Four prompts with 2, 3, 4 and 4 completions."""
-    groups = by_prompt(home.records["scored"])
-    several = [group for group in groups if len({home.records["scored"][i]["score"] for i in group[:2]}) == 2][:4]
-    records = [home.records["scored"][i] for group, size in zip(several, (2, 3, 4, 4)) for i in group[:size]]
+    scored = home.records["scored"]
+    groups = [group for group in by_prompt(scored) if scored[group[0]]["score"] != scored[group[1]]["score"]]
+    records = [scored[i] for group, size in zip(groups, (2, 3, 4, 4)) for i in group[:size]]
     assert len(records) == 13
-    return write_records(home.folder / "few_scored.json", records), records
+    return SimpleNamespace(path=write_records(home.folder / "few_scored.json", records), records=records)
 
 
 @pytest.mark.parametrize("loss", ["ranking", "regression"])
-def test_rm_micro_batches_change_nothing(home, sft_run, few_scored, tmp_path, monkeypatch, loss):
+def test_rm_micro_batches_change_nothing(home, sft_run, rm_argv, few_scored, tmp_path, monkeypatch, loss):
     """One step is the gradient of the mean over prompts of each prompt's mean, by loops over pairs or completions."""
-    path, records = few_scored
     monkeypatch.setattr(torch.optim, "AdamW", PlainDescent)
-    examples, changes = examples_of(path, home.tokenizer), []
+    records, examples, changes = few_scored.records, examples_of(few_scored.path, home.tokenizer), []
     for size in (1, 3, 4):
-        train_rm.main(rm_options(home, sft_run, data=path, eval_data=None, loss=loss, epochs=1, batch_size=4, micro_batch_size=size,
-                                 lr=1, out=tmp_path / str(size)))
-        changes.append((PlainDescent.made.change(), read_rows(tmp_path / str(size))[0]))
+        out = tmp_path / str(size)
+        train_rm.main(rm_argv(data=few_scored.path, eval_data=None, loss=loss, epochs=1, batch_size=4, lr=1,
+                              micro_batch_size=size, out=out))
+        changes.append((PlainDescent.made.change(), read_rows(out)[0]))
     reference = ScalarHead(load_llama(sft_run.folder, home.tokenizer).model)
     with torch.no_grad():
         for parameter, value in zip(reference.parameters(), PlainDescent.made.before):
@@ -791,7 +833,8 @@ def test_rm_micro_batches_change_nothing(home, sft_run, few_scored, tmp_path, mo
     means = []
     for group in by_prompt(records):
         if loss == "ranking":
-            terms = [-torch.log(torch.sigmoid(scores[i] - scores[j])) for i in group for j in group if records[i]["score"] > records[j]["score"]]
+            pairs = [(i, j) for i in group for j in group if records[i]["score"] > records[j]["score"]]
+            terms = [-torch.log(torch.sigmoid(scores[i] - scores[j])) for i, j in pairs]
         else:
             terms = [(scores[i] - records[i]["score"]) ** 2 for i in group]
         means.append(sum(terms) / len(terms))
@@ -800,27 +843,30 @@ def test_rm_micro_batches_change_nothing(home, sft_run, few_scored, tmp_path, mo
     right = gradient(reference.parameters())
     for change, row in changes:
         assert distance(change, clipped(right)) < 1e-4
-        assert row["loss"] == pytest.approx(expected.item(), rel=1e-4) and row["grad_norm"] == pytest.approx(right.norm().item(), rel=1e-4)
+        assert row["loss"] == pytest.approx(expected.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(right.norm().item(), rel=1e-4)
 
 
-def test_rm_regression_learns_the_scores(home, sft_run, tmp_path):
-    """Before the normalization its scores are in the labels' units: the error falls. It needs no pairs."""
+def test_rm_regression_learns_the_scores(home, rm_argv, tmp_path):
+    """In the labels' units before the normalization, with mean 0 and deviation 1 after it. It needs no pairs."""
     first_only = {record["user_input"]: record for record in reversed(home.records["scored"])}
     data = write_records(tmp_path / "single.json", list(first_only.values()))
-    train_rm.main(rm_options(home, sft_run, data=data, loss="regression", epochs=6, out=tmp_path / "out"))
+    train_rm.main(rm_argv(data=data, loss="regression", epochs=6, out=tmp_path / "out"))
     rows = read_rows(tmp_path / "out")
-    errors = [row["eval_error"] for row in rows if row["eval_error"] is not None]
-    assert errors[-1] < errors[0] and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    losses = {epoch: [row["loss"] for row in rows if row["epoch"] == epoch] for epoch in (1, 6)}
+    assert sum(losses[6]) < 0.8 * sum(losses[1])
+    errors = [row["eval_error"] for row in rows if row["eval_accuracy"] is not None]
+    assert len(errors) > 2 and all(0 < error < 5 for error in errors)
     scores = torch.tensor(plain_scores(tmp_path / "out", examples_of(home.demos, home.tokenizer)))
     assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
 
 
-def test_rm_stops_on_a_non_finite_loss(home, sft_run, few_scored, tmp_path, monkeypatch, capsys):
+def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypatch, capsys):
     """Exit code 1, the numbers of the records, nothing exported."""
     ranking_loss = train_rm.ranking_loss
     monkeypatch.setattr(train_rm, "length_batches", in_file_order)
     monkeypatch.setattr(train_rm, "ranking_loss", lambda s, y: ranking_loss(s, y) * (math.nan if len(s) == 3 else 1))
-    argv = rm_options(home, sft_run, data=few_scored[0], eval_data=None, batch_size=1, epochs=1, out=tmp_path / "out")
+    argv = rm_argv(data=few_scored.path, eval_data=None, batch_size=1, epochs=1, out=tmp_path / "out")
     line = error_line(capsys, lambda: train_rm.main(argv), code=1)
     assert "the loss is nan" in line and "at step 2, on records [3, 4, 5]" in line and "few_scored.json" in line
     assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 1
@@ -829,51 +875,56 @@ def test_rm_stops_on_a_non_finite_loss(home, sft_run, few_scored, tmp_path, monk
 # ---------------------------------------------------------------------------------------------------------------------
 # ppo.py: experience and gradient steps
 
-def ppo_settings(home, sft_run, rm_run, **changes):
-    return settings(ppo.parse(ppo_options(home, sft_run, rm_run, **changes)), ppo.DEFAULT, "ppo.py")
+@pytest.fixture(scope="session")
+def ppo_args(ppo_argv):
+    """The parsed options of a PPO run, with changes."""
+    return lambda **changes: settings(ppo.parse(ppo_argv(**changes)), ppo.DEFAULT, "ppo.py")
 
 
 @pytest.fixture(scope="session")
 def four_models(home, sft_run, rm_run):
     """Four models that all differ, and prompts of different lengths."""
     llama, scalar = load_llama(sft_run.folder, home.tokenizer), load_scalar_head(rm_run.folder)
-    prompts = [encode_prompt(home.tokenizer, record["user_input"]) for record in home.records["prompts"][:12]]
+    prompts = [encode_prompt(home.tokenizer, record["user_input"]) for record in home.records["prompts"][:20]]
     assert len(set(map(len, prompts))) > 3
-    return SimpleNamespace(actor=perturbed(llama, 0.05, 1), ref=llama, critic=perturbed(scalar, 0.05, 2), reward_model=scalar, prompts=prompts)
+    return SimpleNamespace(actor=perturbed(llama, 0.15, 1), ref=llama, critic=perturbed(scalar, 0.05, 2),
+                           reward_model=scalar, prompts=prompts)
 
 
-def make_experience(four, home, args, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, home.tokenizer, args, args.kl_coef, generator)
+def make_experience(four, home, args):
+    return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, home.tokenizer, args,
+                               args.kl_coef, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(temperature=0.7, gamma=0.9, lam=0.8, kl_kind="k3", no_eos_penalty=3.0), dict(whiten_rewards=True, kl_coef=0.5, micro_batch_size=12),
-    dict(micro_batch_size=1, lam=1.0)], ids=str)
-def test_experience_against_one_response_at_a_time(home, sft_run, rm_run, four_models, monkeypatch, changes):
-    args = ppo_settings(home, sft_run, rm_run, **changes)
+    dict(), dict(temperature=0.7, gamma=0.9, lam=0.8, kl_kind="k3", no_eos_penalty=3.0),
+    dict(micro_batch_size=1, lam=1.0), dict(whiten_rewards=True, kl_coef=0.5, micro_batch_size=12)], ids=str)
+def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, changes):
+    args = ppo_args(max_new_tokens=5, **changes)
     experience, said = make_experience(four_models, home, args)
     mask, eos = experience["mask"], home.tokenizer.eos_token_id
-    slow = {name: copy.deepcopy(getattr(four_models, name)).double() for name in ("actor", "ref", "critic", "reward_model")}
+    slow = SimpleNamespace(**{name: copy.deepcopy(getattr(four_models, name)).double()
+                              for name in ("actor", "ref", "critic", "reward_model")})
     assert experience["prompts"] == four_models.prompts and len(experience["responses"]) == len(four_models.prompts)
     lengths = [len(response) for response in experience["responses"]]
-    assert mask.sum(1).tolist() == lengths and torch.equal(mask, (torch.arange(mask.shape[1]) < torch.tensor(lengths)[:, None]).float())
+    assert mask.tolist() == [[1.0] * length + [0.0] * (max(lengths) - length) for length in lengths]
     assert all(eos not in response[:-1] for response in experience["responses"])
 
     rewards, values, scores, kls, penalized, objectives = [], [], [], [], [], []
     with torch.no_grad():
         for i, (prompt, response) in enumerate(zip(four_models.prompts, experience["responses"])):
-            logprobs = slow_token_logprobs(slow["actor"], prompt, response, args.temperature)[0].tolist()
-            ref_logprobs = slow_token_logprobs(slow["ref"], prompt, response, args.temperature)[0].tolist()
-            at = slow_values(slow["critic"], prompt + response).tolist()
+            logprobs = slow_token_logprobs(slow.actor, prompt, response, args.temperature)[0].tolist()
+            ref_logprobs = slow_token_logprobs(slow.ref, prompt, response, args.temperature)[0].tolist()
+            at = slow_values(slow.critic, prompt + response).tolist()
             values.append([at[len(prompt) + t - 1] for t in range(len(response))])  # one position before the token
-            scores.append(slow_values(slow["reward_model"], prompt + response)[-1].item())
+            scores.append(slow_values(slow.reward_model, prompt + response)[-1].item())
             assert experience["old_logprobs"][i, :len(response)].tolist() == pytest.approx(logprobs, abs=1e-4)
             assert experience["old_values"][i, :len(response)].tolist() == pytest.approx(values[i], abs=1e-4)
             log_ratios = [a - b for a, b in zip(logprobs, ref_logprobs)]
             kl = [math.exp(-d) - 1 + d if args.kl_kind == "k3" else d for d in log_ratios]
             penalized.append(scores[i] - (args.no_eos_penalty if response[-1] != eos else 0))
-            rewards.append([-args.kl_coef * k + (penalized[i] if t == len(response) - 1 else 0) for t, k in enumerate(kl)])
+            rewards.append([-args.kl_coef * k for k in kl])
+            rewards[i][-1] += penalized[i]
             kls.append(sum(log_ratios))
             objectives.append(sum(rewards[i]))
     flattened = [r for row in rewards for r in row]
@@ -886,68 +937,76 @@ def test_experience_against_one_response_at_a_time(home, sft_run, rm_run, four_m
         row = [0.0] * len(r)
         for t in range(len(r)):  # the sum over all later TD errors
             for k in range(t, len(r)):
-                row[t] += (args.gamma * args.lam) ** (k - t) * (r[k] + args.gamma * (v[k + 1] if k + 1 < len(v) else 0.0) - v[k])
+                next_value = v[k + 1] if k + 1 < len(v) else 0.0
+                row[t] += (args.gamma * args.lam) ** (k - t) * (r[k] + args.gamma * next_value - v[k])
         advantages.append(row)
         returns.append([a + b for a, b in zip(row, v)])
     flattened = [a for row in advantages for a in row]
     mean = sum(flattened) / len(flattened)
     deviation = math.sqrt(sum((a - mean) ** 2 for a in flattened) / len(flattened))
     for i, length in enumerate(lengths):
+        whitened = [(a - mean) / deviation for a in advantages[i]]
         assert experience["returns"][i, :length].tolist() == pytest.approx(returns[i], abs=1e-3)
-        assert experience["advantages"][i, :length].tolist() == pytest.approx([(a - mean) / deviation for a in advantages[i]], abs=1e-3)
+        assert experience["advantages"][i, :length].tolist() == pytest.approx(whitened, abs=1e-3)
         for name in ("old_values", "returns", "advantages"):
             assert not experience[name][i, length:].any()
 
-    errors, all_returns = [a for row in advantages for a in row], [r for row in returns for r in row]  # A = return - value
-    variance = lambda x: sum(v * v for v in x) / len(x) - (sum(x) / len(x)) ** 2  # noqa: E731
-    number = len(scores)
-    expected = dict(score=sum(scores) / number, kl=sum(kls) / number, kl_coef=args.kl_coef, objective=sum(objectives) / number,
-                    explained_variance=1 - variance(errors) / variance(all_returns), response_length=sum(lengths) / number,
-                    ended=sum(response[-1] == eos for response in experience["responses"]) / number)
+    number, all_returns = len(scores), [r for row in returns for r in row]
+    mean_return = sum(all_returns) / len(all_returns)
+    spread = sum((r - mean_return) ** 2 for r in all_returns) / len(all_returns)
+    ended = [response[-1] == eos for response in experience["responses"]]
+    expected = dict(score=sum(scores) / number, kl=sum(kls) / number, objective=sum(objectives) / number,
+                    explained_variance=1 - deviation ** 2 / spread,  # an advantage is a return minus its value
+                    kl_coef=args.kl_coef, response_length=sum(lengths) / number, ended=sum(ended) / number)
     assert said == pytest.approx(expected, abs=1e-3)
     assert 0 < said["ended"] < 1 and abs(said["kl"]) > 0.05  # the test has something to see
 
 
 def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
-    """The three losses and other statistics of a mini-batch by loops, each response alone -> their sum's gradients too."""
+    """The statistics of a mini-batch by loops, each response alone, and the gradients of actor and critic."""
     terms = defaultdict(list)
     for i in rows:
         prompt, response = experience["prompts"][i], experience["responses"][i]
         logprobs, entropies = slow_token_logprobs(actor, prompt, response, args.temperature)
         values = slow_values(critic, prompt + response)[len(prompt) - 1:-1]
-        for t in range(len(response)):
-            old, advantage, old_value, target = (experience[name][i, t].item() for name in ("old_logprobs", "advantages", "old_values", "returns"))
-            ratio = (logprobs[t] - old).exp()
-            limited = min(max(ratio.item(), 1 - args.clip), 1 + args.clip) * advantage
-            terms["policy_loss"].append(-ratio * advantage if (ratio * advantage).item() <= limited else -torch.tensor(limited))
-            terms["clip_fraction"].append(limited < (ratio * advantage).item())
-            near = min(max(values[t].item(), old_value - args.value_clip), old_value + args.value_clip)
-            free = (values[t] - target) ** 2
-            terms["value_clip_fraction"].append((near - target) ** 2 > free.item())
-            terms["value_loss"].append(0.5 * (torch.tensor((near - target) ** 2) if (near - target) ** 2 > free.item() else free))
+        for t, (logprob, value) in enumerate(zip(logprobs, values)):
+            old, advantage, old_value, target = (
+                experience[name][i, t].item() for name in ("old_logprobs", "advantages", "old_values", "returns"))
+            ratio = (logprob - old).exp()
+            free = ratio * advantage
+            held = min(max(ratio.item(), 1 - args.clip), 1 + args.clip) * advantage  # a number: it has no gradient
+            terms["policy_loss"].append(0 * free - held if held < free.item() else -free)
+            terms["clip_fraction"].append(float(held < free.item()))
+            error = (value - target) ** 2
+            near = min(max(value.item(), old_value - args.value_clip), old_value + args.value_clip)
+            near_error = (near - target) ** 2
+            terms["value_loss"].append((0 * error + near_error if near_error > error.item() else error) / 2)
+            terms["value_clip_fraction"].append(float(near_error > error.item()))
             terms["entropy"].append(entropies[t])
-            terms["approx_kl"].append(ratio.item() - 1 - math.log(ratio.item()))  # E_old[r - 1 - log r] = KL(old || new)
+            terms["approx_kl"].append(ratio.item() - 1 - math.log(ratio.item()))  # its mean under old is KL(old || new)
             terms["largest_ratio"].append(max(ratio.item(), 1 / ratio.item()))
-    result = {name: sum(parts) / len(parts) for name, parts in terms.items()} | {"largest_ratio": max(terms["largest_ratio"]), "ptx_loss": 0.0}
+    result = {name: sum(parts) / len(parts) for name, parts in terms.items()}
+    result |= {"largest_ratio": max(terms["largest_ratio"]), "ptx_loss": torch.tensor(0.0)}
     if demonstrations:
-        ptx = torch.cat([-slow_token_logprobs(actor, p, c)[0] for p, c, _ in demonstrations])
-        result["ptx_loss"] = ptx.mean()
+        result["ptx_loss"] = torch.cat([-slow_token_logprobs(actor, p, c)[0] for p, c, _ in demonstrations]).mean()
     actor.zero_grad(), critic.zero_grad()
     (result["policy_loss"] - args.entropy_coef * result["entropy"] + args.ptx_coef * result["ptx_loss"]).backward()
     result["value_loss"].backward()
-    return {name: float(value) for name, value in result.items()}, gradient(actor.parameters()), gradient(critic.parameters())
+    said = {name: value.item() if torch.is_tensor(value) else value for name, value in result.items()}
+    return said, gradient(actor.parameters()), gradient(critic.parameters())
 
 
 @pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
-def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(home, sft_run, rm_run, four_models, ptx_coef):
-    args = ppo_settings(home, sft_run, rm_run, ptx_coef=ptx_coef, entropy_coef=0.3, temperature=0.8, max_grad_norm=1e9, clip=0.1, value_clip=0.1)
+def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(home, ppo_args, four_models, ptx_coef):
+    args = ppo_args(ptx_coef=ptx_coef, entropy_coef=0.3, temperature=0.8, max_grad_norm=1e9, clip=0.05, value_clip=0.02)
     experience, _ = make_experience(four_models, home, args)
     rows = [10, 2, 7, 5, 0, 11, 3]
     demonstrations = examples_of(home.demos, home.tokenizer)[:5] if ptx_coef else []
     # the models have moved on since: ratios and values lie on both sides of the clips
-    actor, critic = perturbed(four_models.actor, 0.05, 4), perturbed(four_models.critic, 0.02, 5)
-    expected, *slow = slow_minibatch(copy.deepcopy(actor).double(), copy.deepcopy(critic).double(), experience, rows, demonstrations, args)
-    assert 0.05 < expected["clip_fraction"] < 0.9 and 0.05 < expected["value_clip_fraction"] < 0.9
+    actor, critic = perturbed(four_models.actor, 0.05, 4), perturbed(four_models.critic, 0.05, 5)
+    expected, *slow = slow_minibatch(copy.deepcopy(actor).double(), copy.deepcopy(critic).double(), experience, rows,
+                                     demonstrations, args)
+    assert 0 < expected["clip_fraction"] < 1 and 0 < expected["value_clip_fraction"] < 1
     stepped = []
     for args.micro_batch_size in (1, 3, 7):
         ours = copy.deepcopy(actor), copy.deepcopy(critic)
@@ -962,22 +1021,21 @@ def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(home, sft_run, rm
         torch.testing.assert_close(other, stepped[0], rtol=0, atol=1e-5)
 
 
-def test_gradients_are_clipped_each_by_its_own_norm(home, sft_run, rm_run, four_models):
-    args = ppo_settings(home, sft_run, rm_run, max_grad_norm=1e-3)
+def test_gradients_are_clipped_each_by_its_own_norm(home, ppo_args, four_models):
+    args = ppo_args(max_grad_norm=1e-3)
     experience, _ = make_experience(four_models, home, args)
-    optimizers = [PlainDescent(copy.deepcopy(m).parameters(), lr=1.0) for m in (four_models.actor, four_models.critic)]
-    modules = [copy.deepcopy(m) for m in (four_models.actor, four_models.critic)]
+    modules = [copy.deepcopy(module) for module in (four_models.actor, four_models.critic)]
     optimizers = [PlainDescent(module.parameters(), lr=1.0) for module in modules]
-    ppo.train_minibatch(*modules, *optimizers, experience, [0, 1, 2], examples_of(home.demos, home.tokenizer)[:3], home.tokenizer, args)
+    ppo.train_minibatch(*modules, *optimizers, experience, [0, 1, 2], [], home.tokenizer, args)
     for optimizer in optimizers:
         assert optimizer.change().norm().item() == pytest.approx(1e-3, rel=0.01)
 
 
-def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, sft_run, rm_run, four_models, monkeypatch):
-    args = ppo_settings(home, sft_run, rm_run, micro_batch_size=2)
+def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, ppo_args, four_models, monkeypatch):
+    args = ppo_args(micro_batch_size=2)
     experience, _ = make_experience(four_models, home, args)
     demonstrations = examples_of(home.demos, home.tokenizer)[:5]
-    actor, inputs, seen, pad = copy.deepcopy(four_models.actor), [], [], home.tokenizer.pad_token_id
+    actor, critic, inputs, seen = copy.deepcopy(four_models.actor), copy.deepcopy(four_models.critic), [], []
     actor.model.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     ptx_loss = ppo.ptx_loss
 
@@ -993,11 +1051,10 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, sft_run, rm
         return ptx_loss(logits, labels)
 
     monkeypatch.setattr(ppo, "ptx_loss", spy)
-    critic = copy.deepcopy(four_models.critic)
-    ppo.train_minibatch(actor, critic, PlainDescent(actor.parameters(), 1e-3), PlainDescent(critic.parameters(), 1e-3), experience, [0, 1],
-                        demonstrations, home.tokenizer, args)
+    optimizers = [PlainDescent(module.parameters(), 1e-3) for module in (actor, critic)]
+    ppo.train_minibatch(actor, critic, *optimizers, experience, [0, 1], demonstrations, home.tokenizer, args)
     assert sorted((p, c) for p, c, _ in seen) == sorted((p, c) for p, c, _ in demonstrations)
-    assert all(token == pad for _, _, rest in seen for token in rest)
+    assert all(token == home.tokenizer.pad_token_id for _, _, rest in seen for token in rest)
 
 
 @pytest.mark.parametrize("size, n", [(10, 3), (5, 5), (7, 20), (1, 4)])
@@ -1016,8 +1073,9 @@ def test_deck_deals_each_index_once_a_round(size, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # ppo.py: the run
 
-PPO_COLUMNS = ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
-               "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr", "tokens_per_s"]
+PPO_COLUMNS = ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss",
+               "clip_fraction", "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio",
+               "response_length", "ended", "lr", "tokens_per_s"]
 
 
 def test_ppo_metrics(ppo_run):
@@ -1026,7 +1084,7 @@ def test_ppo_metrics(ppo_run):
     assert all(row[name] is not None and math.isfinite(row[name]) for row in rows for name in PPO_COLUMNS)
     assert [row["eval_score"] is not None and row["eval_gold"] is not None for row in rows] == [False, True, True]
     for row in rows:
-        assert row["largest_ratio"] >= 1 and 0 <= row["ended"] <= 1 and 1 <= row["response_length"] <= 12
+        assert row["largest_ratio"] >= 1 and 0 <= row["ended"] <= 1 and 1 <= row["response_length"] <= 8
         assert 0 < row["entropy"] < math.log(2000) and row["tokens_per_s"] > 0 and row["approx_kl"] >= 0
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3], rel=1e-4)
 
@@ -1041,7 +1099,8 @@ def test_only_actor_and_critic_learn(ppo_run):
         assert moved == (name in ("actor", "critic")), name
         if not moved:
             assert all(p.grad is None and not p.requires_grad for p in module.parameters()), name
-    assert len({id(p) for _, module, _ in ppo_run.models for p in module.parameters()}) == sum(len(list(m.parameters())) for _, m, _ in ppo_run.models)
+    parameters = [id(parameter) for _, module, _ in ppo_run.models for parameter in module.parameters()]
+    assert len(parameters) == len(set(parameters))  # no two of the four share any
 
 
 def test_ppo_exports_in_plain_transformers(ppo_run, home):
@@ -1054,7 +1113,8 @@ def test_ppo_exports_in_plain_transformers(ppo_run, home):
     # what was exported is what the last update left
     for trained, (_, module, _) in zip((actor, critic), ppo_run.models):
         assert torch.equal(flat(trained.parameters()), flat(module.parameters()))
-    assert AutoTokenizer.from_pretrained(os.path.join(ppo_run.folder, "critic")).get_vocab() == home.tokenizer.get_vocab()
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(ppo_run.folder, "critic"))
+    assert tokenizer.get_vocab() == home.tokenizer.get_vocab()
 
 
 def test_ppo_evaluation(ppo_run, rm_run, home):
@@ -1062,26 +1122,27 @@ def test_ppo_evaluation(ppo_run, rm_run, home):
     actor, scores, gold = AutoModelForCausalLM.from_pretrained(ppo_run.folder).eval(), [], []
     for record in home.records["prompts_eval"][:4]:
         prompt, response = encode_prompt(home.tokenizer, record["user_input"]), []
-        while len(response) < 12 and response[-1:] != [home.tokenizer.eos_token_id]:
+        while len(response) < 8 and response[-1:] != [home.tokenizer.eos_token_id]:
             with torch.no_grad():
                 response.append(actor(torch.tensor([prompt + response])).logits[0, -1].argmax().item())
         scores += plain_scores(rm_run.folder, [(prompt, response, None)])
-        gold.append(data_gen.score(record["user_input"], home.tokenizer.decode(response, skip_special_tokens=True).strip()))
+        text = home.tokenizer.decode(response, skip_special_tokens=True).strip()
+        gold.append(data_gen.score(record["user_input"], text))
     assert ppo_run.rows[-1]["eval_score"] == pytest.approx(sum(scores) / 4, abs=1e-3)
     assert ppo_run.rows[-1]["eval_gold"] == pytest.approx(sum(gold) / 4, abs=1e-3)
 
 
-def test_same_seed_same_metrics(ppo_run, home, sft_run, rm_run, tmp_path):
-    again = run_stage(ppo, ppo_options(home, sft_run, rm_run, out=tmp_path / "again"))
-    other = run_stage(ppo, ppo_options(home, sft_run, rm_run, updates=1, seed=1, out=tmp_path / "other"))
+def test_same_seed_same_metrics(ppo_run, ppo_argv, tmp_path):
+    again = run_stage(ppo, ppo_argv(out=tmp_path / "again"))
+    other = run_stage(ppo, ppo_argv(updates=1, seed=1, out=tmp_path / "other"))
     assert without_speed(again.rows) == without_speed(ppo_run.rows)
     assert other.rows[0]["score"] != ppo_run.rows[0]["score"]
 
 
-def test_kl_target_adapts_the_coefficient(home, sft_run, rm_run, tmp_path):
-    """kl_coef <- kl_coef (1 + clamp(KL / target - 1, -0.2, 0.2) n / horizon) after each update (Ziegler et al., 2.2)."""
+def test_kl_target_adapts_the_coefficient(ppo_argv, tmp_path):
+    """kl_coef <- kl_coef (1 + clamp(KL / target - 1, -0.2, 0.2) n / horizon) after each update (Ziegler et al. 2.2)."""
     changes = dict(updates=4, kl_target=0.2, kl_horizon=32, lr=5e-3, ptx_coef=0, eval_prompts=None, gold=None)
-    run = run_stage(ppo, ppo_options(home, sft_run, rm_run, **changes, out=tmp_path / "adaptive"))
+    run = run_stage(ppo, ppo_argv(**changes, out=tmp_path / "adaptive"))
     coef, errors = 0.1, []
     for row in run.rows:
         assert row["kl_coef"] == pytest.approx(coef, rel=1e-4)
@@ -1091,7 +1152,7 @@ def test_kl_target_adapts_the_coefficient(home, sft_run, rm_run, tmp_path):
     assert all(row["ptx_loss"] == 0 for row in run.rows)
 
 
-def test_target_kl_ends_an_update_early(home, sft_run, rm_run, tmp_path, monkeypatch):
+def test_target_kl_ends_an_update_early(ppo_argv, tmp_path, monkeypatch):
     """No step is taken after the first whose old and new policy are further apart; the next update goes on as usual."""
     updates, make_experience, train_minibatch = [], ppo.make_experience, ppo.train_minibatch
 
@@ -1103,37 +1164,36 @@ def test_target_kl_ends_an_update_early(home, sft_run, rm_run, tmp_path, monkeyp
     monkeypatch.setattr(ppo, "make_experience", lambda *given: updates.append([]) or make_experience(*given))
     monkeypatch.setattr(ppo, "train_minibatch", train)
     changes = dict(updates=2, ppo_epochs=3, lr=1e-2, eval_prompts=None, gold=None)
-    ppo.main(ppo_options(home, sft_run, rm_run, **changes, out=tmp_path / "free"))
+    ppo.main(ppo_argv(**changes, out=tmp_path / "free"))
     assert [len(steps) for steps in updates] == [6, 6]
     target = sorted(updates[0])[2]  # somewhere on the way
     updates.clear()
-    ppo.main(ppo_options(home, sft_run, rm_run, **changes, target_kl=target, out=tmp_path / "held"))
+    ppo.main(ppo_argv(**changes, target_kl=target, out=tmp_path / "held"))
     assert 1 < len(updates[0]) < 6 and len(updates) == 2
     for steps in updates:
         assert all(kl <= target for kl in steps[:-1]) and (steps[-1] > target or len(steps) == 6)
 
 
-@pytest.mark.parametrize("name", ["the reward model's score", "policy loss", "value loss", "ptx loss", "the gradient of the actor", "the gradient of the critic"])
-def test_ppo_stops_on_what_is_not_finite(home, sft_run, rm_run, tmp_path, monkeypatch, capsys, name):
-    """In the second update: exit code 1 with the name of what it was, and the models of the first stay as they were saved."""
-    experiences, make_experience = [], ppo.make_experience
+def nan(x):
+    return x * math.nan
+
+
+@pytest.mark.parametrize("name, function, spoil", [
+    ("the reward model's score", "score_responses", nan), ("policy loss", "policy_loss", nan),
+    ("value loss", "value_loss", nan), ("ptx loss", "ptx_loss", nan),
+    ("the gradient of the actor", "policy_loss", steep), ("the gradient of the critic", "value_loss", steep)])
+def test_ppo_stops_on_what_is_not_finite(ppo_argv, tmp_path, monkeypatch, capsys, name, function, spoil):
+    """In the second update: exit code 1 with the name of what it was, and the models stay as the first left them."""
+    experiences, make_experience, works = [], ppo.make_experience, getattr(ppo, function)
+
+    def spoiled(*given):
+        result = works(*given)
+        if len(experiences) < 2:
+            return result
+        return (spoil(result[0]), *result[1:]) if isinstance(result, tuple) else spoil(result)
+
     monkeypatch.setattr(ppo, "make_experience", lambda *given: experiences.append(1) or make_experience(*given))
-
-    def spoil(function, change):
-        def spoiled(*given):
-            result = real(*given)
-            if len(experiences) < 2:
-                return result
-            return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
-        real = getattr(ppo, function)
-        monkeypatch.setattr(ppo, function, spoiled)
-
-    def steep(x):
-        return x + (x - x.detach()).sqrt()  # the slope of sqrt at 0 is infinite
-
-    nan = lambda x: x * math.nan  # noqa: E731
-    spoil(*{"the reward model's score": ("score_responses", nan), "policy loss": ("policy_loss", nan), "value loss": ("value_loss", nan), "ptx loss": ("ptx_loss", nan),
-            "the gradient of the actor": ("policy_loss", steep), "the gradient of the critic": ("value_loss", steep)}[name])
+    monkeypatch.setattr(ppo, function, spoiled)
     saved, out = {}, tmp_path / "out"
 
     def save(trained, tokenizer, folder):
@@ -1141,14 +1201,14 @@ def test_ppo_stops_on_what_is_not_finite(home, sft_run, rm_run, tmp_path, monkey
         saved.update({path: path.read_bytes() for path in Path(folder).glob("*.safetensors")})
 
     monkeypatch.setattr(ppo, "save_checkpoint", save)
-    argv = ppo_options(home, sft_run, rm_run, eval_every=1, eval_prompts=None, gold=None, out=out)
+    argv = ppo_argv(eval_every=1, eval_prompts=None, gold=None, out=out)
     line = error_line(capsys, lambda: ppo.main(argv), code=1)
     assert line.startswith(f"error: {name} is nan") or line.startswith(f"error: {name} is inf")
     assert str(out) in line and len(read_rows(out)) == 1 and len(experiences) == 2
     assert set(saved) == {out / "model.safetensors", out / "critic" / "model.safetensors"}
     assert all(path.read_bytes() == data for path, data in saved.items())
-    weights = [*AutoModelForCausalLM.from_pretrained(out).parameters(), *load_scalar_head(str(out / "critic")).parameters()]
-    assert all(weight.isfinite().all() for weight in weights)
+    for loaded in (AutoModelForCausalLM.from_pretrained(out), load_scalar_head(str(out / "critic"))):
+        assert flat(loaded.parameters()).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1158,19 +1218,16 @@ STAGES = dict(sft=sft, train_rm=train_rm, ppo=ppo)
 
 
 @pytest.fixture
-def argv_of(home, sft_run, rm_run, tmp_path):
-    """(stage, changes) -> complete options of it, with --out out/ in this test's folder."""
-    def make(stage, **changes):
-        changes = dict(out=tmp_path / "out") | changes
-        if stage == "sft":
-            return options(**dict(model=sft_run.folder, data=home.demos, epochs=1, max_length=128) | changes)
-        return (rm_options if stage == "train_rm" else functools.partial(ppo_options, rm_run=rm_run))(home, sft_run, **changes)
-    return make
+def argv_of(sft_argv, rm_argv, ppo_argv, tmp_path):
+    """(stage, changes) -> the options of it, with --out out/ in this test's folder."""
+    stages = dict(sft=sft_argv, train_rm=rm_argv, ppo=ppo_argv)
+    return lambda stage, **changes: stages[stage](**dict(out=tmp_path / "out") | changes)
 
 
-@pytest.mark.parametrize("stage, option", [("sft", "model"), ("sft", "data"), ("sft", "eval_data"), ("train_rm", "model"), ("train_rm", "data"),
-                                           ("train_rm", "eval_data"), ("train_rm", "demonstrations"), ("ppo", "sft"), ("ppo", "rm"), ("ppo", "prompts"),
-                                           ("ppo", "eval_prompts"), ("ppo", "demonstrations"), ("ppo", "gold")])
+@pytest.mark.parametrize("stage, option", [
+    *itertools.product(["sft"], ["model", "data", "eval_data"]),
+    *itertools.product(["train_rm"], ["model", "data", "eval_data", "demonstrations"]),
+    *itertools.product(["ppo"], ["sft", "rm", "prompts", "eval_prompts", "demonstrations", "gold"])])
 def test_a_named_path_that_is_missing(argv_of, tmp_path, monkeypatch, capsys, stage, option):
     """It is named in the line, and never made up by running another stage."""
     monkeypatch.chdir(tmp_path)
@@ -1180,39 +1237,44 @@ def test_a_named_path_that_is_missing(argv_of, tmp_path, monkeypatch, capsys, st
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-RECORDS = {"sft": {"user_input": "Hi", "completion": "ok."}, "train_rm": {"user_input": "Hi", "completion": "ok.", "score": 1}, "ppo": {"user_input": "Hi"}}
+RECORDS = {"sft": {"user_input": "Hi", "completion": "ok."}, "ppo": {"user_input": "Hi"},
+           "train_rm": {"user_input": "Hi", "completion": "ok.", "score": 1}}
 
 
 @pytest.mark.parametrize("stage, change, said", [
-    ("sft", {"completion": None}, "record 2: field 'completion' must be a text"), ("sft", {"user_input": 3}, "record 2: field 'user_input' must be a text or a list"),
-    ("train_rm", {"score": "5"}, "record 2: field 'score' must be a finite number"), ("train_rm", {"score": math.nan}, "record 2: field 'score' must be a finite number"),
-    ("train_rm", {"completion": 1.5}, "record 2: field 'completion' must be a text"), ("ppo", {"user_input": []}, "record 2: field 'user_input' must be"),
-    ("sft", "completion", "record 2: field 'completion' is missing"), ("train_rm", "score", "record 2: field 'score' is missing"),
-    ("ppo", "user_input", "record 2: field 'user_input' is missing")], ids=str)
+    ("sft", {"completion": None}, "field 'completion' must be a text"),
+    ("sft", {"user_input": 3}, "field 'user_input' must be a text or a list of chat messages"),
+    ("train_rm", {"score": "5"}, "field 'score' must be a finite number"),
+    ("train_rm", {"score": math.nan}, "field 'score' must be a finite number"),
+    ("train_rm", {"completion": 1.5}, "field 'completion' must be a text"),
+    ("ppo", {"user_input": []}, "field 'user_input' must be a text or a list of chat messages"),
+    ("sft", "completion", "field 'completion' is missing"), ("train_rm", "score", "field 'score' is missing"),
+    ("ppo", "user_input", "field 'user_input' is missing")], ids=str)
 def test_a_bad_record_is_named(argv_of, tmp_path, capsys, stage, change, said):
     good = RECORDS[stage]
     bad = {key: value for key, value in good.items() if key != change} if isinstance(change, str) else good | change
     data = write_records(tmp_path / "bad.json", [good, bad, good])
-    line = error_line(capsys, lambda: STAGES[stage].main(argv_of(stage, **{"prompts" if stage == "ppo" else "data": data})))
-    assert line.startswith(f"error: {data}: {said}")
+    argv = argv_of(stage, **{"prompts" if stage == "ppo" else "data": data})
+    assert error_line(capsys, lambda: STAGES[stage].main(argv)) == f"error: {data}: record 2: {said}"
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("option", ["data", "eval_data"])
-@pytest.mark.parametrize("records", [[RECORDS["train_rm"]] * 2, [RECORDS["train_rm"], RECORDS["train_rm"] | {"user_input": "Bye", "score": 2}]],
+@pytest.mark.parametrize("second", [{"completion": "no."}, {"user_input": "Bye", "score": 2}],
                          ids=["equal scores", "single completions"])
-def test_nothing_to_rank(argv_of, tmp_path, capsys, option, records):
-    data = write_records(tmp_path / "pairless.json", records)
+def test_nothing_to_rank(argv_of, tmp_path, capsys, option, second):
+    data = write_records(tmp_path / "pairless.json", [RECORDS["train_rm"], RECORDS["train_rm"] | second])
     line = error_line(capsys, lambda: train_rm.main(argv_of("train_rm", **{option: data})))
     assert line.startswith(f"error: {data}: ") and "nothing to rank" in line
 
 
 def test_tokenizers_that_differ(argv_of, rm_run, home, tmp_path, capsys):
+    """As many tokens, all the same words, but two have changed places."""
     shutil.copytree(rm_run.folder, tmp_path / "rm")
-    text = (tmp_path / "rm" / "tokenizer.json").read_text("utf-8")
-    changed = text.replace('"▁answer"', '"▁zzz"')
-    assert changed != text
-    (tmp_path / "rm" / "tokenizer.json").write_text(changed, "utf-8")
+    tokenizer = json.loads((tmp_path / "rm" / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["▁is"], vocabulary["。"] = vocabulary["。"], vocabulary["▁is"]
+    (tmp_path / "rm" / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     line = error_line(capsys, lambda: ppo.main(argv_of("ppo", rm=tmp_path / "rm")))
     assert f"{tmp_path / 'rm'}: its tokenizer is not that of" in line
 
@@ -1232,7 +1294,8 @@ def test_prompts_are_cut_to_what_the_context_leaves(argv_of, capsys, monkeypatch
     assert "cut on the left to 6 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [None, "", "def judge(a, b):\n    return 1.0\n", "def score(:\n", "import not_a_module\n", "raise RuntimeError('no')\n", "score = 5\n"],
+@pytest.mark.parametrize("text", [None, "", "def judge(user_input, completion):\n    return 1.0\n", "def score(:\n",
+                                  "import not_a_module\n", "raise RuntimeError('no')\n", "score = 5\n"],
                          ids=["a folder", "empty", "no score", "no Python", "import fails", "raises", "no function"])
 def test_gold_that_cannot_be_used(argv_of, tmp_path, capsys, text):
     gold = tmp_path / "judge.py"
@@ -1248,15 +1311,18 @@ def test_gold_that_cannot_judge_a_prompt(argv_of, home, tmp_path, capsys):
 
 
 def test_ptx_without_demonstrations(argv_of, capsys):
-    assert "--ptx_coef needs --demonstrations" in error_line(capsys, lambda: ppo.main(argv_of("ppo", demonstrations=None)))
+    line = error_line(capsys, lambda: ppo.main(argv_of("ppo", demonstrations=None)))
+    assert line == "error: --ptx_coef needs --demonstrations"
 
 
-def test_an_earlier_run_is_left_alone(argv_of, home, sft_run, rm_run, ppo_run, tmp_path, capsys):
+def test_an_earlier_run_is_left_alone(argv_of, sft_run, rm_run, ppo_run, capsys):
     for stage, run in (("sft", sft_run), ("train_rm", rm_run), ("ppo", ppo_run)):
-        before = {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()}
+        def files():
+            return {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()}
+        before = files()
         line = error_line(capsys, lambda: STAGES[stage].main(argv_of(stage, out=run.folder)))
         assert line.startswith(f"error: {run.folder}: holds an earlier run") and "--overwrite" in line
-        assert {path: path.read_bytes() for path in Path(run.folder).rglob("*") if path.is_file()} == before
+        assert files() == before
 
 
 def test_overwrite(argv_of, ragged, tmp_path):
@@ -1283,16 +1349,19 @@ def tiny_demo(monkeypatch, tmp_path):
     """The demo in an empty directory, on less data, with a smaller model and fewer steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "DEMO_MODEL", TINY)
-    monkeypatch.setattr(data_gen, "make_data", functools.partial(data_gen.make_data, held_out=40, demonstrations=400, ranked=40, completions=4))
+    less = functools.partial(data_gen.make_data, held_out=40, demonstrations=400, ranked=40, completions=4)
+    monkeypatch.setattr(data_gen, "make_data", less)
     monkeypatch.setattr(sft, "DEMO", sft.DEMO | dict(epochs=1))
     monkeypatch.setattr(train_rm, "DEMO", train_rm.DEMO | dict(epochs=1))
-    monkeypatch.setattr(ppo, "DEMO", ppo.DEMO | dict(updates=1, batch_size=4, minibatch_size=4, ppo_epochs=1, max_new_tokens=8, eval_number=4))
+    short = dict(updates=1, batch_size=4, minibatch_size=4, ppo_epochs=1, max_new_tokens=8, eval_number=4)
+    monkeypatch.setattr(ppo, "DEMO", ppo.DEMO | short)
 
 
 def test_ppo_from_an_empty_directory(tiny_demo, tmp_path, capsys):
     ppo.main([])
     said = capsys.readouterr().out
-    steps = ["data/ is missing: running data_gen.py", "runs/sft is missing: running sft.py", "runs/rm is missing: running train_rm.py", "saved runs/ppo"]
+    steps = ["data/ is missing: running data_gen.py", "runs/sft is missing: running sft.py",
+             "runs/rm is missing: running train_rm.py", "saved runs/ppo"]
     places = [said.find(step) for step in steps]
     assert -1 not in places and places == sorted(places)
     for folder in ("runs/sft", "runs/ppo"):
@@ -1303,16 +1372,17 @@ def test_ppo_from_an_empty_directory(tiny_demo, tmp_path, capsys):
     assert line.startswith("error: runs/ppo: holds an earlier run")
 
 
-@pytest.mark.parametrize("there", [[], ["data/tokenizer/tokenizer.model"], ["data/tokenizer/tokenizer.model", "runs/sft/config.json"],
-                                   ["data/tokenizer/tokenizer.model", "runs/rm/config.json"],
-                                   ["data/tokenizer/tokenizer.model", "runs/sft/config.json", "runs/rm/config.json"]], ids=str)
+DATA, SFT, RM = "data/tokenizer/tokenizer.model", "runs/sft/config.json", "runs/rm/config.json"
+
+
+@pytest.mark.parametrize("there", [[], [DATA], [DATA, SFT], [DATA, RM], [DATA, SFT, RM]], ids=str)
 def test_only_missing_stages_run(tmp_path, monkeypatch, there):
     monkeypatch.chdir(tmp_path)
     for path in there:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    ran = []
-    for name, script in (("data", data_gen), ("runs/sft", sft), ("runs/rm", train_rm)):
-        monkeypatch.setattr(script, "main", lambda argv, name=name: ran.append((name, argv[:2])))
+    ran, results = [], {DATA: data_gen, SFT: sft, RM: train_rm}
+    for result, script in results.items():
+        monkeypatch.setattr(script, "main", lambda argv, result=result: ran.append((result, argv[:2])))
     ppo.run_missing_stages(ppo.parse(["--seed", "7"]))
-    assert ran == [(name, ["--seed", "7"]) for name in ("data", "runs/sft", "runs/rm") if not any(path.startswith(name) for path in there)]
+    assert ran == [(result, ["--seed", "7"]) for result in results if result not in there]
