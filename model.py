@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from tokenizers import normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           LlamaTokenizer, PreTrainedTokenizerFast)
@@ -61,6 +61,8 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(path + ".part", path)
     except OSError as error:
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
         stop(f"{path}: cannot be written ({error.strerror})")
 
 
@@ -85,13 +87,13 @@ def read_records(path, *fields):
         for number, line in enumerate(lines, 1):
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                stop(f"{path}: record {number}: not JSON ({error.msg} at column {error.colno})")
+            except (ValueError, RecursionError) as error:
+                stop(f"{path}: record {number}: not JSON ({first_line(error)})")
     else:
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as error:
-            stop(f"{path}: not JSON ({error.msg} at line {error.lineno}); a file with one object a line must be named .jsonl")
+        except (ValueError, RecursionError) as error:
+            stop(f"{path}: not JSON ({first_line(error)}); a file with one object a line must be named .jsonl")
         if not isinstance(records, list):
             stop(f"{path}: holds no JSON array of records")
     if not records:
@@ -107,13 +109,18 @@ def read_records(path, *fields):
     return records
 
 
+def half_character(text):
+    """JSON can hold half of a character that is written in two, such as "\\ud83d" of an emoji cut in the middle."""
+    return "holds half a character (a lone surrogate)" if any("\ud800" <= c <= "\udfff" for c in text) else None
+
+
 def what_is_wrong(field, value):
     """Why `value` cannot stand in `field` of a data record, in words; None when it can."""
     if field == "score":
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return None if good else "must be a finite number"
     if isinstance(value, str):
-        return None
+        return half_character(value)
     if field == "completion":
         return "must be a text"
     if not isinstance(value, list) or not value:
@@ -121,6 +128,8 @@ def what_is_wrong(field, value):
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return "has a message that is not {\"role\": ..., \"content\": text}"
+        if wrong := half_character(message["content"]):
+            return wrong
         if message.get("role") not in ("system", "user", "assistant"):
             return f"has a message with role {message.get('role')!r}; roles are system, user and assistant"
     return None if value[-1]["role"] == "user" else "must end with a message of the user"
@@ -149,6 +158,12 @@ class Llama3Converter(TikTokenConverter):
             return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file if line.strip())}
 
 
+def space_as_sentencepiece(backend):
+    """sentencepiece puts a space before every text; transformers' own setting leaves it out where one is there already."""
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+
+
 def read_tokenizer_model(path):
     """Meta's `tokenizer.model`: sentencepiece for LLaMA 1 and 2, tiktoken's text format for LLaMA 3."""
     with open(path, "rb") as file:
@@ -157,11 +172,27 @@ def read_tokenizer_model(path):
         backend = Llama3Converter(path, extra_special_tokens=LLAMA3_SPECIAL).converted()
         return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0], eos_token=LLAMA3_SPECIAL[1],
                                        pad_token=LLAMA3_SPECIAL[4])
+    if os.path.getsize(path) == 0:
+        raise ValueError("tokenizer.model is empty")
     backend = LlamaTokenizer.from_pretrained(os.path.dirname(path))._tokenizer
-    # sentencepiece puts a space before every text; transformers' own setting leaves it out where one is there already
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = None
+    space_as_sentencepiece(backend)
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def read_tokenizer_gguf(path):
+    """The tokenizer of a `.gguf` file as transformers builds it, less what it gets wrong: for LLaMA 1 and 2 spaces at the
+    beginning of a text, for LLaMA 3 an <|endoftext|> more than the embedding has, and words that no merge makes."""
+    theirs = AutoTokenizer.from_pretrained(os.path.dirname(path) or ".", gguf_file=os.path.basename(path))
+    state = json.loads(theirs.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in vocab]
+    is_sentencepiece = "<0x0A>" in vocab
+    state["model"]["ignore_merges"] = not is_sentencepiece
+    backend = Tokenizer.from_str(json.dumps(state))
+    if is_sentencepiece:
+        space_as_sentencepiece(backend)
+    special = {role: token for role, token in theirs.special_tokens_map.items() if isinstance(token, str) and token in vocab}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=theirs.chat_template, **special)
 
 
 def load_tokenizer(path):
@@ -172,7 +203,7 @@ def load_tokenizer(path):
     """
     try:
         if path.endswith(".gguf"):
-            tokenizer = AutoTokenizer.from_pretrained(os.path.dirname(path) or ".", gguf_file=os.path.basename(path))
+            tokenizer = read_tokenizer_gguf(path)
         elif os.path.exists(os.path.join(path, "tokenizer.model")) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
             tokenizer = read_tokenizer_model(os.path.join(path, "tokenizer.model"))
         else:
@@ -187,6 +218,9 @@ def load_tokenizer(path):
         stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that is not its eos_token")
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
+    # a token that the template writes is a control token, even where the checkpoint does not flag it as one
+    unflagged = [t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content in str(tokenizer.chat_template)]
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unflagged])
     return tokenizer
 
 
@@ -202,7 +236,9 @@ def encode_prompt(tokenizer, user_input):
     the same characters inside what they said are kept text, by a mark that only lives while the template is filled in.
     """
     messages = [{"role": "user", "content": user_input}] if isinstance(user_input, str) else user_input
-    control = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")")
+    # transformers' all_special_tokens has only those with a role, such as eos_token: of LLaMA 3's, <|start_header_id|> has none
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
     mark = next(chr(c) for c in range(0xE000, 0xF900) if not any(chr(c) in m["content"] for m in messages))
     marked = [{**m, "content": control.sub(lambda found: found[0][0] + mark + found[0][1:], m["content"])} for m in messages]
     try:
@@ -299,7 +335,9 @@ def load_llama(path, tokenizer, dtype=torch.float32):
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.bos_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     model.eval()  # LLaMA has no dropout; a checkpoint whose config asks for some gets none here, nor in training
-    return model.to(dtype)
+    for parameter in model.parameters():  # and not the rotary frequencies, which bfloat16 cannot tell apart at long distances
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_hugging_face(model_class, path, dtype):
@@ -312,8 +350,8 @@ def load_hugging_face(model_class, path, dtype):
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "llama":
             stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
-        model, info = model_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError) as error:
+        model, info = model_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # the libraries raise anything for a damaged file
         stop(f"{path}: cannot be loaded as a LLaMA checkpoint ({first_line(error)})")
     wrong = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
     if wrong:
@@ -331,14 +369,15 @@ def read_meta(path):
         with open(os.path.join(path, "params.json"), encoding="utf-8") as file:
             params = json.load(file)
         dim, heads = params["dim"], params["n_heads"]
-        kv_heads = params.get("n_kv_heads") or heads
+        kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
         config = dict(hidden_size=dim, num_hidden_layers=params["n_layers"], num_attention_heads=heads,
                       num_key_value_heads=kv_heads, rms_norm_eps=params["norm_eps"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         stop(f"{path}/params.json: not the parameters of a LLaMA model ({first_line(error)})")
-    files = sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))
-    if not files or files != [os.path.join(path, f"consolidated.{i:02d}.pth") for i in range(len(files))]:
-        stop(f"{path}: shard consolidated.{next(i for i in range(len(files) + 1) if not os.path.exists(os.path.join(path, f'consolidated.{i:02d}.pth'))):02d}.pth is missing")
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    expected = [os.path.join(path, f"consolidated.{i:02d}.pth") for i in range(max(1, len(files)))]
+    if missing := [file for file in expected if file not in files]:
+        stop(f"{missing[0]}: this shard is missing")
     shards = []
     for file in files:
         try:
@@ -348,6 +387,8 @@ def read_meta(path):
     try:
         if shards[0]["layers.0.attention.wq.weight"].shape[0] * len(shards) != dim:
             whole = dim // shards[0]["layers.0.attention.wq.weight"].shape[0]
+            if len(shards) > whole:
+                stop(f"{path}: {len(shards)} shards found, but its model has {whole}: some are of another model")
             stop(f"{path}: {len(shards)} of {whole} shards found: consolidated.{len(shards):02d}.pth is missing")
         vocab_size = shards[0]["output.weight"].shape[0] * len(shards)
         tensors = {}
@@ -360,18 +401,21 @@ def read_meta(path):
             else:
                 by_rows = parts[0].shape[0] * len(parts) == vocab_size if "tok_embeddings" in name else not name.endswith(("wo.weight", "w2.weight"))
                 tensors[name] = torch.cat(parts, dim=0 if by_rows else 1) if len(parts) > 1 else parts[0]
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         stop(f"{path}: the shards do not fit together ({first_line(error)})")
     # what params.json leaves out is in the tensors, or is the same for all of a generation
     config |= dict(vocab_size=vocab_size, intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0])
-    rope = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))}
+    rope = {"rope_type": "default", "rope_theta": theta}
     if params.get("use_scaled_rope"):  # LLaMA 3.1 and later; Meta's reference code has these as its constants
         # LLaMA 3.2's text models, 1B and 3B, were scaled by 32; their params.json does not say so, their size does
         factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
                  "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192}
     length = 131072 if params.get("use_scaled_rope") else 8192 if rope["rope_theta"] == 500000.0 else 2048 if params["norm_eps"] == 1e-6 else 4096
-    return LlamaConfig(**config, rope_parameters=rope, max_position_embeddings=length, tie_word_embeddings=False), tensors
+    try:
+        return LlamaConfig(**config, rope_parameters=rope, max_position_embeddings=length, tie_word_embeddings=False), tensors
+    except Exception as error:  # transformers raises anything from ZeroDivisionError to errors of its own
+        stop(f"{path}/params.json: not the parameters of a LLaMA model ({first_line(error)})")
 
 
 GGUF_NAMES = {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
@@ -643,6 +687,7 @@ def save_checkpoint(model, tokenizer, folder):
             os.replace(os.path.join(part, name), os.path.join(folder, name))
         os.rmdir(part)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
         stop(f"{folder}: the checkpoint cannot be written ({first_line(error)})")
 
 

@@ -646,12 +646,17 @@ def suspicious(sft_argv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number, micro_batch_size", [(67, 3), (68, 1), (69, 2)])
-def test_a_garbage_record_is_named(suspicious, capsys, number, micro_batch_size):
+def test_a_garbage_record_is_named(suspicious, sft_run, home, tmp_path, capsys, number, micro_batch_size):
+    """With its mean loss a token."""
     garbage = {"user_input": "What is 3 plus 4?", "completion": "剪剪]剪&猫%锤 z车q"}
     sft.main(suspicious({number: garbage}, micro_batch_size=micro_batch_size))
     [warning] = [line for line in capsys.readouterr().out.split("\n") if "warning: " in line]
     step = (number - 2) // 3 + 1  # without record 2
-    assert f"step {step}:" in warning and f"record {number} of" in warning and "data.json" in warning
+    assert f"step {step}:" in warning and f"record {number} of {tmp_path / 'data.json'} (" in warning
+    [example] = examples_of(write_records(tmp_path / "garbage.json", [garbage]), home.tokenizer)
+    with torch.no_grad():
+        loss = -slow_token_logprobs(load_llama(sft_run.folder, home.tokenizer), *example[:2])[0].mean().item()
+    assert float(re.search(r"\((\d+\.\d+)\)$", warning)[1]) == pytest.approx(loss, abs=0.02)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -1268,7 +1273,7 @@ def test_nothing_to_rank(argv_of, tmp_path, capsys, option, second):
     assert line.startswith(f"error: {data}: ") and "nothing to rank" in line
 
 
-def test_tokenizers_that_differ(argv_of, rm_run, home, tmp_path, capsys):
+def test_tokenizers_that_differ(argv_of, rm_run, tmp_path, capsys):
     """As many tokens, all the same words, but two have changed places."""
     shutil.copytree(rm_run.folder, tmp_path / "rm")
     tokenizer = json.loads((tmp_path / "rm" / "tokenizer.json").read_text("utf-8"))
