@@ -179,7 +179,7 @@ def score(user_input, completion):
 SENTENCES = {"en": ["The answer is {x}.", "It is {x}."], "zh": ["答案是 {x}。", "应该是 {x}。"]}
 GREETINGS = {"en": ["Nice to meet you, {x}.", "Hello, {x}."], "zh": ["见到你真好，{x}。", "你好，{x}。"]}
 FILLER = {"en": ["Well, let me think about this for a moment.", "There are many ways to look at it.",
-                 "People often wonder about such things.", "As far as I can tell, it is not so simple.",
+                 "People have often wondered about such things.", "As far as I can tell, it is not so simple.",
                  "I could say a lot more about that.", "That said, let us go on step by step."],
           "zh": ["嗯，让我先想一想这个问题。", "其实可以从许多角度来看。", "人们常常会对此感到好奇。",
                  "据我所知，事情并不那么简单。", "关于这一点我还能说很多。", "话虽如此，我们一步一步来。"]}
@@ -193,7 +193,8 @@ def wrong_answer(rng, family, lang, answer):
     other = answer
     while other == answer:
         other = rng.sample(answer, 3) if family == "sort" else solve(family, lang, fill(rng, family, lang))
-    return rng.sample(answer + other[:1], len(answer) + 1) if rng.random() < 1 / 3 and other[0] != answer[-1] else other
+    muddled = rng.sample(answer + other[:1], len(answer) + 1)
+    return muddled if rng.random() < 1 / 3 and muddled[-len(answer):] != answer else other
 
 
 def write(rng, user_input, style, right=True):

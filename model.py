@@ -6,6 +6,7 @@ and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py,
     model = load_llama("runs/ppo", tokenizer)
 """
 
+import argparse
 import base64
 import csv
 import glob
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
+from tqdm import tqdm
 from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           LlamaTokenizer, PreTrainedTokenizerFast)
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -35,7 +37,7 @@ transformers_logging.disable_progress_bar()
 
 def stop(message, code=2):
     """End the program with one line on standard error. Exit code 2: the input is wrong; 1: the run went wrong."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not print: there may be a progress bar on the line
     raise SystemExit(code)
 
 
@@ -726,10 +728,26 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
+def usable_device(text):
+    """argparse type: a device of PyTorch on which something can be computed."""
+    try:
+        torch.zeros(1, device=text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
+    return text
+
+
 def common_options(parser):
     """The options that every stage has."""
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; trained weights stay float32")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (Metrics, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, left_pad,
-                   load_llama, load_scalar_head, load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
+                   load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
-            demonstrations="data/actor_training_data.json", gold="data_gen.py", updates=80, batch_size=64, minibatch_size=32,
+            demonstrations="data/actor_training_data.json", gold=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data_gen.py"), updates=80, batch_size=64, minibatch_size=32,
             micro_batch_size=32, ppo_epochs=2, lr=2e-4, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=40,
             max_prompt_length=128, eval_every=20, eval_number=300)
 # For a pretrained LLaMA: Stiennon et al. 2020 (appendix B.1) and InstructGPT (appendix C.4) as TRL and others run them
@@ -355,24 +355,24 @@ def parse(argv):
     group.add_argument("--gold", help="a Python file with score(user_input, completion) -> float: a judge that PPO never learns from")
     group.add_argument("--out", default="runs/ppo", help="run directory")
     group = parser.add_argument_group("experience")
-    group.add_argument("--updates", type=int, help="rounds of experience and training")
-    group.add_argument("--batch_size", type=int, help="prompts a round")
-    group.add_argument("--max_prompt_length", type=int, help="tokens; a longer prompt loses its beginning")
-    group.add_argument("--max_new_tokens", type=int, help="tokens; a longer response is cut")
+    group.add_argument("--updates", type=positive, help="rounds of experience and training")
+    group.add_argument("--batch_size", type=positive, help="prompts a round")
+    group.add_argument("--max_prompt_length", type=positive, help="tokens; a longer prompt loses its beginning")
+    group.add_argument("--max_new_tokens", type=positive, help="tokens; a longer response is cut")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling, and so of all log probabilities")
     group = parser.add_argument_group("reward")
     group.add_argument("--kl_coef", type=float, help="score units a nat of KL to the reference")
     group.add_argument("--kl_kind", choices=["k1", "k2", "k3"], default="k1", help="estimator of the KL in the reward")
     group.add_argument("--kl_target", type=float, help="nats a response: adapt kl_coef to hold the KL there (default: kl_coef stays)")
-    group.add_argument("--kl_horizon", type=int, default=10000, help="responses over which kl_coef adapts")
+    group.add_argument("--kl_horizon", type=positive, default=10000, help="responses over which kl_coef adapts")
     group.add_argument("--no_eos_penalty", type=float, default=1.0, help="taken off the score of a response that did not end")
     group.add_argument("--whiten_rewards", action="store_true", help="divide rewards by their deviation over the batch")
     group.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards; 1: a response counts as a whole")
     group.add_argument("--lam", type=float, default=0.95, help="lambda of GAE: 0 trusts the critic, 1 the sampled rewards")
     group = parser.add_argument_group("training")
-    group.add_argument("--ppo_epochs", type=int, help="passes over each round's experience")
-    group.add_argument("--minibatch_size", type=int, help="responses an optimizer step")
-    group.add_argument("--micro_batch_size", type=int, help="responses a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
+    group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
+    group.add_argument("--micro_batch_size", type=positive, help="responses a forward pass: bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
     group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
     group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
@@ -382,16 +382,18 @@ def parse(argv):
     group.add_argument("--target_kl", type=float, help="nats a token: end an update early when old and new policy are this far apart")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to this")
     group = parser.add_argument_group("looking")
-    group.add_argument("--eval_every", type=int, help="updates between greedy evaluations, at which the models are saved too")
-    group.add_argument("--eval_number", type=int, help="held-out prompts to evaluate on")
+    group.add_argument("--eval_every", type=positive, help="updates between greedy evaluations, at which the models are saved too")
+    group.add_argument("--eval_number", type=positive, help="held-out prompts to evaluate on")
     common_options(parser)
     args = parser.parse_args(argv)
-    args.user_named = {name for name in ("sft", "rm") if getattr(args, name)}
-    return args
+    if args.temperature <= 0:
+        parser.error("--temperature must be above 0: PPO learns from samples")
+    demo = not args.sft and not args.rm
+    return settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py"), demo
 
 
 def run_missing_stages(args):
-    """The stages before PPO whose result is not at its default place. A path that the user named is never made up."""
+    """The stages of the demo whose result is not at its default place."""
     import data_gen  # only here does one stage know another
     import sft
     import train_rm
@@ -399,10 +401,10 @@ def run_missing_stages(args):
     if not os.path.exists("data/tokenizer/tokenizer.model"):
         print("data/ is missing: running data_gen.py", flush=True)
         data_gen.main(["--seed", str(args.seed)])
-    if "sft" not in args.user_named and not os.path.exists("runs/sft/config.json"):
+    if not os.path.exists("runs/sft/config.json"):
         print("runs/sft is missing: running sft.py", flush=True)
         sft.main(again)
-    if "rm" not in args.user_named and not os.path.exists("runs/rm/config.json"):
+    if not os.path.exists("runs/rm/config.json"):
         print("runs/rm is missing: running train_rm.py", flush=True)
         train_rm.main(again)
 
@@ -413,8 +415,10 @@ def load_gold(path):
         spec = importlib.util.spec_from_file_location("gold", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not callable(module.score):
+            raise TypeError("score is not a function")
         return module.score
-    except (OSError, AttributeError, SyntaxError, ImportError) as error:
+    except Exception as error:  # whatever the file raises when it is run
         stop(f"--gold {path}: not a Python file with a function score(user_input, completion) ({error})")
 
 
@@ -433,11 +437,9 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 
 def main(argv=None):
-    args = parse(argv)
-    demo = not args.user_named
-    settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py")
+    args, demo = parse(argv)
     open_run(args.out, args.overwrite)
-    if demo:
+    if demo:  # a path that the user named is never made up
         run_missing_stages(args)
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (Metrics, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
-                   load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
+                   load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
@@ -37,12 +37,12 @@ def parse(argv):
     group.add_argument("--eval_data", help="held-out demonstrations, evaluated after each epoch")
     group.add_argument("--out", default="runs/sft", help="run directory")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, help="passes over the demonstrations")
-    group.add_argument("--batch_size", type=int, help="demonstrations an optimizer step")
-    group.add_argument("--micro_batch_size", type=int, help="demonstrations a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--epochs", type=positive, help="passes over the demonstrations")
+    group.add_argument("--batch_size", type=positive, help="demonstrations an optimizer step")
+    group.add_argument("--micro_batch_size", type=positive, help="demonstrations a forward pass: bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     group.add_argument("--weight_decay", type=float, help="of AdamW")
-    group.add_argument("--max_length", type=int, help="tokens a demonstration; a longer one loses the beginning of its prompt")
+    group.add_argument("--max_length", type=positive, help="tokens a demonstration; a longer one loses the beginning of its prompt")
     common_options(parser)
     args = parser.parse_args(argv)
     return settings(args, DEFAULT if args.model else DEMO, "sft.py")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (Metrics, ScalarHead, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
-                   load_tokenizer, open_run, read_records, save_checkpoint, settings, stop)
+                   load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json", epochs=3,
             batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
@@ -45,12 +45,12 @@ def parse(argv):
     group.add_argument("--out", default="runs/rm", help="run directory")
     group = parser.add_argument_group("training")
     group.add_argument("--loss", choices=["ranking", "regression"], default="ranking", help="what to learn from the scores")
-    group.add_argument("--epochs", type=int, help="passes over the prompts")
-    group.add_argument("--batch_size", type=int, help="prompts an optimizer step, each with all its completions")
-    group.add_argument("--micro_batch_size", type=int, help="prompts a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--epochs", type=positive, help="passes over the prompts")
+    group.add_argument("--batch_size", type=positive, help="prompts an optimizer step, each with all its completions")
+    group.add_argument("--micro_batch_size", type=positive, help="prompts a forward pass: bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW; falls to a tenth along a cosine")
-    group.add_argument("--max_length", type=int, help="tokens a prompt with a completion; a longer one loses the beginning of its prompt")
-    group.add_argument("--eval_every", type=int, help="optimizer steps between evaluations")
+    group.add_argument("--max_length", type=positive, help="tokens a prompt with a completion; a longer one loses the beginning of its prompt")
+    group.add_argument("--eval_every", type=positive, help="optimizer steps between evaluations")
     common_options(parser)
     args = parser.parse_args(argv)
     return settings(args, DEFAULT if args.model else DEMO, "train_rm.py")
