@@ -41,6 +41,11 @@ def stop(message, code=2):
     raise SystemExit(code)
 
 
+def first_line(error):
+    """The first line of an error's message: an error here is told in one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
 def settings(args, defaults, title):
     """Fill every option that the user left at None from `defaults`, and print what then applies."""
     for name, value in defaults.items():
@@ -307,10 +312,6 @@ def length_batches(lengths, batch_size, generator):
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 
 def load_llama(path, tokenizer, dtype=torch.float32):

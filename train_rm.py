@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model import (Metrics, ScalarHead, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
                    load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
-DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json", epochs=3,
+DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json", epochs=4,
             batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
 # InstructGPT (appendix C.2) trains one epoch, since more overfit, with 64 prompts a batch and 9e-6 for its 6B model
 DEFAULT = dict(data="data/reward_training_data.json", eval_data=None, epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512, eval_every=50)

@@ -40,7 +40,7 @@ import ppo
 import sft
 import train_rm
 from model import (ScalarHead, collate, encode_prompt, encode_records, load_llama, load_scalar_head, load_tokenizer,
-                   read_records, settings)
+                   read_records)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -883,7 +883,7 @@ def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypat
 @pytest.fixture(scope="session")
 def ppo_args(ppo_argv):
     """The parsed options of a PPO run, with changes."""
-    return lambda **changes: settings(ppo.parse(ppo_argv(**changes)), ppo.DEFAULT, "ppo.py")
+    return lambda **changes: ppo.parse(ppo_argv(**changes))[0]
 
 
 @pytest.fixture(scope="session")
@@ -964,7 +964,7 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
                     explained_variance=1 - deviation ** 2 / spread,  # an advantage is a return minus its value
                     kl_coef=args.kl_coef, response_length=sum(lengths) / number, ended=sum(ended) / number)
     assert said == pytest.approx(expected, abs=1e-3)
-    assert 0 < said["ended"] < 1 and abs(said["kl"]) > 0.05  # the test has something to see
+    assert 0 < said["ended"] < 1 and abs(said["kl"]) > 0.01  # the test has something to see
 
 
 def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
@@ -1389,5 +1389,5 @@ def test_only_missing_stages_run(tmp_path, monkeypatch, there):
     ran, results = [], {DATA: data_gen, SFT: sft, RM: train_rm}
     for result, script in results.items():
         monkeypatch.setattr(script, "main", lambda argv, result=result: ran.append((result, argv[:2])))
-    ppo.run_missing_stages(ppo.parse(["--seed", "7"]))
+    ppo.run_missing_stages(ppo.parse(["--seed", "7"])[0])
     assert ran == [(result, ["--seed", "7"]) for result in results if result not in there]
