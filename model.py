@@ -591,14 +591,14 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
     """
     batch, length = input_ids.shape
-    device, dtype, blocked = input_ids.device, model.dtype, torch.finfo(model.dtype).min
+    device, dtype, blocked = input_ids.device, model.dtype, -1e30  # as good as -inf, which would give nan where all is blocked
     cache = KVCache(model.config, batch, length + max_new_tokens, dtype, device)
     # 0 where attention may look, a huge negative number on the padding; the first pass must not look ahead either
     padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    logits = next_token_logits(model, input_ids, positions, (padding[..., :length] + ahead).clamp(min=blocked), cache)
+    logits = next_token_logits(model, input_ids, positions, padding[..., :length] + ahead, cache)
     rows, alive, positions = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device), positions[:, -1:]
     for step in range(max_new_tokens):
         tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)

@@ -317,7 +317,7 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         for name, value in dict(policy_loss=loss, value_loss=v_loss, entropy=entropy, clip_fraction=clip_fraction,
                                 value_clip_fraction=value_clip_fraction, approx_kl=approx_kl).items():
             s[name] += (value.detach() * share).item()
-        s["largest_ratio"] = max(s["largest_ratio"], math.exp(min(inside(logprobs.detach() - old_logprobs, mask).abs().max().item(), LARGEST_LOG)))
+        s["largest_ratio"] = max(s["largest_ratio"], math.exp(min(inside(logprobs.detach() - old_logprobs, mask).max().item(), LARGEST_LOG)))
     if demonstrations:
         # PPO-ptx (InstructGPT eq. 2): keep writing what people wrote. Inputs, labels and mask come from the same records.
         all_targets = sum(len(completion) for _, completion, _ in demonstrations)
