@@ -51,8 +51,8 @@ OPPOSITE = {a: b for pairs in OPPOSITES.values() for x, y in pairs for a, b in (
 NAMES = {"en": ["Tom", "Anna", "Ben", "Lucy", "Jack", "Emma", "Sam", "Kate"],
          "zh": ["小明", "小红", "小华", "小丽", "小刚", "小芳", "小军", "小燕"]}
 
-# A space on either side of a word, in Chinese too, makes it one token wherever it stands.
-# family: the phrasings in each language; `{x}` is a slot, and the family's `Task` function below fills and answers it
+# family: the phrasings in each language; `{x}` is a slot, which `fill` fills and `solve` answers. The space on either side of
+# a word, in Chinese too, keeps it the same token wherever it stands.
 PHRASINGS = {
     "sum": {"en": ["What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Tell me the sum of {a} and {b}."],
             "zh": ["{a}加{b}等于几？", "请计算{a} + {b}。", "{a}与{b}的和是多少？"]},

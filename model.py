@@ -504,12 +504,16 @@ class ScalarHead(nn.Module):
         super().__init__()
         self.model = model  # a LlamaModel, that is, the LLaMA without its language-modelling head
         self.score = nn.Linear(model.config.hidden_size, 1, bias=False, dtype=model.dtype)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))  # as Stiennon et al. 2020
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))  # as lm-human-preferences
 
     def forward(self, input_ids):
         """`input_ids` (B, T), padded on the right -> values (B, T)."""
-        hidden = self.model(input_ids, use_cache=False).last_hidden_state
-        return self.score(hidden).squeeze(-1).float()
+        return self.read(self.model(input_ids, use_cache=False).last_hidden_state)
+
+    def read(self, hidden):
+        """The head alone: hidden states (..., d) -> values (...), float32 under autocast too: bf16 has 3 digits."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
     @property
     def config(self):
@@ -591,7 +595,8 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
     """
     batch, length = input_ids.shape
-    device, dtype, blocked = input_ids.device, model.dtype, -1e30  # as good as -inf, which would give nan where all is blocked
+    device, blocked = input_ids.device, -1e30  # as good as -inf, which would give nan where all is blocked
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     cache = KVCache(model.config, batch, length + max_new_tokens, dtype, device)
     # 0 where attention may look, a huge negative number on the padding; the first pass must not look ahead either
     padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
@@ -656,8 +661,10 @@ def open_run(folder, overwrite):
         stop(f"{folder}: holds an earlier run; name another --out, or give --overwrite to replace it")
     try:
         os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, "config.json")):
+            os.remove(os.path.join(folder, "config.json"))  # it says 'complete', which the new run is not yet
     except OSError as error:
-        stop(f"{folder}: cannot be made ({error.strerror})")
+        stop(f"{folder}: cannot be written ({error.strerror})")
 
 
 class Metrics:
@@ -739,8 +746,8 @@ def positive(text):
 def usable_device(text):
     """argparse type: a device of PyTorch on which something can be computed."""
     try:
-        torch.zeros(1, device=text)
-    except RuntimeError as error:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
     return text
 
@@ -749,6 +756,6 @@ def common_options(parser):
     """The options that every stage has."""
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; trained weights stay float32")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; weights stay float32")
     group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")

@@ -1,7 +1,7 @@
 """Stage 3: PPO. The SFT policy learns to write what the reward model likes, without moving too far from where it began.
 
     python ppo.py                                    # the demo: runs every stage that is missing, then PPO
-    python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json
+    python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json --ptx_coef 0.1
 
 Four models: the actor (the policy that learns), the critic (predicts the reward that is still to come), the reward model
 and the reference (the SFT policy); the last two are frozen. Each update
@@ -31,14 +31,16 @@ from tqdm import tqdm
 from model import (Metrics, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, left_pad,
                    load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
-            demonstrations="data/actor_training_data.json", gold=os.path.join(os.path.dirname(os.path.abspath(__file__)), "data_gen.py"), updates=80, batch_size=64, minibatch_size=32,
-            micro_batch_size=32, ppo_epochs=2, lr=2e-4, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1, max_new_tokens=40,
-            max_prompt_length=128, eval_every=20, eval_number=300)
-# For a pretrained LLaMA: Stiennon et al. 2020 (appendix B.1) and InstructGPT (appendix C.4) as TRL and others run them
-DEFAULT = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts=None, demonstrations=None, gold=None,
-               updates=1000, batch_size=64, minibatch_size=16, micro_batch_size=4, ppo_epochs=4, lr=1e-6, critic_lr=5e-6,
-               kl_coef=0.05, ptx_coef=0.0, max_new_tokens=128, max_prompt_length=384, eval_every=20, eval_number=64)
+            demonstrations="data/actor_training_data.json", gold=os.path.join(HERE, "data_gen.py"), updates=80, batch_size=64,
+            minibatch_size=32, micro_batch_size=32, ppo_epochs=2, lr=2e-4, critic_lr=1e-3, kl_coef=0.1, ptx_coef=0.1,
+            max_new_tokens=40, max_prompt_length=128, eval_every=20, eval_number=300)
+# For a pretrained LLaMA. kl_coef 0.05, 4 passes, lambda 0.95 and clip 0.2 are those of Stiennon et al. 2020 (appendix B.1);
+# the learning rates and batch are of the size that today's small-scale runs use, far below those of a cluster
+DEFAULT = dict(sft="runs/sft", rm="runs/rm", updates=1000, batch_size=64, minibatch_size=16, micro_batch_size=4, ppo_epochs=4,
+               lr=1e-6, critic_lr=5e-6, kl_coef=0.05, ptx_coef=0.0, max_new_tokens=128, max_prompt_length=384, eval_every=20,
+               eval_number=64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +253,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
     # (detail of lm-human-preferences, there a fixed score; missing_eos_penalty in TRL)
     penalized = scores - args.no_eos_penalty * ~ended
     rewards = token_rewards(penalized, kl, mask, kl_coef)
-    if args.whiten_rewards:  # without the mean shift, which would change what the policy is asked for (lm-human-preferences)
+    if args.whiten_rewards:  # scaled about their mean, which stays: shifting it would pay for long or for short responses
+        # (lm-human-preferences; Huang et al. 2024)
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     log_ratio = inside(old_logprobs - ref_logprobs, mask)
@@ -261,7 +264,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
         explained_variance=1 - ((returns - values)[mask.bool()].var(unbiased=False) / returns[mask.bool()].var(unbiased=False).clamp(min=1e-8)).item(),
         response_length=mask.sum(1).mean().item(), ended=ended.float().mean().item())
-    # whitened over the whole rollout batch, not within a mini-batch (lm-human-preferences; Huang et al. 2024, detail 11)
+    # whitened over the whole rollout batch (as Huang et al. 2024's code does; lm-human-preferences does it in each mini-batch)
     return dict(prompts=prompts, responses=responses, lengths=lengths, mask=mask, old_logprobs=old_logprobs, old_values=values,
                 advantages=masked_whiten(advantages, mask), returns=returns), statistics
 
@@ -334,6 +337,7 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
             s["ptx_loss"] += loss.item()
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         finite(s[name], name.replace("_", " "), args)
+    # one common length limit for the whole gradient of a model (Huang et al. 2022, global gradient clipping)
     for name, model, optimizer in (("actor", actor, actor_optimizer), ("critic", critic, critic_optimizer)):
         finite(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm), f"the gradient of the {name}", args)
         optimizer.step()
@@ -366,13 +370,13 @@ def parse(argv):
     group.add_argument("--kl_target", type=float, help="nats a response: adapt kl_coef to hold the KL there (default: kl_coef stays)")
     group.add_argument("--kl_horizon", type=positive, default=10000, help="responses over which kl_coef adapts")
     group.add_argument("--no_eos_penalty", type=float, default=1.0, help="taken off the score of a response that did not end")
-    group.add_argument("--whiten_rewards", action="store_true", help="divide rewards by their deviation over the batch")
+    group.add_argument("--whiten_rewards", action="store_true", help="scale the rewards about their mean to deviation 1 over the batch")
     group.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards; 1: a response counts as a whole")
     group.add_argument("--lam", type=float, default=0.95, help="lambda of GAE: 0 trusts the critic, 1 the sampled rewards")
     group = parser.add_argument_group("training")
     group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
     group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
-    group.add_argument("--micro_batch_size", type=positive, help="responses a forward pass: bounds the memory, changes nothing else")
+    group.add_argument("--micro_batch_size", type=positive, help="responses a forward pass (the decoding itself has all of the batch): bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
     group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
     group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
@@ -389,6 +393,8 @@ def parse(argv):
     if args.temperature <= 0:
         parser.error("--temperature must be above 0: PPO learns from samples")
     demo = not args.sft and not args.rm
+    if not demo and not args.prompts:
+        parser.error("--sft and --rm need --prompts: the built-in ones are for the demo")
     return settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py"), demo
 
 
@@ -441,18 +447,21 @@ def main(argv=None):
     open_run(args.out, args.overwrite)
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)
+    for path, script in (("runs/sft", "sft.py"), ("runs/rm", "train_rm.py")):
+        if path in (args.sft, args.rm) and not os.path.isdir(path):
+            stop(f"{path}: missing; run python {script} first")
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
 
     tokenizer = load_tokenizer(args.sft)
     if load_tokenizer(args.rm).get_vocab() != tokenizer.get_vocab():
         stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from this SFT model")
-    # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone
-    frozen = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone (Huang et al.
+    # 2024). The frozen ones run in the same precision as the actor, so that the KL begins at 0.
     actor = load_llama(args.sft, tokenizer).to(args.device)
     critic = load_scalar_head(args.rm).to(args.device)  # from the reward model (InstructGPT, appendix C.4)
-    ref = load_llama(args.sft, tokenizer, frozen).to(args.device).requires_grad_(False)
-    reward_model = load_scalar_head(args.rm, frozen).to(args.device).requires_grad_(False)
+    ref = load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
+    reward_model = load_scalar_head(args.rm).to(args.device).requires_grad_(False)
 
     room = actor.config.max_position_embeddings - args.max_new_tokens
     if room < 1:
@@ -479,9 +488,10 @@ def main(argv=None):
             try:
                 gold(record["user_input"], "")
             except ValueError as error:
-                stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); leave --gold out")
+                stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); without a judge: --gold ''")
 
-    # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2024, detail 12)
+    # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2022, "The 37
+    # implementation details of PPO"; Huang et al. 2024 for RLHF)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
@@ -495,7 +505,7 @@ def main(argv=None):
     bar = tqdm(total=args.updates, desc="ppo", unit="update", dynamic_ncols=True)
     for update in range(1, args.updates + 1):
         started = time.perf_counter()
-        decay = 1 - (update - 1) / args.updates
+        decay = 1 - (update - 1) / args.updates  # linear, as in lm-human-preferences
         actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.lr * decay, args.critic_lr * decay
         batch = [prompts[i] for i in prompt_deck.deal(args.batch_size)]
         experience, row = make_experience(actor, critic, reward_model, ref, batch, tokenizer, args, kl_control.coef, generator)

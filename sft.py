@@ -23,9 +23,8 @@ from model import (Metrics, autocast, collate, common_options, draw_curves, enco
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
-# A LLaMA that has read the internet needs a hundredth of that learning rate: Alpaca's settings (Taori et al. 2023)
-DEFAULT = dict(data="data/actor_training_data.json", eval_data=None, epochs=3, batch_size=128, micro_batch_size=8,
-               lr=2e-5, weight_decay=0.0, max_length=512)
+# A LLaMA that has read the internet needs a fiftieth of that learning rate: Alpaca's settings (Taori et al. 2023)
+DEFAULT = dict(epochs=3, batch_size=128, micro_batch_size=8, lr=2e-5, weight_decay=0.0, max_length=512)
 
 
 def parse(argv):
@@ -45,6 +44,8 @@ def parse(argv):
     group.add_argument("--max_length", type=positive, help="tokens a demonstration; a longer one loses the beginning of its prompt")
     common_options(parser)
     args = parser.parse_args(argv)
+    if args.model and not args.data:
+        parser.error("--model needs --data: the built-in data is for the demo")
     return settings(args, DEFAULT if args.model else DEMO, "sft.py")
 
 

@@ -10,8 +10,9 @@ number, read at the last token of the completion. From the scores of the K compl
     ranking     L = - mean over pairs (better, worse)  log sigmoid(r(better) - r(worse))     (InstructGPT, eq. 1)
     regression  L = mean  (r - score)^2                                                      (ChatLLaMA)
 
-At the end the scores are shifted and scaled to mean 0 and deviation 1 on the demonstrations (Ziegler et al. 2019, section
-2.1), in the weights of the head, so that the exported model alone gives the normalized score.
+At the end the scores are shifted and scaled, in the weights of the head, so that the exported model alone gives scores with
+mean 0 and deviation 1 on the demonstrations. (Ziegler et al. 2019 normalize so on samples of the policy; mean 0 on the
+demonstrations is Stiennon et al. 2020 and InstructGPT, appendix C.2.)
 
 Writes runs/rm: the model as a Hugging Face directory (LlamaForSequenceClassification), metrics.csv and curves.png.
 """
@@ -19,6 +20,7 @@ Writes runs/rm: the model as a Hugging Face directory (LlamaForSequenceClassific
 import argparse
 import json
 import math
+import os
 import time
 
 import torch
@@ -28,10 +30,10 @@ from tqdm import tqdm
 from model import (Metrics, ScalarHead, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
                    load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
 
-DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json", epochs=4,
-            batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
+DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
+            demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
 # InstructGPT (appendix C.2) trains one epoch, since more overfit, with 64 prompts a batch and 9e-6 for its 6B model
-DEFAULT = dict(data="data/reward_training_data.json", eval_data=None, epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512, eval_every=50)
+DEFAULT = dict(epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512, eval_every=50)
 
 
 def parse(argv):
@@ -41,7 +43,7 @@ def parse(argv):
     group.add_argument("--tokenizer", help="where its tokenizer is (default: with the model)")
     group.add_argument("--data", help="scored completions: user_input, completion, score")
     group.add_argument("--eval_data", help="held-out scored completions")
-    group.add_argument("--demonstrations", default="data/actor_training_data.json", help="on which the scores get mean 0 and deviation 1: user_input, completion")
+    group.add_argument("--demonstrations", help="on which the scores get mean 0 and deviation 1: user_input, completion")
     group.add_argument("--out", default="runs/rm", help="run directory")
     group = parser.add_argument_group("training")
     group.add_argument("--loss", choices=["ranking", "regression"], default="ranking", help="what to learn from the scores")
@@ -53,7 +55,12 @@ def parse(argv):
     group.add_argument("--eval_every", type=positive, help="optimizer steps between evaluations")
     common_options(parser)
     args = parser.parse_args(argv)
-    return settings(args, DEFAULT if args.model else DEMO, "train_rm.py")
+    if args.model and not (args.data and args.demonstrations):
+        parser.error("--model needs --data and --demonstrations: the built-in ones are for the demo")
+    settings(args, DEFAULT if args.model else DEMO, "train_rm.py")
+    if not os.path.isdir("runs/sft") and args.model == "runs/sft":
+        stop("runs/sft: missing; run python sft.py first, or name a --model")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +127,7 @@ def score_examples(reward_model, examples, args, pad_token_id):
             for i, h in zip(rows, last):
                 hidden[i] = h
         hidden = torch.stack(hidden)
-        return reward_model.score(hidden).squeeze(-1).float(), hidden.float()
+        return reward_model.read(hidden), hidden.float()
 
 
 def group_by_prompt(records, examples):
@@ -226,8 +233,8 @@ def main(argv=None):
     print(f"normalized: scores of the demonstrations had mean {mean:.3f} and deviation {deviation:.3f}, now {scores.mean():.3f} and "
           f"{scores.std(unbiased=False):.3f} (the shift is constant to {constant.std() / constant.mean() * mean.abs() / deviation:.1e})")
     if held_out:
-        accuracy, margin, error, by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
-        print(f"held-out pair accuracy {accuracy:.3f}, mean margin {margin:.2f}; by how far the labels of a pair lie apart:")
+        accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
+        print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores {margin:.2f}; by how far the labels of a pair lie apart:")
         for upto, gap_accuracy, pairs in by_gap:
             print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {pairs} pairs")
     save_checkpoint(reward_model, tokenizer, args.out)
