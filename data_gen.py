@@ -54,24 +54,59 @@ NAMES = {"en": ["Tom", "Anna", "Ben", "Lucy", "Jack", "Emma", "Sam", "Kate"],
 # family: the phrasings in each language; `{x}` is a slot, which `fill` fills and `solve` answers. The space on either side of
 # a word, in Chinese too, keeps it the same token wherever it stands.
 PHRASINGS = {
-    "sum": {"en": ["What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Tell me the sum of {a} and {b}."],
-            "zh": ["{a}加{b}等于几？", "请计算{a} + {b}。", "{a}与{b}的和是多少？"]},
-    "larger": {"en": ["Which is larger, {a} or {b}?", "Pick the bigger number: {a} or {b}.", "Of {a} and {b}, name the larger one."],
-               "zh": ["{a}和{b}哪个更大？", "请选出较大的数：{a}、{b}。", "比较{a}与{b}，谁大？"]},
-    "sort": {"en": ["Sort these numbers: {list}.", "Put {list} in ascending order.", "Arrange from small to large: {list}."],
-             "zh": ["请把 {list} 从小到大排列。", "给这些数排序：{list}。", "将 {list} 按升序写出。"]},
-    "opposite": {"en": ["What is the opposite of {word}?", "Give me the opposite of {word}.", "Which word means the reverse of {word}?", "What do you call it when something is not {word} at all?"],
-                 "zh": ["{word} 的反义词是什么？", "请说出 {word} 的反义词。", "与 {word} 相反的词是哪个？", "把 {word} 的意思反过来是什么？"]},
-    "to_chinese": {"en": ["How do you say {word} in Chinese?", "Translate {word} into Chinese.", "What is the Chinese word for {word}?", "Say {word} in Chinese, please.", "Which Chinese word means {word}?"],
-                   "zh": ["{word} 用中文怎么说？", "请把 {word} 翻译成中文。", "{word} 的中文是什么？", "怎样用中文表达 {word}？", "哪个中文词的意思是 {word}？"]},
-    "to_english": {"en": ["How do you say {word} in English?", "Translate {word} into English.", "What is the English word for {word}?", "Say {word} in English, please.", "Which English word means {word}?"],
-                   "zh": ["{word} 用英文怎么说？", "请把 {word} 翻译成英文。", "{word} 的英文是什么？", "怎样用英文表达 {word}？", "哪个英文词的意思是 {word}？"]},
-    "kind": {"en": ["What kind of thing is a {word}?", "Is {word} an animal, a fruit, a color, a vehicle or a tool?", "Which group does {word} belong to?", "Tell me the category of {word}.", "Where would you sort {word} in?"],
-             "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。", "你会把 {word} 归到哪一类？", "说说 {word} 是什么种类。"]},
-    "letters": {"en": ["How many letters are in {word}?", "Count the letters of {word}.", "How long is the word {word}, in letters?", "Tell me the number of letters in {word}.", "If I spell {word}, how many letters do I write?"],
-                "zh": ["{word} 有几个字母？", "请数一数 {word} 的字母数。", "单词 {word} 由多少个字母组成？", "拼写 {word} 要写几个字母？", "请告诉我 {word} 的字母个数。"]},
-    "greeting": {"en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here.", "Hey, it is {name}.", "Pleased to meet you. They call me {name}."],
-                 "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。", "嘿，我就是 {name}。", "初次见面，大家叫我 {name}。"]},
+    "sum": {
+        "en": ["What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Tell me the sum of {a} and {b}."],
+        "zh": ["{a}加{b}等于几？", "请计算{a} + {b}。", "{a}与{b}的和是多少？"],
+    },
+    "larger": {
+        "en": ["Which is larger, {a} or {b}?", "Pick the bigger number: {a} or {b}.",
+               "Of {a} and {b}, name the larger one."],
+        "zh": ["{a}和{b}哪个更大？", "请选出较大的数：{a}、{b}。", "比较{a}与{b}，谁大？"],
+    },
+    "sort": {
+        "en": ["Sort these numbers: {list}.", "Put {list} in ascending order.", "Arrange from small to large: {list}."],
+        "zh": ["请把 {list} 从小到大排列。", "给这些数排序：{list}。", "将 {list} 按升序写出。"],
+    },
+    "opposite": {
+        "en": ["What is the opposite of {word}?", "Give me the opposite of {word}.",
+               "Which word means the reverse of {word}?", "What do you call it when something is not {word} at all?"],
+        "zh": ["{word} 的反义词是什么？", "请说出 {word} 的反义词。", "与 {word} 相反的词是哪个？",
+               "把 {word} 的意思反过来是什么？"],
+    },
+    "to_chinese": {
+        "en": ["How do you say {word} in Chinese?", "Translate {word} into Chinese.",
+               "What is the Chinese word for {word}?", "Say {word} in Chinese, please.",
+               "Which Chinese word means {word}?"],
+        "zh": ["{word} 用中文怎么说？", "请把 {word} 翻译成中文。", "{word} 的中文是什么？", "怎样用中文表达 {word}？",
+               "哪个中文词的意思是 {word}？"],
+    },
+    "to_english": {
+        "en": ["How do you say {word} in English?", "Translate {word} into English.",
+               "What is the English word for {word}?", "Say {word} in English, please.",
+               "Which English word means {word}?"],
+        "zh": ["{word} 用英文怎么说？", "请把 {word} 翻译成英文。", "{word} 的英文是什么？", "怎样用英文表达 {word}？",
+               "哪个英文词的意思是 {word}？"],
+    },
+    "kind": {
+        "en": ["What kind of thing is a {word}?", "Is {word} an animal, a fruit, a color, a vehicle or a tool?",
+               "Which group does {word} belong to?", "Tell me the category of {word}.",
+               "Where would you sort {word} in?"],
+        "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。", "你会把 {word} 归到哪一类？",
+               "说说 {word} 是什么种类。"],
+    },
+    "letters": {
+        "en": ["How many letters are in {word}?", "Count the letters of {word}.",
+               "How long is the word {word}, in letters?", "Tell me the number of letters in {word}.",
+               "If I spell {word}, how many letters do I write?"],
+        "zh": ["{word} 有几个字母？", "请数一数 {word} 的字母数。", "单词 {word} 由多少个字母组成？",
+               "拼写 {word} 要写几个字母？", "请告诉我 {word} 的字母个数。"],
+    },
+    "greeting": {
+        "en": ["Hello, I am {name}.", "Hi there! My name is {name}.", "Good morning, {name} here.",
+               "Hey, it is {name}.", "Pleased to meet you. They call me {name}."],
+        "zh": ["你好，我是 {name}。", "嗨！我叫 {name}。", "早上好，我的名字是 {name}。", "嘿，我就是 {name}。",
+               "初次见面，大家叫我 {name}。"],
+    },
 }
 FAMILIES = list(PHRASINGS)
 SLOTS = {"a": r"\d", "b": r"\d", "list": r"[\w ]+", "word": r"\w+?", "name": r"\w+?"}  # what may stand in each slot

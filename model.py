@@ -402,7 +402,9 @@ def read_meta(path):
             if parts[0].dim() == 1:
                 tensors[name] = parts[0]
             else:
-                by_rows = parts[0].shape[0] * len(parts) == vocab_size if "tok_embeddings" in name else not name.endswith(("wo.weight", "w2.weight"))
+                by_rows = not name.endswith(("wo.weight", "w2.weight"))
+                if "tok_embeddings" in name:
+                    by_rows = parts[0].shape[0] * len(parts) == vocab_size
                 tensors[name] = torch.cat(parts, dim=0 if by_rows else 1) if len(parts) > 1 else parts[0]
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         stop(f"{path}: the shards do not fit together ({first_line(error)})")
@@ -414,7 +416,8 @@ def read_meta(path):
         factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
                  "high_freq_factor": params.get("rope_high_freq_factor") or 4.0, "original_max_position_embeddings": 8192}
-    length = 131072 if params.get("use_scaled_rope") else 8192 if rope["rope_theta"] == 500000.0 else 2048 if params["norm_eps"] == 1e-6 else 4096
+    # the context of LLaMA 3.1 and later, 3, 1 (it alone has this epsilon) and 2
+    length = 131072 if params.get("use_scaled_rope") else 8192 if theta == 500000.0 else 2048 if params["norm_eps"] == 1e-6 else 4096
     try:
         return LlamaConfig(**config, rope_parameters=rope, max_position_embeddings=length, tie_word_embeddings=False), tensors
     except Exception as error:  # transformers raises anything from ZeroDivisionError to errors of its own
@@ -638,7 +641,8 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
     tokens = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
     logprobs, mask = torch.zeros(batch, max_new_tokens, device=device), torch.zeros(batch, max_new_tokens, device=device)
     steps = 0
-    for rows, new_tokens, new_logprobs in decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator):
+    written = decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator)
+    for rows, new_tokens, new_logprobs in written:
         tokens[rows, steps], logprobs[rows, steps], mask[rows, steps] = new_tokens, new_logprobs, 1.0
         steps += 1
     return Generation(tokens[:, :steps], logprobs[:, :steps], mask[:, :steps])
@@ -685,7 +689,8 @@ def save_checkpoint(model, tokenizer, folder):
     """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory."""
     if isinstance(model, ScalarHead):
         with torch.device("meta"):
-            classifier = LlamaForSequenceClassification(LlamaConfig.from_dict(model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}))
+            one_label = model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}
+            classifier = LlamaForSequenceClassification(LlamaConfig.from_dict(one_label))
         classifier.model, classifier.score = model.model, model.score
         model = classifier
     part = os.path.join(folder, "export.part")

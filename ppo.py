@@ -258,11 +258,12 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     log_ratio = inside(old_logprobs - ref_logprobs, mask)
+    unexplained, variance = (x[mask.bool()].var(unbiased=False) for x in (returns - values, returns))
     statistics = dict(
         score=scores.mean().item(), kl=log_ratio.sum(1).mean().item(), kl_coef=kl_coef,
         objective=(penalized - kl_coef * inside(kl, mask).sum(1)).mean().item(),
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
-        explained_variance=1 - ((returns - values)[mask.bool()].var(unbiased=False) / returns[mask.bool()].var(unbiased=False).clamp(min=1e-8)).item(),
+        explained_variance=1 - (unexplained / variance.clamp(min=1e-8)).item(),
         response_length=mask.sum(1).mean().item(), ended=ended.float().mean().item())
     # whitened over the whole rollout batch (as Huang et al. 2024's code does; lm-human-preferences does it in each mini-batch)
     return dict(prompts=prompts, responses=responses, lengths=lengths, mask=mask, old_logprobs=old_logprobs, old_values=values,
@@ -289,7 +290,8 @@ def finite(value, name, args):
     """The float, if it is one; otherwise the end of the run, with the last good checkpoint left as it is."""
     value = float(value)
     if not math.isfinite(value):
-        stop(f"{name} is {value}; what was saved last in {args.out} stays. Lower --lr or --critic_lr, or look at the score and the KL in metrics.csv", code=1)
+        stop(f"{name} is {value}; what was saved last in {args.out} stays. Lower --lr or --critic_lr, or look at the score "
+             "and the KL in metrics.csv", code=1)
     return value
 
 
@@ -300,7 +302,8 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
     Returns the statistics of the mini-batch.
     """
     all_tokens = experience["mask"][rows].sum()
-    s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl", "largest_ratio"], 0.0)
+    s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl",
+                       "largest_ratio"], 0.0)
     for part in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         input_ids, is_completion = collate([experience["prompts"][i] for i in part], [experience["responses"][i] for i in part],
                                            tokenizer.pad_token_id, args.device)
@@ -376,7 +379,8 @@ def parse(argv):
     group = parser.add_argument_group("training")
     group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
     group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
-    group.add_argument("--micro_batch_size", type=positive, help="responses a forward pass (the decoding itself has all of the batch): bounds the memory, changes nothing else")
+    group.add_argument("--micro_batch_size", type=positive,
+                       help="responses a forward pass (the decoding has all of the batch): bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
     group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
     group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
@@ -465,7 +469,8 @@ def main(argv=None):
 
     room = actor.config.max_position_embeddings - args.max_new_tokens
     if room < 1:
-        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's context is {actor.config.max_position_embeddings} tokens")
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's context is "
+             f"{actor.config.max_position_embeddings} tokens")
     limit = min(args.max_prompt_length, room)
 
     def read_prompts(path, number=None):
@@ -481,7 +486,8 @@ def main(argv=None):
     if args.ptx_coef:
         if not args.demonstrations:
             stop("--ptx_coef needs --demonstrations")
-        demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"), tokenizer, limit + args.max_new_tokens, args.demonstrations)
+        records = read_records(args.demonstrations, "user_input", "completion")
+        demonstrations = encode_records(records, tokenizer, limit + args.max_new_tokens, args.demonstrations)
     gold = load_gold(args.gold) if args.gold else None
     if gold:
         for number, record in enumerate(eval_records, 1):
@@ -530,7 +536,8 @@ def main(argv=None):
             if eval_prompts:
                 texts, last = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args)
                 row |= last
-                tqdm.write(f"update {update}: " + ", ".join(f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {first[name]:.3f})" for name, value in last.items()))
+                tqdm.write(f"update {update}: " + ", ".join(f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {first[name]:.3f})"
+                                                            for name, value in last.items()))
                 for i in range(min(3, len(texts))):
                     asked = eval_records[i]["user_input"]
                     asked = asked if isinstance(asked, str) else asked[-1]["content"]
@@ -538,7 +545,8 @@ def main(argv=None):
             save_checkpoint(actor, tokenizer, args.out)
             save_checkpoint(critic, tokenizer, os.path.join(args.out, "critic"))
         metrics.log(update=update, **row)
-        bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
+                            f"{row['tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update()
     bar.close()
     draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}), ("gold score, held out", {"gold": "eval_gold"}),
