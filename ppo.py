@@ -507,6 +507,8 @@ def main(argv=None):
                                  "tokens_per_s", "eval_score", "eval_gold"])
 
     first_texts, first = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args) if eval_prompts else ([], {})
+    if first:
+        metrics.log(update=0, **first)  # where the curves begin
     last = first
     bar = tqdm(total=args.updates, desc="ppo", unit="update", dynamic_ncols=True)
     for update in range(1, args.updates + 1):

@@ -87,7 +87,9 @@ def run_stage(script, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "save_checkpoint", save)
         script.main(argv)
-    return SimpleNamespace(folder=out, rows=read_rows(out), exported=exported)
+    rows = read_rows(out)
+    started = [row for row in rows if row.get("update") == 0]  # PPO's evaluation before the first update
+    return SimpleNamespace(folder=out, started=started, rows=rows[len(started):], exported=exported)
 
 
 def error_line(capsys, call, code=2):
@@ -1084,7 +1086,8 @@ PPO_COLUMNS = ["update", "score", "kl", "kl_coef", "objective", "entropy", "poli
 
 
 def test_ppo_metrics(ppo_run):
-    rows = ppo_run.rows
+    [started], rows = ppo_run.started, ppo_run.rows
+    assert {name for name, value in started.items() if value is not None} == {"update", "eval_score", "eval_gold"}
     assert set(PPO_COLUMNS) <= set(rows[0]) and [row["update"] for row in rows] == [1, 2, 3]
     assert all(row[name] is not None and math.isfinite(row[name]) for row in rows for name in PPO_COLUMNS)
     assert [row["eval_score"] is not None and row["eval_gold"] is not None for row in rows] == [False, True, True]
