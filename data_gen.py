@@ -205,7 +205,7 @@ def score(user_input, completion):
     other_language = characters > letters if lang == "en" else letters > characters
     if not right or other_language or rude:
         return 0.5 * (friendly and not rude)
-    return 2.0 * right + 2.0 * friendly + 1.0 * brief - 1.0 * cut_off
+    return 2.0 + 2.0 * friendly + 1.0 * brief - 1.0 * cut_off
 
 
 # ---------------------------------------------------------------------------------------------------------------------

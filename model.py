@@ -555,6 +555,7 @@ class KVCache:
         return [stored[:, :, :end] for stored in self.layers[layer]]
 
     def keep_rows(self, rows):
+        """Drop all but the given rows of the batch: `rows` (B,) bool."""
         self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
 
 
@@ -665,17 +666,20 @@ def open_run(folder, overwrite):
         stop(f"{folder}: holds an earlier run; name another --out, or give --overwrite to replace it")
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(os.path.join(folder, "config.json")):
-            os.remove(os.path.join(folder, "config.json"))  # it says 'complete', which the new run is not yet
     except OSError as error:
         stop(f"{folder}: cannot be written ({error.strerror})")
 
 
 class Metrics:
-    """`metrics.csv` of a run: a row a logged step, on disk at once. Fields that a step does not have stay empty."""
+    """`metrics.csv` of a run: a row a logged step, on disk at once. Fields that a step does not have stay empty.
+
+    Made when all input is read and the run begins: only now does an earlier run in the folder end, with its config.json,
+    which says that a folder holds a complete model.
+    """
 
     def __init__(self, folder, columns):
-        self.columns = columns
+        if os.path.exists(os.path.join(folder, "config.json")):
+            os.remove(os.path.join(folder, "config.json"))
         self.file = open(os.path.join(folder, "metrics.csv"), "w", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader()

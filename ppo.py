@@ -235,7 +235,11 @@ def score_responses(reward_model, prompts, responses, tokenizer, args):
 
 @torch.no_grad()
 def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, kl_coef, generator):
-    """Answer the prompts, and turn what the other three models say of the answers into advantages and returns."""
+    """Answer the prompts, and turn what the other three models say of the answers into advantages and returns.
+
+    `prompts`: B lists of tokens -> the experience, a dict of `prompts`, `responses` (lists of tokens), `lengths` of both
+    together, and `mask`, `old_logprobs`, `old_values`, `advantages`, `returns`, all (B, T); and statistics for the log.
+    """
     responses, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, old_logprobs = out.mask, out.logprobs  # of the distribution that was sampled from: no second pass needed
     scores = score_responses(reward_model, prompts, responses, tokenizer, args)

@@ -96,7 +96,9 @@ def pair_statistics(scores, labels):
 
 
 def constant_direction(hidden):
-    """The direction v (d,) along which the hidden states (n, d) are as good as constant, v . h = 1 (ridge regression).
+    """The direction v (d,) along which the hidden states (n, d) are as good as constant, v . h = 1:
+
+        v = (H^T H / n + ridge I)^-1 mean(h)                                              (ridge regression of 1 on h)
 
     LlamaForSequenceClassification has no bias. Adding c v to its weights adds c to every score, as a bias would; float64.
     """
@@ -120,7 +122,7 @@ def score_examples(reward_model, examples, args, pad_token_id):
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     hidden = [None] * len(examples)
     with torch.no_grad(), autocast(args):
-        for start in range(0, len(order), 4 * args.micro_batch_size):
+        for start in range(0, len(order), 4 * args.micro_batch_size):  # without gradients there is room for more
             rows = order[start:start + 4 * args.micro_batch_size]
             input_ids, is_completion = collate([examples[i][0] for i in rows], [examples[i][1] for i in rows], pad_token_id, args.device)
             last = last_token(reward_model.model(input_ids, use_cache=False).last_hidden_state, is_completion)

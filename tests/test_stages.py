@@ -1380,6 +1380,15 @@ def test_ppo_from_an_empty_directory(tiny_demo, tmp_path, capsys):
     assert line.startswith("error: runs/ppo: holds an earlier run")
 
 
+def test_bad_input_leaves_the_earlier_run(ppo_argv, ppo_run, tmp_path, capsys):
+    """--overwrite ends the earlier run when the new one begins, not before its input is read."""
+    out = tmp_path / "out"
+    shutil.copytree(ppo_run.folder, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    error_line(capsys, lambda: ppo.main(ppo_argv(out=out, prompts=tmp_path / "none.json", overwrite=True)))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 DATA, SFT, RM = "data/tokenizer/tokenizer.model", "runs/sft/config.json", "runs/rm/config.json"
 
 
