@@ -55,18 +55,23 @@ def inside(x, mask):
     return torch.where(mask.bool(), x.float(), 0.0)
 
 
+def tempered_log_softmax(logits, temperature):
+    """log softmax(logits / temperature) in float32. Dividing by 1 would be a pass over the largest tensor for nothing."""
+    return torch.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, dim=-1)
+
+
 def logprobs_from_logits(logits, tokens, temperature=1.0):
     """log pi(token) under softmax(logits / temperature).
 
     `logits` (..., V), `tokens` (...) -> (...) float32, nats. The temperature must be that of sampling: only then is this
     the log probability with which the token was drawn.
     """
-    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return tempered_log_softmax(logits, temperature).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits, temperature=1.0):
     """H = - sum_v p_v log p_v with p = softmax(logits / temperature). `logits` (..., V) -> (...) float32, nats."""
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = tempered_log_softmax(logits, temperature)
     return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # a word ruled out, at -inf, adds 0 and not nan
 
 
@@ -190,15 +195,14 @@ class AdaptiveKL:
 # ---------------------------------------------------------------------------------------------------------------------
 # Experience: what the four models say about a batch of prompts
 
-def response_outputs(actor, input_ids, is_completion, temperature):
-    """log pi of every response token and the entropy where it was chosen, both (N,), row after row.
+def response_logits(actor, input_ids, is_completion):
+    """The logits (N, V) with which the N response tokens were chosen, row after row, and these tokens (N,).
 
     `input_ids`, `is_completion` (B, L) from `collate`. The hidden state at t predicts token t + 1, and only those that
-    predict a response token go through the vocabulary projection.
+    predict a response token go through the vocabulary projection: nothing here has the size (B, L, V).
     """
     hidden = actor.model(input_ids, use_cache=False).last_hidden_state
-    logits = actor.lm_head(hidden[:, :-1][is_completion[:, 1:]])
-    return logprobs_from_logits(logits, input_ids[:, 1:][is_completion[:, 1:]], temperature), entropy_from_logits(logits, temperature)
+    return actor.lm_head(hidden[:, :-1][is_completion[:, 1:]]), input_ids[:, 1:][is_completion[:, 1:]]
 
 
 def to_rows(flat, mask):
@@ -248,7 +252,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
     for rows in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
         input_ids, is_completion = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args):
-            ref_logprobs[rows] = to_rows(response_outputs(ref, input_ids, is_completion, args.temperature)[0], mask[rows])
+            ref_logprobs[rows] = to_rows(logprobs_from_logits(*response_logits(ref, input_ids, is_completion), args.temperature), mask[rows])
             # the value of the state in which a token is chosen stands one position before that token
             values[rows] = to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask[rows])
     ended = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=args.device)
@@ -315,7 +319,11 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         old_logprobs, advantages, old_values, returns = (experience[k][part] for k in ("old_logprobs", "advantages", "old_values", "returns"))
         share = mask.sum() / all_tokens
         with autocast(args):
-            logprobs, entropy = (to_rows(x, mask) for x in response_outputs(actor, input_ids, is_completion, args.temperature))
+            logits, tokens = response_logits(actor, input_ids, is_completion)
+            logprobs = to_rows(logprobs_from_logits(logits, tokens, args.temperature), mask)
+            with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
+                entropy = to_rows(entropy_from_logits(logits, args.temperature), mask)
+            del logits  # the largest tensor of the step: what the backward pass needs of it, it holds itself
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow (Schulman et al. 2017, eq. 9)
