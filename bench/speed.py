@@ -530,6 +530,8 @@ def compare(name, work, repeats, python, folder):
         peak = start(sys.executable, "ours", "peak", folder)["bf16" if work.get("bf16") else "float32"]
         # a seed a pair: at realistic lengths the responses, and so the work, are drawn anew
         ours, peer = start(sys.executable, "ours", name, folder, number), start(python, "peer", name, folder, number)
+        if different := [key for key in ("threads", "torch", "transformers") if ours[key] != peer[key]]:
+            print("warning: " + ", ".join(f"{key}: ours {ours[key]}, peer {peer[key]}" for key in different), file=sys.stderr)
         pairs.append((ours, peer))
         shares.append(ours["flops_per_s"] / peak)
         print(f"{name} {number}/{repeats}: ours {ours['seconds']:.3g} s, peer {peer['seconds']:.3g} s; ours {ours['gib']:.2f} GiB, peer "
@@ -567,7 +569,8 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="the Python that has TRL, for the peer's processes (default: this one)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of processes a comparison")
     parser.add_argument("--updates", type=int, default=2, help="measured updates, or generations, in each process, after one to warm up")
-    parser.add_argument("--profile", action="store_true", help="only profile our side of the PPO update named by --only (default: ppo_float32)")
+    parser.add_argument("--profile", action="store_true",
+                        help="only profile our side of the PPO updates named by --only (default: ppo_float32)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "NAME", "FOLDER", "SEED"), help="what each process is started with")
     args = parser.parse_args()
@@ -598,7 +601,7 @@ def main():
             real=any(COMPARISONS[name]["model"] == "real" for name in chosen if name in COMPARISONS)))
         made = start(sys.executable, "ours", "prepare", folder)
         print(f"{machine()}, {made['threads']} threads, torch {made['torch']}, transformers {made['transformers']}; "
-              f"model: {args.model or 'random weights'}; {args.repeats} pairs of processes, {args.updates} updates each after one to warm up"
+              f"model: {args.model or 'random weights'}; {args.repeats} pairs of processes, {args.updates} updates each after a warm-up"
               + ("; TINY SIZES: the figures mean nothing" if args.tiny else "") + "\n", flush=True)
         if args.profile:
             for name in chosen:
