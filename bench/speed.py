@@ -36,7 +36,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-PPO_MICRO_BATCH, SFT_MICRO_BATCH, RM_MICRO_BATCH = 16, 8, 8  # of ours; TRL's micro-batch is its whole mini-batch
+PPO_MICRO_BATCH, SFT_MICRO_BATCH, RM_MICRO_BATCH = 4, 8, 4  # of ours; TRL's micro-batch is its whole mini-batch
 LR = "1e-6"  # of every optimizer here: it changes no time
 REAL = dict(model="real", batch=16, prompt=64, new=48)
 DEMO = dict(model="demo", batch=64, prompt=24, new=40, times=5)  # ppo.py's demo; quick, so five times as often as --updates says
