@@ -18,13 +18,16 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -670,33 +673,169 @@ def left_pad(prompts, pad_token_id, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run directory
 
-def open_run(folder, overwrite):
-    """Make the run directory. One that holds work is left alone unless `overwrite`."""
-    if os.path.exists(os.path.join(folder, "metrics.csv")) and not overwrite:
-        stop(f"{folder}: holds an earlier run; name another --out, or give --overwrite to replace it")
+def open_run(folder, args):
+    """Make the run directory. One that holds work is left alone unless --resume or --overwrite.
+
+    Returns what `load_state` finds of the run to go on with; None for a run that begins.
+    """
+    holds = [name for name in ("metrics.csv", "config.json", "last") if os.path.exists(os.path.join(folder, name))]
+    if args.resume and args.overwrite:
+        stop("--resume goes on with a run, --overwrite begins it anew: give one of them")
+    if holds and not (args.resume or args.overwrite):
+        stop(f"{folder}: holds an earlier run; --resume goes on with it, --overwrite replaces it, --out names another")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         stop(f"{folder}: cannot be written ({error.strerror})")
+    if args.resume and os.path.exists(os.path.join(folder, "last", "state.json")):
+        return load_state(folder, args)
+    if args.resume and "config.json" in holds:
+        stop(f"{folder}/last: missing, so this run cannot go on; --overwrite begins it anew")
+    return None  # also after --resume of a run that was interrupted before it saved anything
 
 
 class Metrics:
     """`metrics.csv` of a run: a row a logged step, on disk at once. Fields that a step does not have stay empty.
 
     Made when all input is read and the run begins: only now does an earlier run in the folder end, with its config.json,
-    which says that a folder holds a complete model.
+    which says that a folder holds a complete model. One that goes on keeps the rows up to its `state`, and no later ones.
     """
 
-    def __init__(self, folder, columns):
-        if os.path.exists(os.path.join(folder, "config.json")):
-            os.remove(os.path.join(folder, "config.json"))
-        self.file = open(os.path.join(folder, "metrics.csv"), "w", newline="", encoding="utf-8")
+    def __init__(self, folder, columns, state=None):
+        path = os.path.join(folder, "metrics.csv")
+        try:
+            if state is None:
+                for name in ("config.json", "last/state.json"):
+                    if os.path.exists(os.path.join(folder, name)):
+                        os.remove(os.path.join(folder, name))
+                for name in glob.glob(os.path.join(glob.escape(folder), "step-*")) + [os.path.join(folder, "last")]:
+                    shutil.rmtree(name, ignore_errors=True)
+            else:
+                os.truncate(path, state["metrics_bytes"])
+            self.file = open(path, "a" if state else "w", newline="", encoding="utf-8")
+        except OSError as error:
+            stop(f"{path}: cannot be written ({error.strerror})")
         self.writer = csv.DictWriter(self.file, columns)
-        self.writer.writeheader()
+        if state is None:
+            self.writer.writeheader()
+            self.file.flush()
 
     def log(self, **row):
-        self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-        self.file.flush()
+        try:
+            self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            self.file.flush()
+        except OSError as error:
+            stop(f"{self.file.name}: cannot be written ({error.strerror}); --resume goes on from the last saved state", code=1)
+
+
+# What --resume may change: nothing in the result depends on it
+FREE_SETTINGS = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size"}
+
+
+def save_state(folder, args, metrics, models, optimizers, generators, **progress):
+    """Write `last/`: all that is needed to go on exactly as if the run had not been interrupted.
+
+    `models`, `optimizers`, `generators`: {name: object}; `progress`: numbers, texts and lists. The tensors go into a new file,
+    then state.json, which names that file, takes the place of the old one: at every moment one of the two states is whole.
+    """
+    last = os.path.join(folder, "last")
+    tensors = {f"{name}.{key}": p.detach() for name, model in models.items() for key, p in model.named_parameters()}
+    for name, optimizer in optimizers.items():
+        for index, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{key}": value for key, value in entry.items()}
+    tensors |= {f"random.{name}": generator.get_state() for name, generator in generators.items()}
+    tensors["random.torch"] = torch.get_rng_state()
+    metrics.file.flush()
+    file = "state-a.safetensors"
+    try:
+        os.makedirs(last, exist_ok=True)
+        if os.path.exists(os.path.join(last, "state.json")):
+            with open(os.path.join(last, "state.json"), encoding="utf-8") as previous:
+                file = "state-b.safetensors" if json.load(previous)["file"] == file else file
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, os.path.join(last, file))
+        with open(os.path.join(last, file), "rb") as written:
+            os.fsync(written.fileno())
+    except (OSError, SafetensorError) as error:
+        if os.path.exists(os.path.join(last, file)):
+            os.remove(os.path.join(last, file))
+        stop(f"{last}: cannot be written ({first_line(error)}); what was saved before stays", code=1)
+    state = dict(file=file, metrics_bytes=os.path.getsize(metrics.file.name), settings=vars(args), **progress)
+    write_whole(os.path.join(last, "state.json"), json.dumps(state).encode())
+    for name in os.listdir(last):
+        if name not in (file, "state.json"):
+            os.remove(os.path.join(last, name))
+
+
+def load_state(folder, args):
+    """What `save_state` wrote, read and checked: the dict of state.json with the tensors under "tensors"."""
+    path = os.path.join(folder, "last", "state.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        before, tensors = state["settings"], os.path.join(folder, "last", state["file"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"{path}: damaged ({first_line(error)}); --overwrite begins the run anew")
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        if name not in FREE_SETTINGS and before.get(name) != value:
+            stop(f"--{name} {value} contradicts the run in {folder}, which has {before.get(name)}; give it that, or --overwrite")
+    try:
+        state["tensors"] = load_file(tensors)
+    except (OSError, SafetensorError) as error:
+        stop(f"{tensors}: missing or damaged ({first_line(error)}); --overwrite begins the run anew")
+    return state
+
+
+def restore(state, folder, models, optimizers, generators):
+    """Put a state that `load_state` read back into the objects that it was taken from."""
+    tensors = state["tensors"]
+    try:
+        with torch.no_grad():
+            for name, model in models.items():
+                for key, p in model.named_parameters():
+                    p.copy_(tensors[f"{name}.{key}"])
+        for name, optimizer in optimizers.items():
+            entries = {}
+            for key, value in tensors.items():
+                if key.startswith(name + "."):
+                    index, field = key.removeprefix(name + ".").split(".")
+                    entries.setdefault(int(index), {})[field] = value
+            optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, generator in generators.items():
+            generator.set_state(tensors[f"random.{name}"])
+        torch.set_rng_state(tensors["random.torch"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        stop(f"{folder}/last: not a state of this run ({first_line(error)}); --overwrite begins it anew")
+
+
+class Signals:
+    """Ctrl-C and SIGTERM let the step finish: `caught` is the signal, 0 without one. A second one ends the program at once."""
+
+    def __init__(self):
+        self.caught = 0
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there can a handler be set
+        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+
+    def catch(self, number, frame):
+        self.caught = number
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, folder):
+        """The end of an interrupted run, its state being saved: exit code 128 + the number of the signal (130, 143)."""
+        self.restore()
+        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume goes on", file=sys.stderr)
+        raise SystemExit(128 + self.caught)
+
+
+def keep_export(model, tokenizer, folder, step, keep):
+    """Export the model to step-N beside the run's other results, and remove all such exports but the newest `keep`."""
+    save_checkpoint(model, tokenizer, os.path.join(folder, f"step-{step}"))
+    exports = glob.glob(os.path.join(glob.escape(folder), "step-*"))
+    for old in sorted(exports, key=lambda name: int(name.rsplit("-", 1)[1]))[:-keep]:
+        shutil.rmtree(old)
 
 
 def save_checkpoint(model, tokenizer, folder):
@@ -709,6 +848,7 @@ def save_checkpoint(model, tokenizer, folder):
         model = classifier
     part = os.path.join(folder, "export.part")
     try:
+        os.makedirs(folder, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -768,6 +908,11 @@ def positive(text):
     return int(text)
 
 
+def whole(text):
+    """argparse type: a whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def usable_device(text):
     """argparse type: a device of PyTorch on which something can be computed."""
     try:
@@ -783,4 +928,7 @@ def common_options(parser):
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; weights stay float32")
     group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    group.add_argument("--save_every", type=positive, default=100, help="optimizer steps (ppo.py: updates) between saved states, in --out/last")
+    group.add_argument("--keep", type=whole, default=0, help="export the model with each saved state too, and keep the newest so many")
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")

@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, left_pad,
-                   load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
+from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
+                   left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint,
+                   save_state, settings, stop)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -415,20 +416,18 @@ def parse(argv):
 
 
 def run_missing_stages(args):
-    """The stages of the demo whose result is not at its default place."""
+    """The stages of the demo whose result is not at its default place; one that was interrupted goes on."""
     import data_gen  # only here does one stage know another
     import sft
     import train_rm
-    again = ["--seed", str(args.seed), "--device", args.device, "--dtype", args.dtype, "--overwrite"]
     if not os.path.exists("data/tokenizer/tokenizer.model"):
         print("data/ is missing: running data_gen.py", flush=True)
         data_gen.main(["--seed", str(args.seed)])
-    if not os.path.exists("runs/sft/config.json"):
-        print("runs/sft is missing: running sft.py", flush=True)
-        sft.main(again)
-    if not os.path.exists("runs/rm/config.json"):
-        print("runs/rm is missing: running train_rm.py", flush=True)
-        train_rm.main(again)
+    for stage, folder in ((sft, "runs/sft"), (train_rm, "runs/rm")):
+        if not os.path.exists(f"{folder}/config.json"):
+            print(f"{folder} is missing: running {stage.__name__}.py", flush=True)
+            begun = os.path.exists(f"{folder}/last/state.json")
+            stage.main(["--seed", str(args.seed), "--device", args.device, "--dtype", args.dtype, "--resume" if begun else "--overwrite"])
 
 
 def load_gold(path):
@@ -460,7 +459,7 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 def main(argv=None):
     args, demo = parse(argv)
-    open_run(args.out, args.overwrite)
+    state = open_run(args.out, args)
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)
     for path, script in (("runs/sft", "sft.py"), ("runs/rm", "train_rm.py")):
@@ -516,14 +515,24 @@ def main(argv=None):
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
     metrics = Metrics(args.out, ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
                                  "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr",
-                                 "tokens_per_s", "eval_score", "eval_gold"])
+                                 "tokens_per_s", "eval_score", "eval_gold"], state)
 
-    first_texts, first = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args) if eval_prompts else ([], {})
-    if first:
-        metrics.log(update=0, **first)  # where the curves begin
-    last = first
-    bar = tqdm(total=args.updates, desc="ppo", unit="update", dynamic_ncols=True)
-    for update in range(1, args.updates + 1):
+    saved = dict(models={"actor": actor, "critic": critic}, generators={"sampling": generator, "prompts": prompt_deck.generator,
+                                                                         "demonstrations": demonstration_deck.generator},
+                 optimizers={"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
+    if state:
+        restore(state, args.out, **saved)
+        done, first, first_texts, last, row = (state[name] for name in ("update", "first", "first_texts", "latest", "row"))
+        prompt_deck.left, demonstration_deck.left, kl_control.coef = state["prompts_left"], state["demonstrations_left"], state["kl_coef"]
+    else:
+        done = 0
+        first_texts, first = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args) if eval_prompts else ([], {})
+        if first:
+            metrics.log(update=0, **first)  # where the curves begin
+        last = first
+    signals = Signals()
+    bar = tqdm(total=args.updates, initial=done, desc="ppo", unit="update", dynamic_ncols=True)
+    for update in range(done + 1, args.updates + 1):
         started = time.perf_counter()
         decay = 1 - (update - 1) / args.updates  # linear, as in lm-human-preferences
         actor_optimizer.param_groups[0]["lr"], critic_optimizer.param_groups[0]["lr"] = args.lr * decay, args.critic_lr * decay
@@ -562,7 +571,15 @@ def main(argv=None):
         bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
                             f"{row['tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update()
+        if update % args.save_every == 0 or update == args.updates or signals.caught:
+            save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3], latest=last, row=row,
+                       prompts_left=prompt_deck.left, demonstrations_left=demonstration_deck.left, kl_coef=kl_control.coef)
+            if args.keep:
+                keep_export(actor, tokenizer, args.out, update, args.keep)
+        if signals.caught:
+            signals.leave(args.out)
     bar.close()
+    signals.restore()
     draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}), ("gold score, held out", {"gold": "eval_gold"}),
                            ("KL to the SFT policy (nats a response)", {"KL": "kl"}), ("entropy (nats a token)", {"entropy": "entropy"}),
                            ("share of ratios clipped", {"policy": "clip_fraction", "value": "value_clip_fraction"}),

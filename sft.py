@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
-                   load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
+from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_records, keep_export, length_batches,
+                   load_llama, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint, save_state, settings, stop)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
@@ -89,17 +89,25 @@ def main(argv=None):
     max_length = min(args.max_length, model.config.max_position_embeddings)
     train = encode_records(read_records(args.data, "user_input", "completion"), tokenizer, max_length, args.data)
     held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length, args.eval_data)
-    open_run(args.out, args.overwrite)
-    metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"])
+    state = open_run(args.out, args)
+    metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"], state)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     order = torch.Generator().manual_seed(args.seed)  # its own stream, so that nothing else changes the order of the data
     lengths = [len(prompt) + len(completion) for prompt, completion, _ in train]
     steps = args.epochs * -(-len(train) // args.batch_size)
     step, usual, spread = 0, None, None  # what a batch's loss has been so far: running mean and mean absolute deviation
-    bar = tqdm(total=steps, desc="sft", unit="step", dynamic_ncols=True)
+    saved = dict(models={"model": model}, optimizers={"optimizer": optimizer}, generators={})
+    if state:
+        restore(state, args.out, **saved)
+        step, usual, spread = state["step"], state["usual"], state["spread"]
+    signals, position = Signals(), 0
+    bar = tqdm(total=steps, initial=step, desc="sft", unit="step", dynamic_ncols=True)
     for epoch in range(1, args.epochs + 1):
         for batch in length_batches(lengths, args.batch_size, order):
+            position += 1
+            if position <= step:  # done before the interruption; the order is drawn again, and is the same
+                continue
             started = time.perf_counter()
             lr = args.lr * lr_factor(step, steps)
             for group in optimizer.param_groups:
@@ -138,7 +146,14 @@ def main(argv=None):
             bar.update()
             if eval_loss is not None:
                 tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} a token, perplexity {math.exp(eval_loss):.2f}")
+            if step % args.save_every == 0 or step == steps or signals.caught:
+                save_state(args.out, args, metrics, **saved, step=step, usual=usual, spread=spread)
+                if args.keep:
+                    keep_export(model, tokenizer, args.out, step, args.keep)
+            if signals.caught:
+                signals.leave(args.out)
     bar.close()
+    signals.restore()
     save_checkpoint(model, tokenizer, args.out)
     draw_curves(args.out, [("cross entropy (nats a token)", {"train": "loss", "held out": "eval_loss"}), ("learning rate", {"lr": "lr"}),
                            ("gradient norm", {"gradient norm": "grad_norm"}), ("tokens a second", {"tokens/s": "tokens_per_s"})])

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, autocast, collate, common_options, draw_curves, encode_records, length_batches, load_llama,
-                   load_tokenizer, open_run, positive, read_records, save_checkpoint, settings, stop)
+from model import (Metrics, ScalarHead, Signals, autocast, collate, common_options, draw_curves, encode_records, keep_export,
+                   length_batches, load_llama, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint, save_state,
+                   settings, stop)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
             demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
@@ -172,17 +173,26 @@ def main(argv=None):
     examples, groups, labels = read(args.data)
     held_out = read(args.eval_data) if args.eval_data else None
     demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"), tokenizer, max_length, args.demonstrations)
-    open_run(args.out, args.overwrite)
-    metrics = Metrics(args.out, ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr", "grad_norm", "tokens_per_s"])
+    state = open_run(args.out, args)
+    metrics = Metrics(args.out, ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr", "grad_norm",
+                                 "tokens_per_s"], state)
 
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     order = torch.Generator().manual_seed(args.seed)
     lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
     steps, step = args.epochs * -(-len(groups) // args.batch_size), 0
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    bar = tqdm(total=steps, desc="reward model", unit="step", dynamic_ncols=True)
+    saved = dict(models={"reward_model": reward_model}, optimizers={"optimizer": optimizer}, generators={})
+    if state:
+        restore(state, args.out, **saved)
+        step = state["step"]
+    signals, position = Signals(), 0
+    bar = tqdm(total=steps, initial=step, desc="reward model", unit="step", dynamic_ncols=True)
     for epoch in range(1, args.epochs + 1):
         for batch in length_batches(lengths, args.batch_size, order):
+            position += 1
+            if position <= step:  # done before the interruption; the order is drawn again, and is the same
+                continue
             started = time.perf_counter()
             lr = args.lr * min(1.0, (step + 1) / math.ceil(0.03 * steps)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
@@ -219,7 +229,14 @@ def main(argv=None):
             metrics.log(**row)
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {row['accuracy']:.2f}, lr {lr:.1e}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
             bar.update()
+            if step % args.save_every == 0 or step == steps or signals.caught:
+                save_state(args.out, args, metrics, **saved, step=step)
+                if args.keep:
+                    keep_export(reward_model, tokenizer, args.out, step, args.keep)
+            if signals.caught:
+                signals.leave(args.out)
     bar.close()
+    signals.restore()
 
     # Normalize: r' = (r - mean) / deviation over the demonstrations, in the head's weights w: first w - mean v, where
     # v . h = 1 on everything that the model was trained to score, then the division.

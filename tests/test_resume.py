@@ -1,0 +1,207 @@
+"""Nothing is lost: each stage killed at random moments, interrupted, out of space, or resumed by mistake.
+
+    pytest tests/test_resume.py
+
+A fork server with the stages already imported starts each run as a process of its own, which can be killed.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import data_gen
+import model
+import ppo
+import sft
+import train_rm
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["sft", "train_rm", "ppo"])
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128)
+EXPORTS = {"sft": ["model.safetensors"], "train_rm": ["model.safetensors"], "ppo": ["model.safetensors", "critic/model.safetensors"]}
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory):
+    """{stage: its options without --out}, on a tiny LLaMA and a few records."""
+    folder = tmp_path_factory.mktemp("resume")
+    rng, old = random.Random(0), model.DEMO_MODEL
+    prompts = data_gen.draw_prompts(rng, 24)
+    demos = [{"user_input": p, "completion": data_gen.write(rng, p, "friendly")} for p in prompts]
+    scored = [{"user_input": d["user_input"], "completion": text, "score": score} for d in demos
+              for text, score in ((d["completion"], 1), ("no", 0))]
+    for name, records in (("demos", demos), ("scored", scored)):
+        (folder / f"{name}.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    os.makedirs(folder / "tokenizer")
+    texts = [f"{p} {d['completion']}" for p, d in zip(prompts, demos)]
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, vocab_size=600))
+    tokenizer = model.load_tokenizer(str(folder / "tokenizer"))
+    torch.manual_seed(0)
+    model.DEMO_MODEL = TINY
+    llama = model.load_llama(None, tokenizer)
+    model.DEMO_MODEL = old
+    os.makedirs(folder / "rm")
+    model.save_checkpoint(llama, tokenizer, str(folder / "llama"))
+    model.save_checkpoint(model.ScalarHead(llama.model), tokenizer, str(folder / "rm"))
+    demos, scored, llama = (str(folder / name) for name in ("demos.json", "scored.json", "llama"))
+    return {
+        "sft": f"--model {llama} --data {demos} --epochs 40 --batch_size 5 --lr 0.01 --save_every 1".split(),
+        "train_rm": f"--model {llama} --data {scored} --demonstrations {demos} --epochs 24 --batch_size 5 --lr 0.01 --save_every 1".split(),
+        "ppo": (f"--sft {llama} --rm {folder / 'rm'} --prompts {demos} --eval_prompts {demos} --demonstrations {demos} --ptx_coef 0.1 "
+                "--updates 24 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
+                "--ppo_epochs 2 --lr 0.001 --critic_lr 0.01 --save_every 1").split(),
+    }
+
+
+def run(stage, options):
+    torch.set_num_threads(1)
+    importlib.import_module(stage).main(options)
+
+
+def start(stage, options):
+    process = server.Process(target=run, args=(stage, options))
+    process.start()
+    return process
+
+
+def finish(stage, options):
+    """Run to the end -> the seconds that it took."""
+    started, process = time.time(), start(stage, options)
+    process.join(120)
+    assert process.exitcode == 0
+    return time.time() - started
+
+
+def result(stage, out):
+    """What must not depend on interruptions: the exported weights, and metrics.csv but for the speed."""
+    rows = (out / "metrics.csv").read_text().splitlines()
+    speed = rows[0].split(",").index("tokens_per_s")
+    rows = [[cell for i, cell in enumerate(row.split(",")) if i != speed] for row in rows]
+    return rows, [(out / name).read_bytes() for name in EXPORTS[stage]]
+
+
+@pytest.fixture(scope="module", params=["sft", "train_rm", "ppo"])
+def whole(request, argv, tmp_path_factory):
+    """(stage, its options, seconds, result) of a run that nothing interrupted."""
+    stage, out = request.param, tmp_path_factory.mktemp("whole") / "run"
+    finish(stage, argv[stage] + ["--out", str(out)])  # the first process of the server takes longer
+    seconds = finish(stage, argv[stage] + ["--out", str(out), "--overwrite"])
+    return stage, argv[stage], seconds, result(stage, out)
+
+
+def test_killed_at_20_random_moments(whole, tmp_path):
+    """Half of the kills fall anywhere from the start of the process on, half into the steps and the saving of each."""
+    stage, options, seconds, expected = whole
+    out, rng, killed = tmp_path / "run", random.Random(1), 0
+    options = options + ["--out", str(out), "--resume"]
+    size = lambda: (out / "metrics.csv").stat().st_size if (out / "metrics.csv").exists() else 0  # noqa: E731
+    for i in range(20):
+        process, before = start(stage, options), size()
+        if i % 2:
+            while process.exitcode is None and size() <= before:
+                time.sleep(0.001)
+        process.join(rng.uniform(0, 0.04 if i % 2 else 0.15 * seconds))
+        killed += process.exitcode is None
+        process.kill()
+        process.join()
+    assert killed >= 15
+    finish(stage, options)
+    assert result(stage, out) == expected
+    finish(stage, options)  # a run that is complete stays as it is
+    assert result(stage, out) == expected
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_step_and_save(whole, tmp_path, number, code):
+    stage, options, _, expected = whole
+    out = tmp_path / "run"
+    options = [o if o != "1" or options[i - 1] != "--save_every" else "1000" for i, o in enumerate(options)] + ["--out", str(out)]
+    process = start(stage, options)
+    while process.exitcode is None and (not (out / "metrics.csv").exists() or (out / "metrics.csv").read_text().count("\n") < 3):
+        time.sleep(0.005)  # until steps are being taken
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    assert (out / "last" / "state.json").exists()
+    finish(stage, options + ["--resume"])
+    assert result(stage, out) == expected
+
+
+def error(capsys, stage, options):
+    """The one line with which the stage ends."""
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(stage).main(options)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def done(argv, tmp_path):
+    """(options, folder) of a short run of sft.py that is complete."""
+    options = argv["sft"] + ["--out", str(tmp_path / "run")]
+    sft.main(options)
+    return options, tmp_path / "run"
+
+
+def test_what_is_refused(done, capsys, monkeypatch):
+    options, out = done
+    assert "--resume" in error(capsys, "sft", options)
+    assert "--lr 0.02" in error(capsys, "sft", options + ["--lr", "0.02", "--resume"])
+    assert "--overwrite" in error(capsys, "sft", options + ["--resume", "--overwrite"])
+    tensors = next((out / "last").glob("*.safetensors"))
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    assert str(tensors) in error(capsys, "sft", options + ["--resume"])
+    tensors.unlink()
+    assert str(tensors) in error(capsys, "sft", options + ["--resume"])
+    (out / "last" / "state.json").write_text("{")
+    assert "state.json" in error(capsys, "sft", options + ["--resume"])
+    (out / "last" / "state.json").unlink()
+    assert "last" in error(capsys, "sft", options + ["--resume"])
+
+
+def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypatch):
+    options, saves = argv["sft"] + ["--out", str(tmp_path / "run")], []
+
+    def full(tensors, path):
+        if len(saves) == 3:
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise OSError(28, "No space left on device")
+        saves.append(path)
+        save_file(tensors, path)
+
+    save_file = model.save_file
+    monkeypatch.setattr(model, "save_file", full)
+    with pytest.raises(SystemExit) as ended:
+        sft.main(options)
+    assert ended.value.code == 1 and "No space left" in capsys.readouterr().err
+    state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
+    assert state["step"] == 3
+    assert sorted(os.listdir(tmp_path / "run" / "last")) == sorted(["state.json", state["file"]])
+    monkeypatch.undo()
+    sft.main(options + ["--resume"])
+    sft.main(argv["sft"] + ["--out", str(tmp_path / "other")])
+    assert result("sft", tmp_path / "run") == result("sft", tmp_path / "other")
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, ppo])
+def test_the_newest_exports_are_kept(argv, tmp_path, stage):
+    out = tmp_path / "run"
+    stage.main(argv[stage.__name__] + ["--out", str(out), "--keep", "2", "--save_every", "5"])
+    steps = {"sft": [195, 200], "train_rm": [115, 120], "ppo": [20, 24]}[stage.__name__]
+    assert sorted(path.name for path in out.glob("step-*")) == sorted(f"step-{n}" for n in steps)
+    load = model.load_scalar_head if stage is train_rm else lambda path: model.load_llama(path, model.load_tokenizer(path))
+    load(str(out / f"step-{steps[-1]}"))
+    stage.main(argv[stage.__name__] + ["--out", str(out), "--save_every", "50", "--overwrite"])
+    assert not list(out.glob("step-*"))
