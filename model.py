@@ -822,8 +822,11 @@ def quantize(model, bits, device="cpu"):
     nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=model.dtype)
     how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", **nf4)
     try:
-        return LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype,
-                                                quantization_config=how, device_map={"": device}).eval()
+        small = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype,
+                                                 quantization_config=how, device_map={"": device}).eval()
+        with torch.no_grad():
+            small(torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be done shows here
+        return small
     except Exception as error:  # bitsandbytes raises its own for a device or a shape that it cannot do
         stop(f"--quantize {bits}: this model cannot be quantized on {device} ({first_line(error)})")
 
