@@ -13,7 +13,10 @@ import csv
 import ctypes
 import glob
 import gzip
+import io
+import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 import zlib
 from dataclasses import dataclass
 
@@ -32,7 +36,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
+from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           LlamaTokenizer, PreTrainedTokenizerFast)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging as transformers_logging
@@ -932,3 +936,284 @@ def common_options(parser):
     group.add_argument("--keep", type=whole, default=0, help="export the model with each saved state too, and keep the newest so many")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Using the result: python model.py runs/ppo
+
+def parse_use(argv):
+    parser = argparse.ArgumentParser(description="Talk to a checkpoint, or compare several.")
+    parser.add_argument("models", nargs="+", metavar="checkpoint", help="whatever --model of the stages takes; with several, a table")
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--prompt", help="answer this, and end (default: the terminal is a chat; what is piped in is one prompt)")
+    group.add_argument("--prompts", metavar="FILE", help="answer every record's user_input, in a table")
+    group.add_argument("--out", help="where the table of --prompts goes: .md or .csv (default: printed)")
+    group.add_argument("--reward", metavar="CHECKPOINT", help="a reward model, which scores the answers in the table")
+    group = parser.add_argument_group("how it is answered")
+    group.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0: always the likeliest token")
+    group.add_argument("--top_p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability")
+    group.add_argument("--max_new_tokens", type=positive, help="tokens an answer at most (default: half of the context, 512 at most)")
+    group.add_argument("--batch_size", type=positive, default=16, help="prompts of --prompts answered at once")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling")
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--quantize", choices=["8bit", "4bit"], help="of the checkpoints' linear layers; needs bitsandbytes and accelerate")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights, or of those not quantized")
+    group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    args = parser.parse_args(argv)
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        stop("--temperature must be a number from 0, and --top_p lie above 0 and not above 1")
+    if args.prompt is not None and args.prompts:
+        stop("--prompt or --prompts, not both")
+    if args.out and not (args.prompts and args.out.endswith((".md", ".csv"))):
+        stop("--out is for the table of --prompts, and ends with .md or .csv")
+    return args
+
+
+def weight_bytes(model):
+    """Bytes of a model's weights, tied ones counted once; of quantized ones with their scales."""
+    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values() if isinstance(t, torch.Tensor)}.values())
+
+
+def quantize(model, bits, device="cpu"):
+    """A copy of a `LlamaForCausalLM` on `device` whose linear layers have 8-bit weights (LLM.int8, Dettmers et al. 2022) or
+    4-bit ones (NF4 with double quantization, Dettmers et al. 2023). The embedding, the head and the norms keep their type."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product of two matrices
+    try:
+        import accelerate  # noqa: F401
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        stop(f"--quantize needs two more packages: pip install bitsandbytes accelerate ({first_line(error)})")
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=model.dtype)
+    how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", **nf4)
+    try:
+        small = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype,
+                                                 quantization_config=how, device_map={"": device}).eval()
+        with torch.no_grad():
+            small(torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be done shows here
+        return small
+    except Exception as error:  # bitsandbytes raises its own for a device or a shape that it cannot do
+        stop(f"--quantize {bits}: this model cannot be quantized on {device} ({first_line(error)})")
+
+
+def load_for_use(path, args):
+    """Tokenizer, model and the most tokens that an answer may have."""
+    tokenizer = load_tokenizer(path)
+    model = load_llama(path, tokenizer, getattr(torch, args.dtype))
+    context = model.config.max_position_embeddings
+    limit = args.max_new_tokens or min(512, context // 2)
+    if limit >= context:
+        stop(f"--max_new_tokens {limit}: the context of {path} is {context} tokens, and the prompt needs some of them")
+    if args.quantize:
+        before, model = weight_bytes(model), quantize(model, args.quantize, args.device)
+        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, {weight_bytes(model) / 1e6:.1f} MB in {args.quantize}", file=sys.stderr)
+        return tokenizer, model, limit
+    return tokenizer, model.to(args.device), limit
+
+
+def text_of(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_pieces(tokenizer, tokens):
+    """From tokens as they come, texts that join to what all of them decode to, and never end inside a character.
+
+    What a token adds depends on those before it: a character may have several tokens, a space be left out at the
+    beginning. So decode the tokens since the last piece but one, and yield what goes beyond the last piece. While that
+    ends with U+FFFD, which stands for bytes that make no character, wait for the rest of it.
+    """
+    last, new = [], []
+    for token in tokens:
+        new.append(token)
+        old_text, text = text_of(tokenizer, last), text_of(tokenizer, last + new)
+        if len(text) > len(old_text) and not text.endswith("\ufffd"):
+            yield text[len(old_text):]
+            last, new = new, []
+    if rest := text_of(tokenizer, last + new)[len(text_of(tokenizer, last)):]:
+        yield rest  # cut in the middle of a character
+
+
+def stream(tokenizer, model, prompt, limit, args, generator):
+    """Print the answer to `prompt` (tokens) while it is written. Returns its text, and whether Ctrl-C stopped it."""
+    text, stopped = "", False
+    try:
+        steps = decode(model, *left_pad([prompt], tokenizer.pad_token_id, args.device), limit, tokenizer.eos_token_id,
+                       temperature=args.temperature, top_p=args.top_p, generator=generator)
+        for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, _ in steps)):
+            piece = piece if text else piece.lstrip()
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stopped = True
+    print(flush=True)
+    return text.strip(), stopped
+
+
+def chat(tokenizer, model, limit, args):
+    """A dialogue in the terminal. When it outgrows the context, its oldest turns are forgotten."""
+    generator, history, told = torch.Generator(args.device).manual_seed(args.seed), [], False
+    room = model.config.max_position_embeddings - limit
+    print(f"{args.models[0]}: /reset begins anew, Ctrl-C stops an answer, Ctrl-D ends")
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            continue
+        if said == "/reset":
+            history = []
+        elif said and (wrong := half_character(said)):
+            print(f"(your message {wrong}: is the terminal set to UTF-8?)")
+        elif said:
+            history.append({"role": "user", "content": said})
+            while len(prompt := encode_prompt(tokenizer, history)) > room and len(history) > 1:
+                history = history[2:]
+                if not told:
+                    print("(the conversation outgrows the context: its oldest turns are forgotten from now on)")
+                    told = True
+            if len(prompt) > room:
+                print(f"(your message has {len(prompt)} tokens; there is room for {room})")
+                history = []
+            else:
+                history.append({"role": "assistant", "content": stream(tokenizer, model, prompt, limit, args, generator)[0]})
+
+
+def fitting_prompt(tokenizer, model, user_input, limit, where):
+    """The tokens of a prompt that leaves room for an answer of `limit` tokens."""
+    tokens, room = encode_prompt(tokenizer, user_input), model.config.max_position_embeddings - limit
+    if len(tokens) > room:
+        stop(f"{where}: {len(tokens)} tokens, where {room} fit beside an answer of {limit}: shorten it, or lower --max_new_tokens")
+    return tokens
+
+
+def answer_all(path, prompts, args):
+    """A checkpoint's answers to all prompts -> [(text, whether it ended before the limit)]."""
+    tokenizer, model, limit = load_for_use(path, args)
+    tokens = [fitting_prompt(tokenizer, model, prompt, limit, f"{args.prompts}: record {number}" if args.prompts else "the prompt")
+              for number, prompt in enumerate(prompts, 1)]
+    generator, answers = torch.Generator(args.device).manual_seed(args.seed), [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # similar lengths together: little padding
+    for start in tqdm(range(0, len(order), args.batch_size), desc=path, unit="batch", disable=not args.prompts):
+        rows = order[start:start + args.batch_size]
+        out = generate(model, *left_pad([tokens[i] for i in rows], tokenizer.pad_token_id, args.device), limit, tokenizer.eos_token_id,
+                       temperature=args.temperature, top_p=args.top_p, generator=generator)
+        for i, written, mask in zip(rows, out.tokens, out.mask):
+            written = written[mask.bool()].tolist()
+            answers[i] = text_of(tokenizer, written), written[-1] == tokenizer.eos_token_id
+    return answers
+
+
+@torch.no_grad()
+def reward_all(prompts, answers, args):
+    """The reward model's score of each answer, as `answer_all` gives them, of each checkpoint -> [[score of prompt 1, ...], ...].
+
+    The texts are put into the reward model's own tokens and chat format, whatever those of the checkpoint are. As in PPO,
+    an answer that was cut has no end-of-sequence token, and is read at its last one. Equal answers get one and the same score.
+    """
+    tokenizer, reward_model = load_tokenizer(args.reward), load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
+    scores = {}
+    for pair in dict.fromkeys((i, answer) for column in answers for i, answer in enumerate(column)):
+        i, (text, ended) = pair
+        tokens = encode_prompt(tokenizer, prompts[i]) + encode_text(tokenizer, text) + [tokenizer.eos_token_id] * ended
+        tokens = tokens[-reward_model.config.max_position_embeddings:]
+        scores[pair] = reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()
+    return [[scores[pair] for pair in enumerate(column)] for column in answers]
+
+
+def cells(text):
+    """The width of a text in cells of a terminal: a Chinese character takes two."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text if not unicodedata.combining(c))
+
+
+def side_by_side(columns):
+    """Print texts as columns next to each other, together as wide as the terminal. Chinese breaks anywhere, other text between words."""
+    width, wrapped = max(20, (shutil.get_terminal_size().columns + 3) // len(columns) - 3), []
+    for text in columns:
+        wrapped.append([])
+        for line in text.expandtabs(4).splitlines():
+            wrapped[-1].append("")
+            for word in re.findall(r"\s*(?:[!-\u024f]{1,20}|\S)", line):
+                if cells(wrapped[-1][-1] + word) <= width:
+                    wrapped[-1][-1] += word
+                else:
+                    wrapped[-1].append(word.lstrip())
+    for row in itertools.zip_longest(*wrapped, fillvalue=""):
+        print(" | ".join(cell + " " * (width - cells(cell)) for cell in row).rstrip())
+
+
+def markdown_cell(value):
+    """One cell of a Markdown table: what would be read as markup is escaped, a line break is <br>."""
+    return "<br>".join(re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", line) for line in str(value).strip().splitlines())
+
+
+def markdown_table(rows):
+    lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def summary_rows(args, answers, scores):
+    """A row a checkpoint: mean score, and win rate: the share of prompts on which it scores above the first, ties half."""
+    rows = [["checkpoint", "answers", "cut at the limit"] + (["mean score", f"win rate against {args.models[0]}"] if scores else [])]
+    for n, (path, column) in enumerate(zip(args.models, answers)):
+        rows.append([path, len(column), sum(not ended for _, ended in column)])
+        if scores:
+            wins = sum((s > first) + (s == first) / 2 for s, first in zip(scores[n], scores[0])) / len(column)
+            rows[-1] += [f"{sum(scores[n]) / len(column):.3f}", f"{wins:.3f}" if n else "-"]
+    return rows
+
+
+def compare(prompts, args):
+    """The same prompts through every checkpoint, one loaded after the other: printed side by side, or as a table."""
+    answers = [answer_all(path, prompts, args) for path in args.models]
+    scores = reward_all(prompts, answers, args) if args.reward else []
+    if not args.prompts:
+        heads = [path + (f"  score {scores[n][0]:.3f}" if scores else "") for n, path in enumerate(args.models)]
+        side_by_side(heads)
+        print()
+        return side_by_side([column[0][0].strip() for column in answers])
+    rows = [["prompt"]]
+    for path in args.models:
+        rows[0] += [path] + ([f"score of {path}"] if scores else [])
+    for i, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        rows.append([text])
+        for n, column in enumerate(answers):
+            rows[-1] += [column[i][0].strip()] + ([f"{scores[n][i]:.3f}"] if scores else [])
+    summary = markdown_table(summary_rows(args, answers, scores))
+    if args.out and args.out.endswith(".csv"):
+        file = io.StringIO()
+        csv.writer(file).writerows(rows)
+        write_whole(args.out, file.getvalue().encode())
+    elif args.out:
+        write_whole(args.out, (summary + "\n" + markdown_table(rows)).encode())
+    else:
+        print(markdown_table(rows))
+    print(summary + (f"saved {args.out}" if args.out else ""))
+
+
+def main(argv=None):
+    args = parse_use(argv)
+    if args.prompts:
+        return compare([record["user_input"] for record in read_records(args.prompts, "user_input")], args)
+    if args.prompt is None and not sys.stdin.isatty():
+        try:
+            args.prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            stop(f"standard input: not UTF-8 at byte {error.start}")
+    if args.prompt is not None and (wrong := half_character(args.prompt) or (None if args.prompt.strip() else "is empty")):
+        stop(f"the prompt {wrong}")
+    if len(args.models) > 1 or args.reward:
+        if args.prompt is None:
+            stop("several checkpoints, or --reward, need a --prompt or --prompts to compare the answers to")
+        return compare([args.prompt.strip()], args)
+    tokenizer, model, limit = load_for_use(args.models[0], args)
+    if args.prompt is None:
+        return chat(tokenizer, model, limit, args)
+    prompt = fitting_prompt(tokenizer, model, args.prompt.strip(), limit, "the prompt")
+    if stream(tokenizer, model, prompt, limit, args, torch.Generator(args.device).manual_seed(args.seed))[1]:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Using the result: the chat, the comparison of checkpoints, quantized weights, and `transformers serve`.
+
+    pytest tests/test_use.py
+
+Tiny LLaMAs with random weights answer nonsense, but each always the same nonsense, so what the terminal shows is compared with
+`generate`, and what the table says with transformers' own reading of the reward model.
+"""
+
+import builtins
+import csv
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import data_gen
+import model
+from model import (ScalarHead, encode_prompt, encode_text, generate, left_pad, load_llama, load_tokenizer, save_checkpoint,
+                   text_of, text_pieces)
+
+TEXTS = [f"User: what is {a} plus {b}?\nAssistant: it is {a + b}, of course. 你好，{a}加{b}是{a + b}。" for a in range(8) for b in range(8)]
+
+
+def tiny_llama(vocab, seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """LLaMA 1 and 2's kind, with bytes for what is not in the vocabulary, and LLaMA 3's, made of bytes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.model").write_bytes(data_gen.train_tokenizer(TEXTS, vocab_size=330))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=330, show_progress=False, special_tokens=["<pad>", "<s>", "</s>"],
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return {"sentencepiece": load_tokenizer(str(folder)), "bytes": bpe}
+
+
+@pytest.fixture(scope="module")
+def home(tokenizers, tmp_path_factory):
+    """Two checkpoints and a reward model."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer, paths = tokenizers["sentencepiece"], {}
+    for seed, name in enumerate(["sft", "ppo", "rm"]):
+        llama = tiny_llama(len(tokenizer), seed)
+        llama.lm_head.weight.data[3:259] = 0  # never a single byte: how broken characters are shown is another matter
+        paths[name] = str(folder / name)
+        save_checkpoint(ScalarHead(llama.model) if name == "rm" else llama, tokenizer, paths[name])
+    return SimpleNamespace(tokenizer=tokenizer, **paths)
+
+
+def greedy(path, messages, limit=12):
+    """What `generate` answers, and whether it ended."""
+    tokenizer = load_tokenizer(path)
+    out = generate(load_llama(path, tokenizer), *left_pad([encode_prompt(tokenizer, messages)], 0), limit, tokenizer.eos_token_id, temperature=0)
+    return text_of(tokenizer, out.tokens[0]), out.tokens[0, -1].item() == tokenizer.eos_token_id
+
+
+def refused(capfd, *argv):
+    """The one line on standard error with which the program ends, with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        model.main(list(argv))
+    out, err = capfd.readouterr()
+    assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out, (out, err)
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+@pytest.mark.parametrize("text", ["it is 4, of course.", "你好，饕餮😀 is  it\n\n two  spaces?", " 👩‍👩‍👧 é\t", "饕", ""])
+def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizers, kind, text):
+    tokens = encode_text(tokenizers[kind], text)
+    pieces = list(text_pieces(tokenizers[kind], iter(tokens)))
+    assert "".join(pieces) == text_of(tokenizers[kind], tokens) == text
+    assert all(pieces) and "\ufffd" not in "".join(pieces) and len(pieces) >= len(text) / 4
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_a_piece_is_shown_as_soon_as_its_last_token_is_there(tokenizers, kind):
+    tokens, given = encode_text(tokenizers[kind], "it 饕 it"), []
+    for piece in text_pieces(tokenizers[kind], (given.append(token) or token for token in tokens)):
+        if "饕" in piece:
+            assert text_of(tokenizers[kind], given).endswith("饕")
+            return
+    pytest.fail("the character was never shown")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_broken_bytes_do_not_hold_up_what_follows(tokenizers, kind):
+    """A character that is cut in the middle of the answer becomes U+FFFD; at the end too, when nothing more comes."""
+    tokenizer = tokenizers[kind]
+    cut = encode_text(tokenizer, "it 饕")[:-1]
+    pieces = list(text_pieces(tokenizer, iter(cut + encode_text(tokenizer, "x") + encode_text(tokenizer, " of course")[-3:])))
+    assert "\ufffd" in "".join(pieces) and len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces[-2:])
+    pieces = list(text_pieces(tokenizer, iter(cut)))
+    assert "".join(pieces) == text_of(tokenizer, cut) and not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One answer, and the chat
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(line, ...): what the user types; then Ctrl-D."""
+    def type_in(*lines):
+        lines = iter(lines)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr(builtins, "input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    return type_in
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts (tokens) that the model is given from now on; a limit of tokens a call after which Ctrl-C is pressed."""
+    seen, decode = SimpleNamespace(prompts=[], ctrl_c=None), model.decode
+
+    def spy(llama, input_ids, *rest, **options):
+        seen.prompts.append(input_ids[0].tolist())
+        for step, row in enumerate(decode(llama, input_ids, *rest, **options)):
+            if step == seen.ctrl_c:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(model, "decode", spy)
+    return seen
+
+
+@pytest.mark.parametrize("piped", [True, False], ids=["piped", "--prompt"])
+def test_one_prompt_is_answered_without_decoration(home, capfd, monkeypatch, piped):
+    argv = [home.ppo, "--max_new_tokens", "12"]
+    if piped:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("what is 2 plus 3? 你好\n".encode()), "ascii"))
+    else:
+        argv += ["--prompt", "what is 2 plus 3? 你好"]
+    model.main(argv)
+    assert capfd.readouterr() == (greedy(home.ppo, "what is 2 plus 3? 你好")[0].lstrip() + "\n", "")
+
+
+def test_sampling_follows_the_seed_and_the_temperature(home, capfd):
+    def said(*options):
+        model.main([home.ppo, "--prompt", "what is 2 plus 3?", "--max_new_tokens", "20", *options])
+        return capfd.readouterr().out
+
+    warm = [said("--temperature", "1.5", "--seed", seed) for seed in "001"]
+    assert warm[0] == warm[1] != warm[2] and said() == said("--seed", "1") != warm[0]
+    assert said("--temperature", "1.5", "--top_p", "1e-6") == said()  # the smallest set is the likeliest token alone
+
+
+def test_chat_sees_its_history_until_reset(home, terminal, asked, capfd):
+    terminal("it is 4", "你好", "/reset", "  ", "is it 5")
+    model.main([home.ppo, "--max_new_tokens", "6"])
+    prompts = list(asked.prompts)
+    user = [{"role": "user", "content": text} for text in ["it is 4", "你好", "is it 5"]]
+    first = {"role": "assistant", "content": greedy(home.ppo, "it is 4", 6)[0].strip()}
+    assert prompts == [encode_prompt(home.tokenizer, dialogue) for dialogue in [user[:1], [user[0], first, user[1]], user[2:]]]
+    assert first["content"] in capfd.readouterr().out
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(home, terminal, asked, capfd):
+    asked.ctrl_c = 3
+    terminal("it is 4", "and 5")
+    model.main([home.ppo, "--max_new_tokens", "9"])
+    begun = {"role": "assistant", "content": greedy(home.ppo, "it is 4", 3)[0].strip()}
+    dialogue = [{"role": "user", "content": "it is 4"}, begun, {"role": "user", "content": "and 5"}]
+    assert asked.prompts[1] == encode_prompt(home.tokenizer, dialogue)
+    with pytest.raises(SystemExit) as end:
+        model.main([home.ppo, "--prompt", "it is 4"])
+    assert end.value.code == 130
+
+
+def test_chat_that_outgrows_the_context_forgets_its_oldest_turns(home, terminal, asked, capfd):
+    terminal(*[f"{n} plus {n}" for n in range(9)], "long " * 99, "it is 4")
+    model.main([home.ppo, "--max_new_tokens", "16"])
+    out = capfd.readouterr().out
+    assert out.count("oldest turns are forgotten") == 1 and "there is room for 112" in out
+    assert len(asked.prompts) == 10 and max(map(len, asked.prompts)) <= 112  # 128 - 16
+    texts = [text_of(home.tokenizer, prompt) for prompt in asked.prompts]
+    assert "0 plus 0" in texts[1] and "0 plus 0" not in texts[8] and "8 plus 8" in texts[8]
+    assert all(text.count("User:") > text.count("Assistant:") - 1 and text.lstrip().startswith("User:") for text in texts)
+    assert asked.prompts[9] == encode_prompt(home.tokenizer, "it is 4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several checkpoints
+
+PROMPTS = ["what is 2 plus 3?", "a | b\n<b>*你好*</b> `x`", "4", [{"role": "system", "content": "be brief"}, {"role": "user", "content": "it is"}], "你好，"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"user_input": prompt} for prompt in PROMPTS]))
+    return str(path)
+
+
+def reference_score(path, prompt, text, ended):
+    """transformers' own reading: the tokens of the prompt, of the answer, and of its end."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokens = encode_prompt(tokenizer, prompt) + encode_text(tokenizer, text) + [tokenizer.eos_token_id] * ended
+    with torch.no_grad():
+        return AutoModelForSequenceClassification.from_pretrained(path)(torch.tensor([tokens])).logits.item()
+
+
+def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
+    out = tmp_path / "answers.csv"
+    model.main([home.sft, home.ppo, home.sft, "--reward", home.rm, "--prompts", prompts, "--max_new_tokens", "12", "--batch_size", "2", "--out", str(out)])
+    rows = list(csv.reader(io.StringIO(out.read_bytes().decode())))
+    assert rows[0] == ["prompt", *(head for path in [home.sft, home.ppo, home.sft] for head in [path, f"score of {path}"])]
+    assert [row[0] for row in rows[1:]] == [p if isinstance(p, str) else "system: be brief\nuser: it is" for p in PROMPTS]
+    expected = []
+    for row, prompt in zip(rows[1:], PROMPTS):
+        for column, path in [(1, home.sft), (3, home.ppo), (5, home.sft)]:
+            text, ended = greedy(path, prompt)
+            assert row[column] == text.strip()  # the same, whatever it was batched with
+            expected.append(reference_score(home.rm, prompt, text, ended))
+            assert float(row[column + 1]) == pytest.approx(expected[-1], abs=2e-3)
+    first, second = expected[0::3], expected[1::3]
+    table = [line.strip("| ").replace("\\", "").split(" | ") for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0][3:] == ["mean score", f"win rate against {home.sft}"]
+    wins = sum(b > a for a, b in zip(first, second)) / len(PROMPTS)
+    assert table[3][0] == home.ppo and float(table[3][4]) == pytest.approx(wins, abs=1e-3)
+    assert float(table[3][3]) == pytest.approx(sum(second) / len(PROMPTS), abs=2e-3)
+    assert table[4][0] == home.sft and table[4][4] == "0.500"  # against itself all are ties, however the batches fell
+
+
+def test_win_rate_counts_a_tie_half():
+    args, answers = SimpleNamespace(models=["a", "b"]), [[("x", True)] * 4, [("y", True), ("y", False), ("y", True), ("y", True)]]
+    rows = model.summary_rows(args, answers, [[1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 0.0, 1.5]])
+    assert rows[1:] == [["a", 4, 0, "2.500", "-"], ["b", 4, 1, "1.250", "0.375"]]
+
+
+def test_a_file_of_prompts_as_markdown(home, prompts, tmp_path, capfd):
+    out = tmp_path / "answers.md"
+    model.main([home.sft, home.ppo, "--prompts", prompts, "--max_new_tokens", "8", "--out", str(out)])
+    summary, table = out.read_text(encoding="utf-8").split("\n\n")
+    lines = table.splitlines()
+    assert len(summary.splitlines()) == 4 and len(lines) == 2 + len(PROMPTS)
+    for line in lines:  # cells are where GitHub sees them: at the bars that are not escaped
+        assert len(re.findall(r"(?<!\\)\|", line)) == 4
+    assert lines[3].startswith(r"| a \| b<br>\<b\>\*你好\*\</b\> \`x\` | ")
+    capfd.readouterr()
+    model.main([home.sft, home.ppo, "--prompts", prompts, "--max_new_tokens", "8"])
+    assert table in capfd.readouterr().out and os.listdir(tmp_path).count("answers.md.part") == 0
+
+
+def test_one_prompt_side_by_side(home, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    model.main([home.sft, home.ppo, "--reward", home.rm, "--prompt", "你好", "--max_new_tokens", "40"])
+    halves = [line.split(" | ") for line in capfd.readouterr().out.replace(" |\n", " | \n").splitlines() if line]
+    shown = ["".join("".join(column).split()) for column in zip(*halves)]
+    for path, column in zip([home.sft, home.ppo], shown):
+        text, ended = greedy(path, "你好", 40)
+        score = float(re.search(r"score(-?\d+\.\d{3})", column)[1])
+        assert score == pytest.approx(reference_score(home.rm, "你好", text, ended), abs=2e-3)
+        assert path in column and "".join(text.split()) in column
+
+
+@pytest.mark.parametrize("columns", [["one two three four five six seven", "你好" * 15], ["https://example.org/a/long/address", "", "é x" * 9]])
+def test_columns_keep_their_text_and_their_width(columns, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    model.side_by_side(columns)
+    width, parts = max(20, 53 // len(columns) - 3), [""] * len(columns)
+    for line in capfd.readouterr().out.splitlines():
+        at = 0
+        for i, cell in enumerate((line + " |" * 3).split(" | ")[:len(columns)]):
+            parts[i] += cell.strip("| ")
+            assert model.cells(cell.rstrip("| ")) <= width
+            at += len(cell)
+    assert [re.sub(r"\s", "", part) for part in parts] == [re.sub(r"\s", "", column) for column in columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize("options, reason", [
+    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--top_p", "0"], "--top_p"),
+    (["--prompt", "x", "--prompts", "y.json"], "not both"), (["--prompt", "x", "--out", "a.md"], "--out"),
+    (["--prompts", "y.json", "--out", "a.txt"], ".md or .csv"), (["--prompts", "nowhere.json"], "nowhere.json: no such file"),
+    (["--prompt", " \n"], "empty"), (["--prompt", "\ud83d"], "half a character"), (["--prompt", "it is " * 90], "shorten it"),
+    (["--prompt", "x", "--max_new_tokens", "128"], "the context"), (["--prompt", "x", "--reward", "nowhere"], "nowhere")])
+def test_bad_input_ends_with_one_line(home, capfd, options, reason):
+    assert reason in refused(capfd, home.ppo, *options)
+
+
+def test_bad_input_of_several_kinds(home, capfd, terminal, monkeypatch, tmp_path):
+    terminal()
+    assert "--prompt" in refused(capfd, home.sft, home.ppo)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert "not UTF-8 at byte 2" in refused(capfd, home.ppo)
+    path, out = tmp_path / "p.json", tmp_path / "a.csv"
+    path.write_text(json.dumps([{"user_input": "x"}, {"user_input": "it is " * 90}]))
+    line = refused(capfd, home.ppo, "--prompts", str(path), "--out", str(out))
+    assert f"{path}: record 2" in line and not out.exists()
+    for package in ["bitsandbytes", "accelerate"]:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            assert "pip install bitsandbytes accelerate" in refused(capfd, home.ppo, "--prompt", "x", "--quantize", "4bit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantized, and served
+
+@pytest.mark.parametrize("bits, bytes_a_weight, error", [("8bit", 1.1, 0.1), ("4bit", 0.9, 0.6)])
+def test_quantized_weights(home, capfd, bits, bytes_a_weight, error):
+    pytest.importorskip("bitsandbytes")
+    full = load_llama(home.ppo, home.tokenizer)
+    small = model.quantize(full, bits)
+    linear = [name for name, part in full.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"]
+    saved = model.weight_bytes(full) - model.weight_bytes(small)
+    weights = sum(full.get_submodule(name).weight.numel() for name in linear)
+    assert weights * (4 - bytes_a_weight) < saved < weights * 4
+    ids, mask = left_pad([encode_prompt(home.tokenizer, "what is 2 plus 3?")] * 2, 0)
+    with torch.no_grad():
+        a, b = full(ids).logits, small(ids).logits
+    assert 0 < (a - b).square().mean().sqrt() / a.std() < error
+    answer = text_of(home.tokenizer, small.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1]:])
+    model.main([home.ppo, "--prompt", "what is 2 plus 3?", "--max_new_tokens", "12", "--quantize", bits])
+    out, err = capfd.readouterr()
+    assert out == answer.lstrip() + "\n"  # our own passes through the layers do what transformers' do
+    assert err == f"{home.ppo}: weights {model.weight_bytes(full) / 1e6:.1f} MB in float32, {model.weight_bytes(small) / 1e6:.1f} MB in {bits}\n"
+
+
+def test_transformers_serve_gives_the_same_greedy_answer(home, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", home.ppo, "--device", "cpu", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        dialogue = [{"role": "user", "content": "what is 2 plus 3? 你好"}, {"role": "assistant", "content": "it is 5."}, {"role": "user", "content": "and 4?"}]
+        body = json.dumps({"model": home.ppo, "messages": dialogue, "temperature": 0, "max_tokens": 16}).encode()
+        request = urllib.request.Request(f"http://localhost:{port}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        for _ in range(200):  # until it listens
+            assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(request, timeout=20) as reply:
+                    content = json.load(reply)["choices"][0]["message"]["content"]
+                break
+            except urllib.error.HTTPError as error:
+                pytest.fail(error.read().decode()[:500])
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        else:
+            pytest.fail((tmp_path / "log").read_text()[-2000:])
+        assert content == greedy(home.ppo, dialogue, 16)[0]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(10)
