@@ -212,9 +212,14 @@ def to_rows(flat, mask):
 
 
 def micro_batches(rows, lengths, size):
-    """Cut the rows into parts of at most `size`, similar lengths together, so that each part is trimmed to its longest."""
-    rows = sorted(rows, key=lambda i: lengths[i])
-    return [rows[start:start + size] for start in range(0, len(rows), size)]
+    """Cut the rows into parts, similar lengths together, so that each is trimmed to its longest. A part has at most as many
+    tokens, padding included, as `size` rows of the longest of `lengths`: many short responses go through in one pass."""
+    parts, most = [[]], size * max(lengths)
+    for i in sorted(rows, key=lambda i: lengths[i]):
+        if (len(parts[-1]) + 1) * lengths[i] > most:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 @torch.no_grad()
@@ -393,7 +398,7 @@ def parse(argv):
     group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
     group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
     group.add_argument("--micro_batch_size", type=positive,
-                       help="responses a forward pass (the decoding has all of the batch): bounds the memory, changes nothing else")
+                       help="responses of the longest kind a forward pass (the decoding has all of the batch): bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
     group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
     group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
