@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
+from model import (Metrics, ScalarHead, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
                    left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint,
                    save_state, settings, stop)
 
@@ -281,7 +281,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
         response_length=mask.sum(1).mean().item(), ended=ended.float().mean().item())
     # whitened over the whole rollout batch (as Huang et al. 2024's code does; lm-human-preferences does it in each mini-batch)
     return dict(prompts=prompts, responses=responses, lengths=lengths, mask=mask, old_logprobs=old_logprobs, old_values=values,
-                advantages=masked_whiten(advantages, mask), returns=returns), statistics
+                advantages=advantages if args.no_whiten_advantages else masked_whiten(advantages, mask), returns=returns), statistics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,6 +374,7 @@ def parse(argv):
     group = parser.add_argument_group("what goes in and out")
     group.add_argument("--sft", help="the SFT model: actor and reference begin as it (default: runs/sft)")
     group.add_argument("--rm", help="the reward model: the critic begins as it (default: runs/rm)")
+    group.add_argument("--critic", choices=["rm", "sft"], default="rm", help="where the critic begins: the reward model, or the SFT model with a new head")
     group.add_argument("--prompts", help="prompts to practise on: user_input")
     group.add_argument("--eval_prompts", help="held-out prompts for the greedy evaluation")
     group.add_argument("--demonstrations", help="for the PTX term: user_input, completion")
@@ -394,6 +395,7 @@ def parse(argv):
     group.add_argument("--whiten_rewards", action="store_true", help="scale the rewards about their mean to deviation 1 over the batch")
     group.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards; 1: a response counts as a whole")
     group.add_argument("--lam", type=float, default=0.95, help="lambda of GAE: 0 trusts the critic, 1 the sampled rewards")
+    group.add_argument("--no_whiten_advantages", action="store_true", help="leave the advantages as they are")
     group = parser.add_argument_group("training")
     group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
     group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
@@ -479,7 +481,8 @@ def main(argv=None):
     # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone (Huang et al.
     # 2024). The frozen ones run in the same precision as the actor, so that the KL begins at 0.
     actor = load_llama(args.sft, tokenizer).to(args.device)
-    critic = load_scalar_head(args.rm).to(args.device)  # from the reward model (InstructGPT, appendix C.4)
+    # the critic begins as the reward model (InstructGPT, appendix C.4), which knows already what is good
+    critic = (load_scalar_head(args.rm) if args.critic == "rm" else ScalarHead(load_llama(args.sft, tokenizer).model)).to(args.device)
     ref = load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
     reward_model = load_scalar_head(args.rm).to(args.device).requires_grad_(False)
 

@@ -1,0 +1,139 @@
+"""Break it on purpose: what each part of PPO is there for, seen by taking it away, on the demo and with several seeds.
+
+    python bench/break_it.py                      # the table, and docs/overoptimization.png
+    python bench/break_it.py --seeds 0 --updates 10
+
+Every seed has its own data, SFT model and reward models. Runs lie in --out; one that is complete is not run again, so an
+interrupted table goes on where it stopped.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = {  # name: (options of ppo.py, which reward model)
+    "as it is": ([], "rm"),
+    "no KL penalty": (["--kl_coef", "0"], "rm"),
+    "no clipping": (["--clip", "1e9", "--value_clip", "1e9"], "rm"),
+    "no advantage whitening": (["--no_whiten_advantages"], "rm"),
+    "no PTX": (["--ptx_coef", "0"], "rm"),
+    "critic from scratch": (["--critic", "sft"], "rm"),
+    "reward model from a tenth of the data": ([], "rm_tenth"),
+    "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
+}
+COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats a response": "kl", "ratios clipped": "clip_fraction",
+           "explained variance": "explained_variance", "entropy, nats a token": "entropy", "length, tokens": "response_length"}
+
+
+def run(folder, script, options, log):
+    """One stage in a process of its own with one thread, in `folder`; --overwrite, since it was not complete."""
+    with open(os.path.join(folder, log + ".log"), "w") as file:
+        command = [sys.executable, os.path.join(ROOT, script), *options]
+        if subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            raise SystemExit(f"error: {script} failed; see {folder}/{log}.log")
+
+
+def prepare(folder, seed):
+    """Data, SFT model and both reward models of a seed."""
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(f"{folder}/data/tokenizer/tokenizer.model"):
+        run(folder, "data_gen.py", ["--seed", str(seed)], "data")
+    if not os.path.exists(f"{folder}/runs/sft/config.json"):
+        run(folder, "sft.py", ["--seed", str(seed), "--overwrite"], "sft")
+    with open(f"{folder}/data/reward_training_data.json", encoding="utf-8") as file:
+        records = json.load(file)
+    prompts = list(dict.fromkeys(record["user_input"] for record in records))
+    tenth = set(prompts[::10])
+    with open(f"{folder}/tenth.json", "w", encoding="utf-8") as file:
+        json.dump([record for record in records if record["user_input"] in tenth], file)
+    for name, options in (("rm", []), ("rm_tenth", ["--data", "tenth.json"])):
+        if not os.path.exists(f"{folder}/runs/{name}/config.json"):
+            run(folder, "train_rm.py", ["--seed", str(seed), "--out", f"runs/{name}", "--overwrite", *options], name)
+
+
+def metrics(folder):
+    try:
+        with open(f"{folder}/metrics.csv", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+
+
+def ppo(folder, seed, name, updates):
+    """The rows of metrics.csv of one PPO run, which runs first if it is not there yet."""
+    options, reward_model = RUNS[name]
+    out = "runs/" + name.replace(" ", "_")
+    rows = metrics(f"{folder}/{out}")
+    if not rows or int(rows[-1]["update"]) < updates:
+        # --sft and --rm are named by their default places, so that everything else is the demo's
+        demo = ["--prompts", "data/rlhf_training_data.json", "--eval_prompts", "data/rlhf_training_data_eval.json", "--gold",
+                os.path.join(ROOT, "data_gen.py"), "--demonstrations", "data/actor_training_data.json", "--eval_number", "100"]
+        settings = ("--batch_size 64 --minibatch_size 32 --micro_batch_size 32 --ppo_epochs 2 --lr 2e-4 --critic_lr 1e-3 "
+                    "--max_new_tokens 40 --max_prompt_length 128 --eval_every 5").split()
+        given = dict(zip(options[::2], options[1::2])) if "--no_whiten_advantages" not in options else {}
+        for option, value in (("--kl_coef", "0.1"), ("--ptx_coef", "0.1")):
+            settings += [] if option in given else [option, value]
+        run(folder, "ppo.py", ["--sft", "runs/sft", "--rm", f"runs/{reward_model}", "--seed", str(seed), "--updates", str(updates), "--out", out,
+                               "--overwrite", *demo, *settings, *options], out.replace("/", "_"))
+        rows = metrics(f"{folder}/{out}")
+    print(f"seed {seed}, {name}: gold score {float(rows[0]['eval_gold']):.2f} -> {float(rows[-1]['eval_gold']):.2f}", file=sys.stderr, flush=True)
+    return rows
+
+
+def cell(values):
+    """Mean over the seeds, smallest and largest."""
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def draw(results, path):
+    """Reward model's and gold score against the KL: over-optimization is where the one rises and the other falls."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = ["as it is", "no KL penalty", "reward model from a tenth of the data", "a tenth of the data and no KL penalty"]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True)
+    for axis, name in zip(axes, names):
+        twin = axis.twinx()
+        for number, rows in enumerate(results[name]):
+            points = [(float(r["kl"] or 0), float(r["eval_score"]), float(r["eval_gold"])) for r in rows if r["eval_gold"]]
+            kl, score, gold = zip(*points)
+            axis.plot(kl, gold, "o-", color="tab:green", label="gold score" if not number else None, ms=3)
+            twin.plot(kl, score, "s--", color="tab:orange", label="reward model" if not number else None, ms=3)
+        axis.set(title=name, xlabel="KL to the SFT policy (nats a response)", ylabel="gold score (0 to 5)")
+        twin.set_ylabel("score of the reward model")
+        axis.legend(loc="lower left", fontsize=8)
+        twin.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Break PPO on purpose, and see what happens.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=40, help="PPO updates a run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--out", default="runs/break_it", help="where the runs go")
+    parser.add_argument("--picture", default=os.path.join(ROOT, "docs", "overoptimization.png"))
+    args = parser.parse_args()
+    folders = {seed: os.path.abspath(f"{args.out}/seed-{seed}") for seed in args.seeds}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: prepare(folders[seed], seed), args.seeds))
+        jobs = [(seed, name) for seed in args.seeds for name in RUNS]
+        done = list(pool.map(lambda job: ppo(folders[job[0]], *job, args.updates), jobs))
+    results = {name: [rows for (_, other), rows in zip(jobs, done) if other == name] for name in RUNS}
+    print("| run | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
+    first = [float(rows[0]["eval_gold"]) for rows in results["as it is"]]
+    print(f"| the SFT model | {cell([float(rows[0]['eval_score']) for rows in results['as it is']])} | {cell(first)} |" + "  |" * (len(COLUMNS) - 2))
+    for name, runs in results.items():
+        print(f"| {name} | " + " | ".join(cell([float(rows[-1][column]) for rows in runs]) for column in COLUMNS.values()) + " |")
+    draw(results, args.picture)
+
+
+if __name__ == "__main__":
+    main()
