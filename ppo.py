@@ -275,6 +275,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
     unexplained, variance = (x[mask.bool()].var(unbiased=False) for x in (returns - values, returns))
     statistics = dict(
         score=scores.mean().item(), kl=log_ratio.sum(1).mean().item(), kl_coef=kl_coef,
+        kl_error=log_ratio.sum(1).std(unbiased=False).item() / math.sqrt(len(prompts)),  # standard error of that mean
         objective=(penalized - kl_coef * inside(kl, mask).sum(1)).mean().item(),
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
         explained_variance=1 - (unexplained / variance.clamp(min=1e-8)).item(),
@@ -364,6 +365,42 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         optimizer.step()
         optimizer.zero_grad()
     return s
+
+
+def unhealthy(rows):
+    """What looks wrong in the rows of metrics.csv so far (dicts, the newest last) -> {short name: likely cause, and the knob}.
+
+    The thresholds lie well outside what the demo's runs show: a warning is rare and means something.
+    """
+    row, wrong = rows[-1], {}
+
+    def recent(name, n=10):  # mean of the last n updates, which says more than one
+        values = [r[name] for r in rows[-n:] if r.get(name) is not None]
+        return sum(values) / len(values)
+
+    if row["kl"] < -4 * row["kl_error"] - 1e-3:
+        wrong["negative KL"] = (f"the KL is {row['kl']:.3f} +- {row['kl_error']:.3f}, which no true KL is: the log probabilities are not those of "
+                                "the distribution that was sampled from; look at --temperature, and at what you changed in generation")
+    if row["kl"] > max(5.0, 0.5 * row["response_length"]):
+        wrong["KL running away"] = f"the KL is {row['kl']:.1f} nats a response: the policy leaves the SFT model behind; raise --kl_coef or lower --lr"
+    if row["clip_fraction"] > 0.5:
+        wrong["clipping"] = f"{row['clip_fraction']:.0%} of the ratios are clipped: the steps are too large; lower --lr or --ppo_epochs"
+    if row["entropy"] < 0.1 * rows[0]["entropy"]:
+        wrong["entropy"] = (f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats a token: the policy hardly explores any more; "
+                            "raise --kl_coef or --entropy_coef, or lower --lr")
+    if len(rows) >= 20 and recent("explained_variance") < 0:
+        wrong["critic"] = (f"after {len(rows)} updates the critic explains less than the mean return would ({recent('explained_variance'):.2f}): "
+                           "raise --critic_lr, or --batch_size")
+    if len(rows) >= 5 and recent("ended", 5) < 0.5:
+        wrong["cut responses"] = (f"{1 - recent('ended', 5):.0%} of the responses are cut at the limit: raise --max_new_tokens, or train the SFT model "
+                                  "longer, until it ends its answers")
+    judged = [r for r in rows if r.get("eval_gold") is not None]
+    if judged and judged[-1] is row:
+        best = max(judged, key=lambda r: r["eval_gold"])
+        if row["eval_score"] > best["eval_score"] and row["eval_gold"] < best["eval_gold"] - 0.05 * max(1.0, abs(best["eval_gold"])):
+            wrong["over-optimization"] = (f"the reward model's score rises while the gold score falls, from {best['eval_gold']:.2f} to "
+                                          f"{row['eval_gold']:.2f} (Gao et al. 2023): raise --kl_coef, stop here, or train the reward model on more data")
+    return wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,7 +558,7 @@ def main(argv=None):
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
-    metrics = Metrics(args.out, ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
+    metrics = Metrics(args.out, ["update", "score", "kl", "kl_error", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
                                  "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr",
                                  "tokens_per_s", "eval_score", "eval_gold"], state)
 
@@ -530,15 +567,15 @@ def main(argv=None):
                  optimizers={"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
     if state:
         restore(state, args.out, **saved)
-        done, first, first_texts, last, row = (state[name] for name in ("update", "first", "first_texts", "latest", "row"))
+        done, first, first_texts, last, history = (state[name] for name in ("update", "first", "first_texts", "latest", "history"))
         prompt_deck.left, demonstration_deck.left, kl_control.coef = state["prompts_left"], state["demonstrations_left"], state["kl_coef"]
     else:
-        done = 0
+        done, history = 0, []
         first_texts, first = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args) if eval_prompts else ([], {})
         if first:
             metrics.log(update=0, **first)  # where the curves begin
         last = first
-    signals = Signals()
+    signals, warned = Signals(), set()
     bar = tqdm(total=args.updates, initial=done, desc="ppo", unit="update", dynamic_ncols=True)
     for update in range(done + 1, args.updates + 1):
         started = time.perf_counter()
@@ -576,11 +613,16 @@ def main(argv=None):
             save_checkpoint(actor, tokenizer, args.out)
             save_checkpoint(critic, tokenizer, os.path.join(args.out, "critic"))
         metrics.log(update=update, **row)
+        history.append(row)
+        for name, text in unhealthy(history).items():
+            if name not in warned:  # each once
+                tqdm.write(f"warning: update {update}: {text}")
+                warned.add(name)
         bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
                             f"{row['tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update()
         if update % args.save_every == 0 or update == args.updates or signals.caught:
-            save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3], latest=last, row=row,
+            save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3], latest=last, history=history,
                        prompts_left=prompt_deck.left, demonstrations_left=demonstration_deck.left, kl_coef=kl_control.coef)
             if args.keep:
                 keep_export(actor, tokenizer, args.out, update, args.keep)
@@ -595,7 +637,7 @@ def main(argv=None):
                            ("response length (tokens)", {"length": "response_length"}), ("share of responses that ended", {"ended": "ended"})])
     for name, value in last.items():
         print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")
-    print(f"KL to the SFT policy: {row['kl']:.2f} nats a response")
+    print(f"KL to the SFT policy: {history[-1]['kl']:.2f} nats a response")
     print(f"saved {args.out}")
 
 
