@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
-                   left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint,
-                   save_state, settings, stop)
+from model import (Metrics, Signals, add_lora, autocast, before_lora, collate, common_options, draw_curves, encode_prompt, encode_records,
+                   generate, keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer, lora_options, open_run, positive,
+                   read_records, restore, save_checkpoint, save_state, settings, stop, trainable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -405,6 +405,7 @@ def parse(argv):
     group = parser.add_argument_group("looking")
     group.add_argument("--eval_every", type=positive, help="updates between greedy evaluations, at which the models are saved too")
     group.add_argument("--eval_number", type=positive, help="held-out prompts to evaluate on")
+    lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
     if args.temperature <= 0:
@@ -473,10 +474,14 @@ def main(argv=None):
         stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from this SFT model")
     # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone (Huang et al.
     # 2024). The frozen ones run in the same precision as the actor, so that the KL begins at 0.
-    actor = load_llama(args.sft, tokenizer).to(args.device)
-    critic = load_scalar_head(args.rm).to(args.device)  # from the reward model (InstructGPT, appendix C.4)
-    ref = load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
-    reward_model = load_scalar_head(args.rm).to(args.device).requires_grad_(False)
+    lora = args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype
+    actor = add_lora(load_llama(args.sft, tokenizer), *lora).to(args.device)
+    critic = add_lora(load_scalar_head(args.rm), *lora).to(args.device)  # from the reward model (InstructGPT, appendix C.4)
+    if args.lora_rank:  # two copies of LLaMA instead of four: what is frozen is what learns with its adapters off
+        ref, reward_model = before_lora(actor), before_lora(critic)
+    else:
+        ref = load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
+        reward_model = load_scalar_head(args.rm).to(args.device).requires_grad_(False)
 
     room = actor.config.max_position_embeddings - args.max_new_tokens
     if room < 1:
@@ -509,8 +514,8 @@ def main(argv=None):
 
     # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2022, "The 37
     # implementation details of PPO"; Huang et al. 2024 for RLHF)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
+    actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
     metrics = Metrics(args.out, ["update", "score", "kl", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
