@@ -4,7 +4,9 @@
     python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json --ptx_coef 0.1
 
 Four models: the actor (the policy that learns), the critic (predicts the reward that is still to come), the reward model
-and the reference (the SFT policy); the last two are frozen. Each update
+and the reference (the SFT policy); the last two are frozen. With --lora_rank the reference is the actor with its adapters
+off, and the reward model the critic with its adapters off and the head that it began with: two LLaMAs instead of four. Each
+update
 
     1. makes experience: the actor answers a batch of prompts, the reward model scores the answers, actor and reference
        say how likely each token was, the critic what it expected;
