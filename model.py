@@ -654,7 +654,6 @@ def merged(model):
             linear = nn.Linear(*reversed(part.weight.shape), bias=False, device="meta")
             linear.weight, linear.bias = nn.Parameter(part.weight + part.scale * part.B @ part.A, requires_grad=False), part.bias
             plain.set_submodule(name, linear)
-    plain.config.dtype = torch.float32
     return plain
 
 
