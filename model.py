@@ -9,6 +9,7 @@ and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py,
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import ctypes
 import glob
@@ -551,6 +552,116 @@ def load_scalar_head(path, dtype=torch.float32):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LoRA: LLaMA stays as it is, and small matrices beside its own learn (Hu et al. 2021)
+
+class LoRALinear(nn.Module):
+    """A linear map W with an adapter of rank r beside it (Hu et al. 2021, section 4.1, eq. 3):
+
+        y = W x + alpha / r  B A x          W (out, in) frozen;  A (r, in) Gaussian and B (out, r) zero at the start
+
+    So y begins as W x exactly. A and B are float32; W may be bfloat16, and its product is then bfloat16 too.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight, self.bias, self.scale, self.on = linear.weight, linear.bias, alpha / rank, True
+        out, into = linear.weight.shape
+        self.A = nn.Parameter(torch.randn(rank, into, device=self.weight.device) / math.sqrt(into))
+        self.B = nn.Parameter(torch.zeros(out, rank, device=self.weight.device))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype) if self.on else y
+
+
+def lora_options(parser):
+    """The options of LoRA, the same in every stage."""
+    group = parser.add_argument_group("LoRA (Hu et al. 2021)")
+    group.add_argument("--lora_rank", type=whole, default=0, help="rank of the adapters; 0: without, every weight is trained")
+    group.add_argument("--lora_alpha", type=positive, default=16, help="the adapters' output is scaled by this over the rank")
+    group.add_argument("--lora_targets", default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", help="matrices of each layer that get one")
+    group.add_argument("--base_dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights")
+
+
+def add_lora(model, rank, alpha, targets, base_dtype="float32"):
+    """Give the named linear maps of every layer an adapter, and freeze all else but a `ScalarHead`'s score -> the model.
+
+    `model`: a `LlamaForCausalLM` or a `ScalarHead`, changed in place; `targets`: names with commas between; rank 0 changes
+    nothing. Ends the program with one line if a name is not that of a linear map.
+    """
+    if rank == 0:
+        if base_dtype != "float32":
+            stop(f"--base_dtype {base_dtype} is of weights that are frozen: it needs --lora_rank")
+        return model
+    for name, parameter in model.named_parameters():
+        if name != "score.weight":
+            parameter.requires_grad_(False).data = parameter.data.to(getattr(torch, base_dtype))
+    linears = {name for name, part in model.model.layers[0].named_modules() if isinstance(part, nn.Linear)}
+    short = {name.rsplit(".", 1)[-1]: name for name in linears}
+    for target in targets.split(","):
+        if target not in short:
+            stop(f"--lora_targets: {target!r} is not a linear map of a layer; there are {','.join(sorted(short))}")
+        for layer in model.model.layers:
+            layer.set_submodule(short[target], LoRALinear(layer.get_submodule(short[target]), rank, alpha))
+    size, learns = sum(p.nbytes for p in model.parameters() if not p.requires_grad), sum(p.numel() for p in trainable(model))
+    print(f"LoRA: {size / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, {16 * learns / 1e6:.1f} MB with gradient and Adam", flush=True)
+    return model
+
+
+def trainable(model):
+    """The parameters that an optimizer gets: all, or with LoRA the adapters and a scalar head."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model computes what it did before LoRA, exactly."""
+    adapters = [part for part in model.modules() if isinstance(part, LoRALinear) and part.on]
+    for adapter in adapters:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.on = True
+
+
+class AdaptersOff(nn.Module):
+    """A LLaMA backbone as it was before LoRA, without a copy of it."""
+
+    def __init__(self, llama):
+        super().__init__()
+        self.shared, self.config, self.dtype = [llama], llama.config, llama.dtype  # in a list: its weights are not ours
+
+    def forward(self, *args, **options):
+        with adapters_off(self.shared[0]):
+            return self.shared[0](*args, **options)
+
+
+def before_lora(model):
+    """The frozen model that `model` was before LoRA, in the same memory: of an actor the reference policy, of a critic the
+    reward model. To be taken before training: the scalar head, which learns, is copied."""
+    if not isinstance(model, ScalarHead):
+        return argparse.Namespace(model=AdaptersOff(model.model), lm_head=model.lm_head)
+    before = ScalarHead(AdaptersOff(model.model))
+    before.score = copy.deepcopy(model.score)
+    return before.requires_grad_(False)
+
+
+def merged(model):
+    """The same function as a plain float32 model, W + alpha / r B A in place of each adapter. `model` stays as it is; what
+    is float32 and has no adapter is shared with it."""
+    memo = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for p in model.parameters()}
+    plain = copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
+    for name, part in list(plain.named_modules()):
+        if isinstance(part, LoRALinear):
+            linear = nn.Linear(*reversed(part.weight.shape), bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(part.weight + part.scale * part.B @ part.A, requires_grad=False), part.bias
+            plain.set_submodule(name, linear)
+    return plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 class KVCache:
@@ -743,7 +854,8 @@ def save_state(folder, args, metrics, models, optimizers, generators, **progress
     then state.json, which names that file, takes the place of the old one: at every moment one of the two states is whole.
     """
     last = os.path.join(folder, "last")
-    tensors = {f"{name}.{key}": p.detach() for name, model in models.items() for key, p in model.named_parameters()}
+    tensors = {f"{name}.{key}": p.detach() for name, model in models.items()
+               for key, p in model.named_parameters() if p.requires_grad}
     for name, optimizer in optimizers.items():
         for index, entry in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{key}": value for key, value in entry.items()}
@@ -796,7 +908,8 @@ def restore(state, folder, models, optimizers, generators):
         with torch.no_grad():
             for name, model in models.items():
                 for key, p in model.named_parameters():
-                    p.copy_(tensors[f"{name}.{key}"])
+                    if p.requires_grad:  # not LoRA's frozen weights
+                        p.copy_(tensors[f"{name}.{key}"])
         for name, optimizer in optimizers.items():
             entries = {}
             for key, value in tensors.items():
@@ -843,7 +956,9 @@ def keep_export(model, tokenizer, folder, step, keep):
 
 
 def save_checkpoint(model, tokenizer, folder):
-    """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory."""
+    """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory, LoRA merged."""
+    if any(isinstance(part, LoRALinear) for part in model.modules()):
+        model = merged(model)
     if isinstance(model, ScalarHead):
         with torch.device("meta"):
             one_label = model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}

@@ -4,7 +4,9 @@
     python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json --ptx_coef 0.1
 
 Four models: the actor (the policy that learns), the critic (predicts the reward that is still to come), the reward model
-and the reference (the SFT policy); the last two are frozen. Each update
+and the reference (the SFT policy); the last two are frozen. With --lora_rank the reference is the actor with its adapters
+off, and the reward model the critic with its adapters off and the head that it began with: two LLaMAs instead of four. Each
+update
 
     1. makes experience: the actor answers a batch of prompts, the reward model scores the answers, actor and reference
        say how likely each token was, the critic what it expected;
@@ -28,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
-                   left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint,
-                   save_state, settings, stop)
+from model import (Metrics, ScalarHead, Signals, add_lora, autocast, before_lora, collate, common_options, draw_curves, encode_prompt,
+                   encode_records, generate, keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer, lora_options, open_run,
+                   positive, read_records, restore, save_checkpoint, save_state, settings, stop, trainable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -449,6 +451,7 @@ def parse(argv):
     group = parser.add_argument_group("looking")
     group.add_argument("--eval_every", type=positive, help="updates between greedy evaluations, at which the models are saved too")
     group.add_argument("--eval_number", type=positive, help="held-out prompts to evaluate on")
+    lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
     if args.temperature <= 0:
@@ -517,11 +520,15 @@ def main(argv=None):
         stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from this SFT model")
     # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone (Huang et al.
     # 2024). The frozen ones run in the same precision as the actor, so that the KL begins at 0.
-    actor = load_llama(args.sft, tokenizer).to(args.device)
+    lora = args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype
+    actor = add_lora(load_llama(args.sft, tokenizer), *lora).to(args.device)
     # the critic begins as the reward model (InstructGPT, appendix C.4), which knows already what is good
-    critic = (load_scalar_head(args.rm) if args.critic == "rm" else ScalarHead(load_llama(args.sft, tokenizer).model)).to(args.device)
-    ref = load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
-    reward_model = load_scalar_head(args.rm).to(args.device).requires_grad_(False)
+    critic = load_scalar_head(args.rm) if args.critic == "rm" else ScalarHead(load_llama(args.sft, tokenizer).model)
+    critic = add_lora(critic, *lora).to(args.device)
+    # with LoRA two copies of LLaMA are enough: what is frozen is what learns, with its adapters off
+    ref = before_lora(actor) if args.lora_rank else load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
+    shared = args.lora_rank and args.critic == "rm"
+    reward_model = before_lora(critic) if shared else load_scalar_head(args.rm).to(args.device).requires_grad_(False)
 
     room = actor.config.max_position_embeddings - args.max_new_tokens
     if room < 1:
@@ -554,8 +561,8 @@ def main(argv=None):
 
     # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2022, "The 37
     # implementation details of PPO"; Huang et al. 2024 for RLHF)
-    actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
+    actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
+    critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
     metrics = Metrics(args.out, ["update", "score", "kl", "kl_error", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_records, keep_export, length_batches,
-                   load_llama, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint, save_state, settings, stop)
+from model import (Metrics, Signals, add_lora, autocast, collate, common_options, draw_curves, encode_records, keep_export,
+                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore, save_checkpoint,
+                   save_state, settings, stop, trainable)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
@@ -42,6 +43,7 @@ def parse(argv):
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW")
     group.add_argument("--weight_decay", type=float, help="of AdamW")
     group.add_argument("--max_length", type=positive, help="tokens a demonstration; a longer one loses the beginning of its prompt")
+    lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
     if args.model and not args.data:
@@ -85,14 +87,14 @@ def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
-    model = load_llama(args.model, tokenizer).to(args.device)
+    model = add_lora(load_llama(args.model, tokenizer), args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype).to(args.device)
     max_length = min(args.max_length, model.config.max_position_embeddings)
     train = encode_records(read_records(args.data, "user_input", "completion"), tokenizer, max_length, args.data)
     held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length, args.eval_data)
     state = open_run(args.out, args)
     metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"], state)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     order = torch.Generator().manual_seed(args.seed)  # its own stream, so that nothing else changes the order of the data
     lengths = [len(prompt) + len(completion) for prompt, completion, _ in train]
     steps = args.epochs * -(-len(train) // args.batch_size)

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, autocast, collate, common_options, draw_curves, encode_records, keep_export,
-                   length_batches, load_llama, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint, save_state,
-                   settings, stop)
+from model import (Metrics, ScalarHead, Signals, add_lora, autocast, collate, common_options, draw_curves, encode_records, keep_export,
+                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
+                   save_checkpoint, save_state, settings, stop, trainable)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
             demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
@@ -54,6 +54,7 @@ def parse(argv):
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW; falls to a tenth along a cosine")
     group.add_argument("--max_length", type=positive, help="tokens a prompt with a completion; a longer one loses the beginning of its prompt")
     group.add_argument("--eval_every", type=positive, help="optimizer steps between evaluations")
+    lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
     if args.model and not (args.data and args.demonstrations):
@@ -155,7 +156,8 @@ def main(argv=None):
     args = parse(argv)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    reward_model = ScalarHead(load_llama(args.model, tokenizer).model).to(args.device)
+    reward_model = ScalarHead(load_llama(args.model, tokenizer).model)
+    reward_model = add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype).to(args.device)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 
     def read(path):
@@ -177,7 +179,7 @@ def main(argv=None):
     metrics = Metrics(args.out, ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr", "grad_norm",
                                  "tokens_per_s"], state)
 
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     order = torch.Generator().manual_seed(args.seed)
     lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
     steps, step = args.epochs * -(-len(groups) // args.batch_size), 0

@@ -1,0 +1,210 @@
+"""LoRA: what it computes, what of it learns, what is shared, what is exported; each stage with it.
+
+    pytest tests/test_lora.py
+"""
+
+import copy
+import csv
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import data_gen
+import model
+import ppo
+import sft
+import train_rm
+from model import LoRALinear, ScalarHead, add_lora, adapters_off, before_lora, merged, trainable
+
+TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+IDS = torch.randint(0, 90, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def tiny(tied=True, vocab_size=90):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=tied)).eval()
+
+
+def output(llama):
+    with torch.no_grad():
+        return llama(IDS) if isinstance(llama, ScalarHead) else llama(IDS).logits
+
+
+def train(llama, steps=3):
+    """A few steps of Adam on whatever `llama` has to train; large ones, so that the adapters are far from 0."""
+    optimizer = torch.optim.AdamW(trainable(llama), lr=0.03)
+    for _ in range(steps):
+        (llama(IDS) if isinstance(llama, ScalarHead) else llama(IDS).logits).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return llama
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [TARGETS, "q_proj,v_proj"])
+@pytest.mark.parametrize("head", [lambda llama: llama, lambda llama: ScalarHead(llama.model)], ids=["lm", "scalar"])
+def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
+    plain = head(tiny(tied))
+    weights = {name: p.detach().to(getattr(torch, base_dtype)) for name, p in plain.named_parameters() if name != "score.weight"}
+    lora = add_lora(copy.deepcopy(plain), 4, 16, targets, base_dtype)
+    with adapters_off(lora):
+        before = output(lora)
+    assert torch.equal(output(lora), before)  # B is 0
+    if base_dtype == "float32":
+        assert torch.equal(before, output(plain))
+    head_before = copy.deepcopy(getattr(lora, "score", None))
+    frozen = before_lora(lora)
+    train(lora)
+    learns = {name for name, p in lora.named_parameters() if p.requires_grad}
+    adapters = {f"{name}.{matrix}" for name, part in lora.named_modules() if isinstance(part, LoRALinear) for matrix in "AB"}
+    assert len(adapters) == 2 * 2 * len(targets.split(",")) and learns == adapters | ({"score.weight"} if head_before else set())
+    assert all(p.dtype == torch.float32 for p in trainable(lora))
+    for name, p in lora.named_parameters():
+        if name not in learns:
+            assert torch.equal(p, weights[name]) and p.dtype == weights[name].dtype, name
+    assert (output(lora) - before).abs().max() > 0.1
+    if head_before:  # the reward model of before, although the critic's head has moved on
+        assert not torch.equal(lora.score.weight, head_before.weight) and torch.equal(output(frozen), before)
+    else:
+        with torch.no_grad():
+            assert torch.equal(frozen.lm_head(frozen.model(IDS).last_hidden_state), before)
+        with adapters_off(lora):
+            assert torch.equal(output(lora), before)
+    assert not torch.equal(output(lora), before)  # on again
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_equals_unmerged(tied):
+    lora = train(add_lora(tiny(tied), 4, 16, TARGETS))
+    state = {name: p.clone() for name, p in lora.state_dict().items()}
+    plain = merged(lora)
+    assert not any(isinstance(part, LoRALinear) for part in plain.modules())
+    assert (output(plain) - output(lora)).abs().max() < 1e-5
+    assert all(torch.equal(p, state[name]) for name, p in lora.state_dict().items())
+    half = train(add_lora(tiny(tied), 4, 16, TARGETS, "bfloat16"))
+    assert {p.dtype for p in merged(half).parameters()} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+    for layer, plain_layer in zip(half.model.layers, merged(half).model.layers):  # merged in float32, rounded nowhere
+        part = layer.mlp.up_proj
+        assert (plain_layer.mlp.up_proj.weight - (part.weight.double() + 4 * part.B.double() @ part.A.double())).abs().max() < 1e-6
+
+
+def test_agrees_with_peft():
+    peft = pytest.importorskip("peft")
+    ours = train(add_lora(tiny(), 4, 16, TARGETS))
+    theirs = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS.split(",")))
+    state, adapters = theirs.state_dict(), 0
+    for name, p in ours.named_parameters():
+        if name[-2:] in (".A", ".B"):
+            state[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"].copy_(p.detach())
+            adapters += 1
+    assert adapters == sum("lora_" in name for name in state) == 28
+    assert (output(theirs) - output(ours)).abs().max() < 1e-5
+    assert (output(theirs) - output(tiny())).abs().max() > 0.1
+    ours(IDS).logits.square().mean().backward()
+    theirs(IDS).logits.square().mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_generates(base_dtype):
+    """The log probabilities of what was sampled through the cache are those of a training pass."""
+    lora = train(add_lora(tiny(), 4, 16, TARGETS, base_dtype))
+    out = model.generate(lora, IDS, torch.ones_like(IDS), 6, eos_token_id=-1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = lora(torch.cat([IDS, out.tokens], 1)).logits[:, IDS.shape[1] - 1:-1]
+    expected = ppo.logprobs_from_logits(logits, out.tokens)
+    assert (out.logprobs - expected).abs().max() < (1e-4 if base_dtype == "float32" else 0.3)
+
+
+@pytest.mark.parametrize("rank, targets, base_dtype, said", [(4, "q_proj,nope", "float32", "nope"), (4, "", "float32", "--lora_targets"),
+                                                             (0, TARGETS, "bfloat16", "--lora_rank")])
+def test_wrong_options(capsys, rank, targets, base_dtype, said):
+    with pytest.raises(SystemExit) as stopped:
+        add_lora(tiny(), rank, 16, targets, base_dtype)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny LLaMA, a reward model made of it, and a few records."""
+    folder = tmp_path_factory.mktemp("lora")
+    texts = [("What is red?", "A colour. Glad to help!"), ("Say hello.", "Hello!"), ("Add 2 and 3.", "It is 5."), ("And 4 and 4?", "8.")] * 3
+    demos = [{"user_input": f"{asked} {i}", "completion": said} for i, (asked, said) in enumerate(texts)]
+    scored = [d | {"score": 4} for d in demos] + [d | {"completion": "no", "score": 1} for d in demos]
+    for name, records in (("demos", demos), ("scored", scored)):
+        (folder / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    (folder / "tokenizer").mkdir()
+    prompts = data_gen.draw_prompts(random.Random(0), 24)
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(prompts + [said for _, said in texts], vocab_size=600))
+    tokenizer = model.load_tokenizer(str(folder / "tokenizer"))
+    llama = tiny(vocab_size=len(tokenizer))
+    model.save_checkpoint(llama, tokenizer, str(folder / "llama"))
+    model.save_checkpoint(ScalarHead(llama.model), tokenizer, str(folder / "rm"))
+    demos, scored, llama, rm = (str(folder / name) for name in ("demos.json", "scored.json", "llama", "rm"))
+    return SimpleNamespace(llama=llama, rm=rm, argv={
+        sft: f"--model {llama} --data {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
+        train_rm: f"--model {llama} --data {scored} --demonstrations {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
+        ppo: (f"--sft {llama} --rm {rm} --prompts {demos} --eval_prompts {demos} --updates 3 --batch_size 6 --minibatch_size 3 --ppo_epochs 2 "
+              "--max_new_tokens 6 --eval_every 3 --lr 0.01 --critic_lr 0.01").split()})
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, ppo], ids=lambda stage: stage.__name__)
+def test_stage(stage, files, tmp_path, monkeypatch):
+    """A run ends with a plain checkpoint that differs from its start and computes what the model in memory did; PPO's KL
+    begins at 0, and its first scores are those of a run without LoRA."""
+    exported, save = {}, model.save_checkpoint
+
+    def keep(trained, tokenizer, folder):
+        exported[folder] = trained
+        save(trained, tokenizer, folder)
+
+    monkeypatch.setattr(stage, "save_checkpoint", keep)
+    out = str(tmp_path / "out")
+    stage.main(files.argv[stage] + ["--out", out, "--lora_rank", "4"])
+    assert set(exported) == {out, f"{out}/critic"} if stage is ppo else {out}
+    for folder, trained in exported.items():
+        scalar = isinstance(trained, ScalarHead)
+        loaded = (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_pretrained(folder)
+        loaded, start = (ScalarHead(loaded.model), ScalarHead(model.load_scalar_head(files.rm).model)) if scalar else (
+            loaded, AutoModelForCausalLM.from_pretrained(files.llama))
+        if scalar:
+            loaded.score, start.score = model.load_scalar_head(folder).score, trained.score
+        assert (output(loaded) - output(trained)).abs().max() < 1e-5
+        assert (output(loaded) - output(start)).abs().max() > 1e-3
+    if stage is ppo:
+        stage.main(files.argv[stage] + ["--out", str(tmp_path / "full")])
+        lora_rows, full_rows = (list(csv.DictReader(open(f"{folder}/metrics.csv", encoding="utf-8"))) for folder in (out, tmp_path / "full"))
+        assert float(lora_rows[0]["eval_score"]) == pytest.approx(float(full_rows[0]["eval_score"]), abs=1e-5)
+        assert abs(float(lora_rows[1]["kl"])) < 1e-5 < abs(float(lora_rows[-1]["kl"]))
+        assert float(lora_rows[1]["score"]) == pytest.approx(float(full_rows[1]["score"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, ppo], ids=lambda stage: stage.__name__)
+def test_resumes(stage, files, tmp_path, monkeypatch):
+    """Interrupted after the first saved state, and resumed: the weights of an uninterrupted run, bit for bit."""
+    argv = files.argv[stage] + ["--save_every", "1", "--lora_rank", "4", "--out"]
+    stage.main(argv + [str(tmp_path / "whole")])
+    save = model.save_state
+
+    def save_and_end(*args, **progress):
+        save(*args, **progress)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "save_state", save_and_end)
+        stage.main(argv + [str(tmp_path / "cut")])
+    stage.main(argv + [str(tmp_path / "cut"), "--resume"])
+    for name in ["model.safetensors"] + ["critic/model.safetensors"] * (stage is ppo):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
