@@ -561,7 +561,7 @@ def download_command(args):
     huggingface_hub.utils.enable_progress_bars()
     paths = []
     for folder in args.parts or folders:
-        try:  # what has arrived stays in the hub's cache: a broken download goes on where it stopped
+        try:  # a connection that breaks is taken up where it broke, and a file that has arrived stays in the hub's cache
             paths.append(huggingface_hub.hf_hub_download(repository, f"{folder}/{name}", repo_type="dataset"))
         except Exception as error:  # OSError, the hub's own and those of its HTTP library, which has changed more than once
             stop(f"{repository}/{folder}/{name}: cannot be downloaded ({first_line(error)}). Run this again to go on, or fetch the "
