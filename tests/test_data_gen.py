@@ -268,13 +268,14 @@ def serve():
 
 
 def test_download_goes_on_where_it_broke_off(tmp_path, serve):
-    records = [SHP | {"history": f"Question {i}"} for i in range(3000)]
+    records = [SHP | {"history": f"Question {i} {'x' * 8000}"} for i in range(3000)]  # the library writes 10 MB at a time
     hub = serve(BrokenHub, content=lines(records).encode(), cuts=1, missing="askhr", sent=[])
     argv = ["download", "shp", "--parts", "askvet", "askhr", "--path", tmp_path / "shp", "--eval_share", 0]
     env = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
     first = subprocess_run(argv, **env)
     assert first.returncode == 1 and "askhr/train.json: cannot be downloaded" in first.stderr and "Run this again" in first.stderr
-    assert hub.sent == [("askvet", 0), ("askvet", len(hub.content) // 2)] and not (tmp_path / "shp").exists()
+    assert [part for part, _ in hub.sent] == ["askvet"] * 2 and hub.sent[1][1] >= 10_000_000  # not from 0
+    assert not (tmp_path / "shp").exists()
     hub.missing = "nothing"
     again = subprocess_run(argv, **env)
     assert again.returncode == 0, again.stderr
