@@ -692,9 +692,10 @@ def ask(args, journal, questions, read, temperature, max_tokens, title):
                 unanswered, in_a_row = [*unanswered, error], in_a_row + 1
                 if in_a_row == 5:
                     raise
-            bar.set_postfix_str(f"{spent['unusable']} answers unusable, {len(unanswered)} questions unanswered, {spent['tokens']} tokens")
+            bar.set_postfix_str(f"{spent['unusable']} answers unusable, {len(unanswered)} questions unanswered, {spent['tokens']} tokens", refresh=False)
             bar.update()
     except (Unanswered, OSError, KeyboardInterrupt) as error:
+        bar.close()
         stopped.set()
         pool.shutdown(cancel_futures=True)  # waits for the answers that are under way: they are paid for
         stop(f"{args.api_base}: {first_line(error)}; {len(results)} of {len(futures)} questions are answered, and kept in "
@@ -877,7 +878,7 @@ def why_unfit(text, language, pool, forbidden):
 def read_list(answer):
     """The entries of a numbered list, or None; of an answer that was cut off, without the last."""
     entries = re.split(r"(?m)^[ \t*#]*(?:\d+|[一二三四五六七八九十]+)[ \t]*[.)、．:：][*]*", answer["text"])[1:]
-    entries = [entry.strip().strip("\"“”").strip() for entry in (entries[:-1] if answer["finish"] == "length" else entries)]
+    entries = [entry.strip(" \t\n*\"“”") for entry in (entries[:-1] if answer["finish"] == "length" else entries)]
     return entries or None
 
 
