@@ -75,13 +75,14 @@ def main(argv=None):
     print(f"{len(PROMPTS)} prompts, {len(before)} answer tokens, mean log probability {before.mean():.4f} nats a token in {args.dtype}\n")
     print("| weights | bytes | bytes a weight, linear layers | mean of abs(d) | mean of d | still the likeliest | 7B, on paper |")
     print("| --- " * 7 + "|")
-    print(f"| {args.dtype} | {weight_bytes(full):,} | {full_bytes / weights:.3f} | | | | {(LINEAR_7B + REST_7B) * 2 / 1e9:.2f} GB in 16 bit |")
+    in_16_bit = (LINEAR_7B + REST_7B) * 2 / 1e9
+    print(f"| {args.dtype} | {weight_bytes(full):,} | {full_bytes / weights:.3f} | | | | {in_16_bit:.2f} GB in 16 bit |")
     for bits in ["8bit", "4bit"]:
         small = quantize(full, bits)
         a_weight = (full_bytes - (weight_bytes(full) - weight_bytes(small))) / weights
         after, likeliest = answer_logprobs(small, prompts, answers)
-        d = after - before
-        print(f"| {bits} | {weight_bytes(small):,} | {a_weight:.3f} | {d.abs().mean():.4f} | {d.mean():+.4f} | {likeliest.float().mean():.3f} "
+        d, same = after - before, likeliest.float().mean()
+        print(f"| {bits} | {weight_bytes(small):,} | {a_weight:.3f} | {d.abs().mean():.4f} | {d.mean():+.4f} | {same:.3f} "
               f"| {(LINEAR_7B * a_weight + REST_7B * 2) / 1e9:.2f} GB |", flush=True)
 
 
