@@ -1093,19 +1093,18 @@ def quantize(model, bits, device="cpu"):
     """A copy of a `LlamaForCausalLM` on `device` whose linear layers have 8-bit weights (LLM.int8, Dettmers et al. 2022) or
     4-bit ones (NF4 with double quantization, Dettmers et al. 2023). The embedding, the head and the norms keep their type."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product of two matrices
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=model.dtype)
     try:
         import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        stop(f"--quantize needs two more packages: pip install bitsandbytes accelerate ({first_line(error)})")
-    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=model.dtype)
-    how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", **nf4)
-    try:
+        how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", **nf4)
         small = LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=model.dtype,
                                                  quantization_config=how, device_map={"": device}).eval()
         with torch.no_grad():
             small(torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be done shows here
         return small
+    except ImportError:
+        stop("--quantize needs two more packages: pip install bitsandbytes accelerate")
     except Exception as error:  # bitsandbytes raises its own for a device or a shape that it cannot do
         stop(f"--quantize {bits}: this model cannot be quantized on {device} ({first_line(error)})")
 
@@ -1120,7 +1119,8 @@ def load_for_use(path, args):
         stop(f"--max_new_tokens {limit}: the context of {path} is {context} tokens, and the prompt needs some of them")
     if args.quantize:
         before, model = weight_bytes(model), quantize(model, args.quantize, args.device)
-        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, {weight_bytes(model) / 1e6:.1f} MB in {args.quantize}", file=sys.stderr)
+        after = weight_bytes(model)
+        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, {after / 1e6:.1f} MB in {args.quantize}", file=sys.stderr)
         return tokenizer, model, limit
     return tokenizer, model.to(args.device), limit
 

@@ -5,7 +5,7 @@
 
 For every token y_t of the answers, d_t = log pi_quantized(y_t | x, y_<t) - log pi(y_t | x, y_<t), in nats. Printed are the mean
 of |d|, the mean of d (below 0: the answer became less likely) and the share of tokens that are still the likeliest.
-The last line of a table is arithmetic and no measurement: the measured bytes a weight, times the weights of LLaMA 2 7B.
+The last column is arithmetic and no measurement: the measured bytes a weight, times the weights of LLaMA 2 7B.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Bytes and shift of the log probabilities in 8 and in 4 bits.")
     parser.add_argument("model", help="whatever --model of the stages takes")
     parser.add_argument("--max_new_tokens", type=positive, default=64, help="tokens an answer at most")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is not quantized, and of the comparison")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of what is not quantized")
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.model)
     full = load_llama(args.model, tokenizer, getattr(torch, args.dtype))
@@ -71,17 +71,18 @@ def main(argv=None):
     answers = [tokens[mask.bool()].tolist() for tokens, mask in zip(out.tokens, out.mask)]
     before, _ = answer_logprobs(full, prompts, answers)
     linear = [part for name, part in full.named_modules() if isinstance(part, nn.Linear) and name != "lm_head"]
-    weights, linear_bytes = sum(part.weight.numel() for part in linear), sum(part.weight.nbytes for part in linear)
+    weights, full_bytes = sum(part.weight.numel() for part in linear), sum(part.weight.nbytes for part in linear)
     print(f"{len(PROMPTS)} prompts, {len(before)} answer tokens, mean log probability {before.mean():.4f} nats a token in {args.dtype}\n")
-    print("| weights | bytes | bytes a weight of the linear layers | mean of abs(d) | mean of d | still the likeliest | a 7B model, on paper |")
+    print("| weights | bytes | bytes a weight, linear layers | mean of abs(d) | mean of d | still the likeliest | 7B, on paper |")
     print("| --- " * 7 + "|")
-    print(f"| {args.dtype} | {weight_bytes(full):,} | {linear_bytes / weights:.3f} | | | | {(LINEAR_7B + REST_7B) * 2 / 1e9:.2f} GB in 16 bit |")
+    in_16_bit = (LINEAR_7B + REST_7B) * 2 / 1e9
+    print(f"| {args.dtype} | {weight_bytes(full):,} | {full_bytes / weights:.3f} | | | | {in_16_bit:.2f} GB in 16 bit |")
     for bits in ["8bit", "4bit"]:
         small = quantize(full, bits)
-        a_weight = (linear_bytes - (weight_bytes(full) - weight_bytes(small))) / weights
+        a_weight = (full_bytes - (weight_bytes(full) - weight_bytes(small))) / weights
         after, likeliest = answer_logprobs(small, prompts, answers)
-        d = after - before
-        print(f"| {bits} | {weight_bytes(small):,} | {a_weight:.3f} | {d.abs().mean():.4f} | {d.mean():+.4f} | {likeliest.float().mean():.3f} "
+        d, same = after - before, likeliest.float().mean()
+        print(f"| {bits} | {weight_bytes(small):,} | {a_weight:.3f} | {d.abs().mean():.4f} | {d.mean():+.4f} | {same:.3f} "
               f"| {(LINEAR_7B * a_weight + REST_7B * 2) / 1e9:.2f} GB |", flush=True)
 
 

@@ -69,7 +69,8 @@ def home(tokenizers, tmp_path_factory):
 def greedy(path, messages, limit=12):
     """What `generate` answers, and whether it ended."""
     tokenizer = load_tokenizer(path)
-    out = generate(load_llama(path, tokenizer), *left_pad([encode_prompt(tokenizer, messages)], 0), limit, tokenizer.eos_token_id, temperature=0)
+    prompt = left_pad([encode_prompt(tokenizer, messages)], 0)
+    out = generate(load_llama(path, tokenizer), *prompt, limit, tokenizer.eos_token_id, temperature=0)
     return text_of(tokenizer, out.tokens[0]), out.tokens[0, -1].item() == tokenizer.eos_token_id
 
 
@@ -202,7 +203,8 @@ def test_chat_that_outgrows_the_context_forgets_its_oldest_turns(home, terminal,
 # ---------------------------------------------------------------------------------------------------------------------
 # Several checkpoints
 
-PROMPTS = ["what is 2 plus 3?", "a | b\n<b>*你好*</b> `x`", "4", [{"role": "system", "content": "be brief"}, {"role": "user", "content": "it is"}], "你好，"]
+PROMPTS = ["what is 2 plus 3?", "a | b\n<b>*你好*</b> `x`", "你好，饕餮", "4",
+           [{"role": "system", "content": "be brief"}, {"role": "user", "content": "it is"}]]
 
 
 @pytest.fixture
@@ -222,7 +224,8 @@ def reference_score(path, prompt, text, ended):
 
 def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
     out = tmp_path / "answers.csv"
-    model.main([home.sft, home.ppo, home.sft, "--reward", home.rm, "--prompts", prompts, "--max_new_tokens", "12", "--batch_size", "2", "--out", str(out)])
+    model.main([home.sft, home.ppo, home.sft, "--reward", home.rm, "--prompts", prompts, "--max_new_tokens", "12", "--batch_size", "2",
+                "--out", str(out)])
     rows = list(csv.reader(io.StringIO(out.read_bytes().decode())))
     assert rows[0] == ["prompt", *(head for path in [home.sft, home.ppo, home.sft] for head in [path, f"score of {path}"])]
     assert [row[0] for row in rows[1:]] == [p if isinstance(p, str) else "system: be brief\nuser: it is" for p in PROMPTS]
@@ -274,17 +277,16 @@ def test_one_prompt_side_by_side(home, capfd, monkeypatch):
         assert path in column and "".join(text.split()) in column
 
 
-@pytest.mark.parametrize("columns", [["one two three four five six seven", "你好" * 15], ["https://example.org/a/long/address", "", "é x" * 9]])
+@pytest.mark.parametrize("columns", [["one two three four five six seven", "你好" * 15],
+                                     ["https://example.org/a/long/address", "", "é x" * 9]])
 def test_columns_keep_their_text_and_their_width(columns, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     model.side_by_side(columns)
-    width, parts = max(20, 53 // len(columns) - 3), [""] * len(columns)
+    parts = [""] * len(columns)
     for line in capfd.readouterr().out.splitlines():
-        at = 0
-        for i, cell in enumerate((line + " |" * 3).split(" | ")[:len(columns)]):
-            parts[i] += cell.strip("| ")
-            assert model.cells(cell.rstrip("| ")) <= width
-            at += len(cell)
+        assert sum(2 if c > "\u2e7f" else 1 for c in line) <= max(50, 23 * len(columns))
+        cells = line.replace(" |", " | ").split(" | ")
+        parts = [part + cell for part, cell in zip(parts, cells + [""] * len(parts))]
     assert [re.sub(r"\s", "", part) for part in parts] == [re.sub(r"\s", "", column) for column in columns]
 
 
@@ -328,26 +330,29 @@ def test_quantized_weights(home, capfd, bits, bytes_a_weight, error):
     saved = model.weight_bytes(full) - model.weight_bytes(small)
     weights = sum(full.get_submodule(name).weight.numel() for name in linear)
     assert weights * (4 - bytes_a_weight) < saved < weights * 4
-    ids, mask = left_pad([encode_prompt(home.tokenizer, "what is 2 plus 3?")] * 2, 0)
+    ids, mask = left_pad([encode_prompt(home.tokenizer, "what is 2 plus 3?")], 0)
     with torch.no_grad():
         a, b = full(ids).logits, small(ids).logits
     assert 0 < (a - b).square().mean().sqrt() / a.std() < error
-    answer = text_of(home.tokenizer, small.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1]:])
+    theirs = small.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1]:]
     model.main([home.ppo, "--prompt", "what is 2 plus 3?", "--max_new_tokens", "12", "--quantize", bits])
     out, err = capfd.readouterr()
-    assert out == answer.lstrip() + "\n"  # our own passes through the layers do what transformers' do
-    assert err == f"{home.ppo}: weights {model.weight_bytes(full) / 1e6:.1f} MB in float32, {model.weight_bytes(small) / 1e6:.1f} MB in {bits}\n"
+    assert out == text_of(home.tokenizer, theirs).lstrip() + "\n"  # our own passes through the layers do what transformers' do
+    before, after = model.weight_bytes(full) / 1e6, model.weight_bytes(small) / 1e6
+    assert err == f"{home.ppo}: weights {before:.1f} MB in float32, {after:.1f} MB in {bits}\n"
 
 
 def test_transformers_serve_gives_the_same_greedy_answer(home, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", home.ppo, "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()",  # the program `transformers`
+               "serve", home.ppo, "--device", "cpu", "--port", str(port)]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        dialogue = [{"role": "user", "content": "what is 2 plus 3? 你好"}, {"role": "assistant", "content": "it is 5."}, {"role": "user", "content": "and 4?"}]
+        dialogue = [{"role": "user", "content": "what is 2 plus 3? 你好"}, {"role": "assistant", "content": "it is 5."},
+                    {"role": "user", "content": "and 4?"}]
         body = json.dumps({"model": home.ppo, "messages": dialogue, "temperature": 0, "max_tokens": 16}).encode()
         request = urllib.request.Request(f"http://localhost:{port}/v1/chat/completions", body, {"Content-Type": "application/json"})
         for _ in range(200):  # until it listens
