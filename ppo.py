@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_prompt, encode_records, generate, keep_export,
-                   left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint,
-                   save_state, settings, stop)
+from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, dry_run, encode_prompt, encode_records, generate,
+                   keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer, open_run, positive, read_records, restore,
+                   save_checkpoint, save_state, settings, stop)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -410,7 +410,7 @@ def parse(argv):
     if args.temperature <= 0:
         parser.error("--temperature must be above 0: PPO learns from samples")
     demo = not args.sft and not args.rm
-    if not demo and not args.prompts:
+    if not demo and not args.prompts and not args.dry_run:
         parser.error("--sft and --rm need --prompts: the built-in ones are for the demo")
     return settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py"), demo
 
@@ -459,6 +459,8 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 def main(argv=None):
     args, demo = parse(argv)
+    if args.dry_run:
+        dry_run("ppo", args.sft, args)
     state = open_run(args.out, args)
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)

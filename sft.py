@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, encode_records, keep_export, length_batches,
+from model import (Metrics, Signals, autocast, collate, common_options, draw_curves, dry_run, encode_records, keep_export, length_batches,
                    load_llama, load_tokenizer, open_run, positive, read_records, restore, save_checkpoint, save_state, settings, stop)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
@@ -44,7 +44,7 @@ def parse(argv):
     group.add_argument("--max_length", type=positive, help="tokens a demonstration; a longer one loses the beginning of its prompt")
     common_options(parser)
     args = parser.parse_args(argv)
-    if args.model and not args.data:
+    if args.model and not args.data and not args.dry_run:
         parser.error("--model needs --data: the built-in data is for the demo")
     return settings(args, DEFAULT if args.model else DEMO, "sft.py")
 
@@ -83,6 +83,8 @@ def evaluate(model, examples, args, pad_token_id):
 
 def main(argv=None):
     args = parse(argv)
+    if args.dry_run:
+        dry_run("sft", args.model, args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
     model = load_llama(args.model, tokenizer).to(args.device)
