@@ -676,6 +676,8 @@ def left_pad(prompts, pad_token_id, device="cpu"):
 def read_config(path, tokenizer=None):
     """The `LlamaConfig` of what `load_llama` loads, without its weights where the format allows it (not in .gguf)."""
     if path is None:
+        if not tokenizer and not os.path.isdir("data/tokenizer"):
+            stop("data/tokenizer: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
         return LlamaConfig(vocab_size=len(load_tokenizer(tokenizer or "data/tokenizer")), **DEMO_MODEL)
     if path.endswith(".gguf"):
         return read_gguf(path)[0]

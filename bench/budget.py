@@ -46,7 +46,7 @@ def settings_of(stage, *options):
     with contextlib.redirect_stdout(None):
         if stage == "ppo":
             return ppo.parse(["--sft", "x", "--prompts", "x", *options])[0]
-        return {"sft": sft, "rm": train_rm}[stage].parse(["--model", "x", "--data", "x", *(["--demonstrations", "x"] if stage == "rm" else []), *options])
+        return {"sft": sft, "rm": train_rm}[stage].parse(["--model", "x", "--dry_run", *options])
 
 
 def table():
@@ -54,7 +54,8 @@ def table():
 
     import model
     args = settings_of("ppo")
-    print("| GiB a process | " + " | ".join(f"{n} process{'es' * (n > 1)}{kind}" for kind in ("", ", LoRA") for n in (1, 8, 64)) + " | FLOP an update |")
+    columns = [f"{n} process{'es' * (n > 1)}{kind}" for kind in ("", ", LoRA") for n in (1, 8, 64)]
+    print(f"| GiB a process | {' | '.join(columns)} | FLOP an update |")
     print("| --- " * 8 + "|")
     for name, size in SIZES.items():
         config = LlamaConfig(**size)
