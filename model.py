@@ -380,8 +380,8 @@ def load_hugging_face(model_class, path, dtype):
     return model
 
 
-def read_meta(path):
-    """(config, {Meta's name: tensor}) of Meta's directory, its shards merged.
+def read_meta(path, device="cpu"):
+    """(config, {Meta's name: tensor}) of Meta's directory, its shards merged. On device "meta" no weights are read.
 
     The shards are those of tensor parallelism: wq, wk, wv, w1, w3 and output are split by rows, wo and w2 by columns, the
     embedding by columns (LLaMA 1 and 2) or rows (3), the norms not at all.
@@ -402,7 +402,7 @@ def read_meta(path):
     shards = []
     for file in files:
         try:
-            shards.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            shards.append(torch.load(file, map_location=device, weights_only=True, mmap=device == "cpu"))
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
             stop(f"{file}: damaged, or not a file of weights ({first_line(error)})")
     try:
@@ -786,6 +786,180 @@ def left_pad(prompts, pad_token_id, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The budget: what a step costs in memory and arithmetic, from the configuration alone (--dry_run)
+
+def read_config(path, tokenizer=None):
+    """The `LlamaConfig` of what `load_llama` loads, without its weights where the format allows it (not in .gguf)."""
+    if path is None:
+        if not tokenizer and not os.path.isdir("data/tokenizer"):
+            stop("data/tokenizer: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
+        return LlamaConfig(vocab_size=len(load_tokenizer(tokenizer or "data/tokenizer")), **DEMO_MODEL)
+    if path.endswith(".gguf"):
+        return read_gguf(path)[0]
+    if os.path.exists(os.path.join(path, "params.json")):
+        return read_meta(path, "meta")[0]
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # the libraries raise anything for a damaged file
+        stop(f"{path}: no configuration of a LLaMA can be read from it ({first_line(error)})")
+    if config.model_type != "llama":
+        stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
+    return config
+
+
+def parameters(config, lora_rank=0):
+    """{"embedding", "layers", "norm", "head", "adapters"}: numbers of parameters, counted on the meta device. With d, I, Q, K,
+    V for hidden and MLP width, width of the queries, of the keys, and vocabulary: V d, n (2 d Q + 2 d K + 3 d I + 2 d), d,
+    and V d or, tied to the embedding, 0. LoRA of rank r on all linear layers of n layers: r (in + out) for each."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return dict(embedding=size(model.model.embed_tokens), layers=size(model.model.layers), norm=size(model.model.norm),
+                head=0 if config.tie_word_embeddings else size(model.lm_head),
+                adapters=lora_rank * sum(m.in_features + m.out_features for m in linears))
+
+
+def model_bytes(config, processes=1, lora_rank=0, lm_head=True):
+    """(weights, gradients, optimizer) of a float32 model in training, bytes a process. Adam keeps two numbers a parameter.
+
+    The decoder layers are shared out among the processes; embedding, norm and head stand whole in each. LoRA trains its
+    adapters only, and the scalar head. `lm_head` False: a backbone with a scalar head.
+    """
+    n = parameters(config, lora_rank)
+    ends = n["embedding"] + n["norm"] + (n["head"] if lm_head else config.hidden_size)
+    if lora_rank:
+        trained = n["adapters"] / processes + (0 if lm_head else config.hidden_size)
+        return 4 * (ends + (n["layers"] + n["adapters"]) / processes), 4 * trained, 8 * trained
+    weights = 4 * (ends + n["layers"] / processes)
+    return weights, weights, 2 * weights
+
+
+def activation_bytes(config, rows, length, projected, copies=3, lora_rank=0, checkpointing=False, bf16=False, device="cpu", buffered=True):
+    """Bytes at the peak of a forward and backward pass over `rows` sequences, `projected` tokens of which get logits.
+
+    What autograd keeps of a token in a layer, in float32 numbers: each of two norms its input, the normalized input (for
+    the gradient of its weight) and its output (for that of the next matrices), 6 d; q, k, v and attention's output, 2 Q + 2 K;
+    gate, silu(gate), up and their product, 4 I; a number a head and a norm, H + 2. After the layers 3 d.
+    bf16 halves what enters a matrix product, but casts a norm's output for each matrix anew; and keeps bf16 weights.
+    `checkpointing` keeps the input d of each layer, and all of one layer. The logits: `copies` of (projected, V) in float32.
+    `buffered`: the gradient of the embedding waits beside the one that is accumulated; so does one more (d, I) matrix.
+    """
+    d, i, heads, tokens = config.hidden_size, config.intermediate_size, config.num_attention_heads, rows * length
+    q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = 4 * d if lora_rank else 6 * d  # a frozen norm needs no normalized input
+    layer = 4 * (norms + 2 * q + 2 * k + 4 * i + heads + 2)
+    if lora_rank:
+        layer += 4 * 7 * lora_rank
+    if bf16:
+        attention = 14 * q + 4 * heads * length if device == "cpu" else 4 * q + 4 * k  # on CPU it is written out, see autocast
+        layer = 4 * (norms - 2 * d) + 10 * d + attention + 8 * i
+    layers = config.num_hidden_layers
+    kept = tokens * (layers * 4 * d + layer if checkpointing else layers * layer) + tokens * 12 * d
+    if bf16:
+        kept += 2 * (parameters(config)["layers"] + d * config.vocab_size * (projected > 0))
+    logits = 4 * projected * config.vocab_size * copies + (2 * projected * config.vocab_size if bf16 else 0)
+    waiting = 0 if lora_rank or not buffered else 4 * d * config.vocab_size * (projected > 0)
+    return kept + max(logits, waiting + 4 * (3 * i * tokens + (0 if lora_rank else i * d)))
+
+
+def rollout_bytes(config, rows, prompt, response, bf16=False):
+    """Bytes for sampling: the cache, 2 layers K (P + N) numbers a row; beside it the prefill's three (tokens, I) in float32, its
+    masks, or, when a quarter of the rows has ended, the copy of the other three quarters."""
+    cache = (2 if bf16 else 4) * rows * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + response)
+    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + prompt)
+    return cache + max(prefill, 0.75 * cache)
+
+
+def forward_flops(config, rows, length, projected):
+    """FLOP of a forward pass: 2 for each weight and token, and 4 Q for each layer and pair of positions (QK^T and AV). The
+    pairs that the causal mask hides are counted too, as torch.utils.flop_counter does."""
+    linear = parameters(config)["layers"] - 2 * config.num_hidden_layers * config.hidden_size  # less the norms
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * rows * length**2
+    return 2 * linear * rows * length + attention + 2 * config.hidden_size * config.vocab_size * projected
+
+
+def training_flops(config, rows, length, projected, lora_rank=0, checkpointing=False):
+    """Forward, and twice that backward: the gradients of the inputs, and those of the weights, which LoRA needs for its adapters
+    only. Checkpointing computes the forward pass again."""
+    forward = forward_flops(config, rows, length, projected)
+    if not lora_rank:
+        return (4 if checkpointing else 3) * forward
+    attention = forward_flops(config, rows, length, 0) - forward_flops(config, 1, 1, 0) * rows * length  # no weights in it
+    return (3 if checkpointing else 2) * forward + attention + 6 * parameters(config, lora_rank)["adapters"] * rows * length
+
+
+def generation_flops(config, rows, prompt, response):
+    """FLOP of sampling: the prompt once, then token after token with the cache, each attending to all before it."""
+    q = config.num_attention_heads * config.head_dim
+    step = forward_flops(config, rows, 1, rows) - 4 * config.num_hidden_layers * q * rows
+    looked_at = sum(prompt + t for t in range(1, response))
+    return forward_flops(config, rows, prompt, rows) + (response - 1) * step + 4 * config.num_hidden_layers * q * rows * looked_at
+
+
+def budget(stage, config, args, processes=1, lora_rank=0, checkpointing=False):
+    """The budget of "sft", "rm" or "ppo" with the sizes in `args`, the largest that they allow: {"weights", "gradients",
+    "optimizer", "activations", "rollout", "peak", "resident"} in bytes a process, and "flops" of an optimizer step (ppo: an update).
+
+    In RM a prompt has 4 completions. `peak` adds what is there at the same time: the gradients are freed before a rollout.
+    With several processes two whole layers and the gradient of one stand in each, gathered. `resident`: on CPU freed memory is
+    kept (see the top of this file), and its holes add about 0.3 of what is in use; that is measured, by bench/budget.py.
+    """
+    bf16, rollout = args.dtype == "bfloat16", 0
+    options = dict(lora_rank=lora_rank, checkpointing=checkpointing)
+    kept = dict(options, bf16=bf16, device=torch.device(args.device).type, buffered=config.tie_word_embeddings or stage == "sft")
+    share = -(-(args.minibatch_size if stage == "ppo" else args.batch_size) // processes)
+    rows, context = min(args.micro_batch_size, share), config.max_position_embeddings
+    trained = model_bytes(config, processes, lora_rank, lm_head=stage != "rm")
+    weights, gradients, optimizer = trained
+    if stage == "sft":
+        length = min(args.max_length, context)
+        activations = activation_bytes(config, rows, length, rows * length, **kept)
+        flops = training_flops(config, args.batch_size, length, args.batch_size * length, **options)
+    elif stage == "rm":
+        length = min(args.max_length, context)
+        activations = activation_bytes(config, 4 * rows, length, 0, **kept)
+        flops = training_flops(config, 4 * args.batch_size, length, 0, **options)
+    else:
+        prompt, response, batch = min(args.max_prompt_length, context - args.max_new_tokens), args.max_new_tokens, args.batch_size
+        length, critic = prompt + response, model_bytes(config, processes, lora_rank, lm_head=False)
+        weights, gradients, optimizer = (a + b for a, b in zip(trained, critic))
+        if not lora_rank:
+            weights *= 2  # the reference and the reward model
+        # logits, their log softmax and four more for the entropy stand side by side
+        activations = activation_bytes(config, rows, length, rows * response, copies=6, **kept)
+        rollout = rollout_bytes(config, -(-batch // processes), prompt, response, bf16)
+        flops = generation_flops(config, batch, prompt, response) + forward_flops(config, batch, length, batch * response)
+        flops += 2 * forward_flops(config, batch, length, 0)  # critic and reward model
+        for projected in (batch * response, 0):  # actor, critic
+            flops += args.ppo_epochs * training_flops(config, batch, length, projected, **options)
+        if args.ptx_coef:
+            flops += args.ppo_epochs * training_flops(config, batch, length, batch * length, **options)
+            activations = max(activations, activation_bytes(config, rows, length, rows * length, copies=4, **kept))
+    one_layer = 4 * parameters(config)["layers"] / config.num_hidden_layers
+    gathered = (2 * one_layer + (0 if lora_rank else one_layer)) * (processes > 1)
+    peak = weights + optimizer + gathered + max(gradients + activations, rollout)
+    resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
+    return dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, rollout=rollout, peak=peak,
+                resident=resident, flops=flops)
+
+
+def dry_run(stage, path, args):
+    """--dry_run: print the model's size and the budget of the run, and end the program with exit code 0."""
+    if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
+        path = None  # the demo's, not yet trained
+    config, lora_rank = read_config(path, getattr(args, "tokenizer", None)), getattr(args, "lora_rank", 0) or 0
+    for part, number in parameters(config, lora_rank).items():
+        print(f"parameters, {part}: {number:,}")
+    for name, value in budget(stage, config, args, args.processes, lora_rank, getattr(args, "gradient_checkpointing", False)).items():
+        if name == "flops":
+            print(f"{'an update' if stage == 'ppo' else 'an optimizer step'}, all processes: {value:.3e} FLOP")
+        else:
+            print(f"{name}: {value / 2**30:.3f} GiB a process")
+    raise SystemExit(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run directory
 
 def open_run(folder, args):
@@ -844,7 +1018,7 @@ class Metrics:
 
 
 # What --resume may change: nothing in the result depends on it
-FREE_SETTINGS = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size"}
+FREE_SETTINGS = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run", "processes"}
 
 
 def save_state(folder, args, metrics, models, optimizers, generators, **progress):
@@ -1049,6 +1223,8 @@ def common_options(parser):
     group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     group.add_argument("--save_every", type=positive, default=100, help="optimizer steps (ppo.py: updates) between saved states, in --out/last")
     group.add_argument("--keep", type=whole, default=0, help="export the model with each saved state too, and keep the newest so many")
+    group.add_argument("--dry_run", action="store_true", help="print what the run would need in memory and arithmetic, and stop")
+    group.add_argument("--processes", type=positive, default=1, help="of --dry_run: among so many processes the layers are shared out")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
 

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, add_lora, autocast, before_lora, collate, common_options, draw_curves, encode_prompt,
-                   encode_records, generate, keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer, lora_options, open_run,
-                   positive, read_records, restore, save_checkpoint, save_state, settings, stop, trainable)
+from model import (Metrics, ScalarHead, Signals, add_lora, autocast, before_lora, collate, common_options, draw_curves, dry_run,
+                   encode_prompt, encode_records, generate, keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer,
+                   lora_options, open_run, positive, read_records, restore, save_checkpoint, save_state, settings, stop, trainable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -457,7 +457,7 @@ def parse(argv):
     if args.temperature <= 0:
         parser.error("--temperature must be above 0: PPO learns from samples")
     demo = not args.sft and not args.rm
-    if not demo and not args.prompts:
+    if not demo and not args.prompts and not args.dry_run:
         parser.error("--sft and --rm need --prompts: the built-in ones are for the demo")
     return settings(args, DEMO if demo else DEFAULT, "ppo.py, the demo" if demo else "ppo.py"), demo
 
@@ -506,6 +506,8 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 def main(argv=None):
     args, demo = parse(argv)
+    if args.dry_run:
+        dry_run("ppo", args.sft, args)
     state = open_run(args.out, args)
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, add_lora, autocast, collate, common_options, draw_curves, encode_records, keep_export,
-                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore, save_checkpoint,
-                   save_state, settings, stop, trainable)
+from model import (Metrics, Signals, add_lora, autocast, collate, common_options, draw_curves, dry_run, encode_records, keep_export,
+                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
+                   save_checkpoint, save_state, settings, stop, trainable)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
@@ -46,7 +46,7 @@ def parse(argv):
     lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
-    if args.model and not args.data:
+    if args.model and not args.data and not args.dry_run:
         parser.error("--model needs --data: the built-in data is for the demo")
     return settings(args, DEFAULT if args.model else DEMO, "sft.py")
 
@@ -85,6 +85,8 @@ def evaluate(model, examples, args, pad_token_id):
 
 def main(argv=None):
     args = parse(argv)
+    if args.dry_run:
+        dry_run("sft", args.model, args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
     model = add_lora(load_llama(args.model, tokenizer), args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype).to(args.device)

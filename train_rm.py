@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, add_lora, autocast, collate, common_options, draw_curves, encode_records, keep_export,
-                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
+from model import (Metrics, ScalarHead, Signals, add_lora, autocast, collate, common_options, draw_curves, dry_run, encode_records,
+                   keep_export, length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
                    save_checkpoint, save_state, settings, stop, trainable)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
@@ -57,10 +57,10 @@ def parse(argv):
     lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
-    if args.model and not (args.data and args.demonstrations):
+    if args.model and not (args.data and args.demonstrations) and not args.dry_run:
         parser.error("--model needs --data and --demonstrations: the built-in ones are for the demo")
     settings(args, DEFAULT if args.model else DEMO, "train_rm.py")
-    if not os.path.isdir("runs/sft") and args.model == "runs/sft":
+    if not os.path.isdir("runs/sft") and args.model == "runs/sft" and not args.dry_run:
         stop("runs/sft: missing; run python sft.py first, or name a --model")
     return args
 
@@ -154,6 +154,8 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 
 def main(argv=None):
     args = parse(argv)
+    if args.dry_run:
+        dry_run("rm", args.model, args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer).model)
