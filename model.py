@@ -121,6 +121,7 @@ def place(model, args):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             layer.set_gradient_divide_factor(1.0)  # the sum over the processes, where FSDP by itself takes the mean
+            layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return model.to(args.device)
 
 
