@@ -12,6 +12,8 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
+import functools
 import glob
 import gzip
 import io
@@ -30,12 +32,16 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           LlamaTokenizer, PreTrainedTokenizerFast)
@@ -69,8 +75,137 @@ def settings(args, defaults, title):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    print(f"{title}:", " ".join(f"{name}={value}" for name, value in vars(args).items()), flush=True)
+    if RANK == 0:
+        print(f"{title}:", " ".join(f"{name}={value}" for name, value in vars(args).items()), flush=True)
     return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes: torchrun --nproc_per_node=8 sft.py ... All of them run the same script on the same data, and draw the same
+# batches. Each takes its share of the rows of a batch; losses, divided by the counts of the whole batch, and gradients are
+# summed over the processes. With one process none of this does anything.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+
+def start_processes(args):
+    """Find the other processes that torchrun started. Only the first of them, rank 0, prints, and writes files.
+
+    An error in one of them ends its process, upon which torchrun ends all. Half an hour without a word from one is an error.
+    """
+    if WORLD == 1 or dist.is_initialized():
+        return
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
+
+
+def place(model, args):
+    """The model on --device; with many processes each holds an equal part of every layer's weights, gradients and
+    optimizer state (FSDP2), and the layer is whole only while it computes.
+
+    Embedding, final norm and head stay whole in every process, and their gradients are summed by hand (`clip_gradients`).
+    FSDP gathers what is used inside the forward pass of a module that it wraps, but the stages call `model.model` and
+    `lm_head` one after the other, decoding calls the layers alone, and embedding and lm_head may be the same tensor.
+    """
+    if args.gradient_checkpointing:
+        # what the backward pass recomputes has to be computed as in the forward pass, attention included
+        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False,
+                                      context_fn=lambda: (contextlib.nullcontext(), attention_kernel(args)))
+        for layer in model.model.layers:
+            layer.forward = functools.partial(recompute, layer.forward)
+    if WORLD > 1:
+        # float32 masters; with --dtype bfloat16 they are gathered in bf16, gradients are summed in float32, and activations
+        # keep the precision that autocast gives them in one process
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            layer.set_gradient_divide_factor(1.0)  # the sum over the processes, where FSDP by itself takes the mean
+            layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return model.to(args.device)
+
+
+def my_parts(rows, size):
+    """This process's micro-batches of the batch `rows`, [(part, counts)]: every WORLD-th row, `size` at a time.
+
+    A pass through the model needs all processes, so each has the same number of parts. One without rows left computes a
+    row of another and throws it away: counts is 0, otherwise 1.
+    """
+    rows = list(rows)
+    mine, passes = rows[RANK::WORLD], -(-len(rows) // (WORLD * size))
+    parts = [mine[i * size:(i + 1) * size] for i in range(passes)]
+    return [(part, 1) if part else (rows[:1], 0) for part in parts]
+
+
+def total(x):
+    """The sum over all processes of a number or a tensor. Where each fills in its rows of zeros, the sum is the whole."""
+    if WORLD == 1:
+        return x
+    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
+    summed = x.detach().to(device, copy=True) if torch.is_tensor(x) else torch.tensor(x, device=device, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.to(x.device) if torch.is_tensor(x) else summed.item()
+
+
+def largest(x):
+    """The largest over all processes of a number, or of anything else that can be compared."""
+    if WORLD == 1:
+        return x
+    everyones = [None] * WORLD
+    dist.all_gather_object(everyones, x)
+    return max(everyones)
+
+
+def wait_for_all():
+    """Go on when all processes have come here."""
+    total(0)
+
+
+def clip_gradients(model, max_norm):
+    """Scale the gradient down to length `max_norm` if it is longer -> its length before. With many processes, first add up
+    the gradients of what every process holds whole; FSDP has done so for its shards."""
+    if WORLD == 1:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    wholes = [g for g in gradients if not isinstance(g, DTensor)]
+    for g in wholes:
+        dist.all_reduce(g)
+    norm = math.sqrt(total(sum(g.square().sum().item() for g in shards)) + sum(g.square().sum().item() for g in wholes))
+    for g in shards + wholes:
+        g.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    return norm
+
+
+@contextlib.contextmanager
+def gathered(model, wanted=True):
+    """Inside, every process holds all layers whole: decoding goes through them once a token, and would gather as often."""
+    layers = model.model.layers if WORLD > 1 and wanted else []
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(True)
+        layer.reshard()
+
+
+def in_one_piece(x):
+    """A tensor with all its parts, for rank 0 to save. Every process takes part; the others have nothing to keep."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()
+    return x.cpu() if RANK == 0 else None
+
+
+def as_held(x, p):
+    """A whole tensor as the parameter `p` is held: this process's part of it if `p` is sharded. The reverse of `in_one_piece`."""
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,6 +862,7 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
     """
     batch, length = input_ids.shape
+    in_step = isinstance(model.model.layers[0], FSDPModule)
     device, blocked = input_ids.device, -1e30  # as good as -inf, which would give nan where all is blocked
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     cache = KVCache(model.config, batch, length + max_new_tokens, dtype, device)
@@ -742,10 +878,11 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
         yield rows[alive], tokens[alive], logprobs[alive]
         alive = alive & (tokens != eos_token_id)
         living = int(alive.sum())
-        if living == 0 or step == max_new_tokens - 1:
+        # a sharded model needs all processes for every step, also those whose own rows have ended
+        if (total(living) if in_step else living) == 0 or step == max_new_tokens - 1:
             return
         # dropping ended rows copies the cache, so wait until a quarter of the rows can go
-        if living <= 0.75 * len(rows):
+        if 0 < living <= 0.75 * len(rows):
             rows, tokens, positions, padding = rows[alive], tokens[alive], positions[alive], padding[alive]
             cache.keep_rows(alive)
             alive = alive[alive]
@@ -991,9 +1128,12 @@ class Metrics:
     """
 
     def __init__(self, folder, columns, state=None):
-        path = os.path.join(folder, "metrics.csv")
+        wait_for_all()  # until each has seen what the folder held
+        path = os.path.join(folder, "metrics.csv") if RANK == 0 else os.devnull
         try:
-            if state is None:
+            if RANK > 0:
+                pass
+            elif state is None:
                 for name in ("config.json", "last/state.json"):
                     if os.path.exists(os.path.join(folder, name)):
                         os.remove(os.path.join(folder, name))
@@ -1018,7 +1158,8 @@ class Metrics:
 
 
 # What --resume may change: nothing in the result depends on it
-FREE_SETTINGS = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run", "processes"}
+FREE_SETTINGS = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run", "processes",
+                 "gradient_checkpointing", "shard_rollout"}
 
 
 def save_state(folder, args, metrics, models, optimizers, generators, **progress):
@@ -1028,11 +1169,13 @@ def save_state(folder, args, metrics, models, optimizers, generators, **progress
     then state.json, which names that file, takes the place of the old one: at every moment one of the two states is whole.
     """
     last = os.path.join(folder, "last")
-    tensors = {f"{name}.{key}": p.detach() for name, model in models.items()
+    tensors = {f"{name}.{key}": in_one_piece(p.detach()) for name, model in models.items()
                for key, p in model.named_parameters() if p.requires_grad}
     for name, optimizer in optimizers.items():
         for index, entry in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{index}.{key}": value for key, value in entry.items()}
+            tensors |= {f"{name}.{index}.{key}": in_one_piece(value) for key, value in entry.items()}
+    if RANK > 0:
+        return
     tensors |= {f"random.{name}": generator.get_state() for name, generator in generators.items()}
     tensors["random.torch"] = torch.get_rng_state()
     metrics.file.flush()
@@ -1083,13 +1226,14 @@ def restore(state, folder, models, optimizers, generators):
             for name, model in models.items():
                 for key, p in model.named_parameters():
                     if p.requires_grad:  # not LoRA's frozen weights
-                        p.copy_(tensors[f"{name}.{key}"])
+                        p.copy_(as_held(tensors[f"{name}.{key}"], p))
         for name, optimizer in optimizers.items():
             entries = {}
             for key, value in tensors.items():
                 if key.startswith(name + "."):
                     index, field = key.removeprefix(name + ".").split(".")
-                    entries.setdefault(int(index), {})[field] = value
+                    p = optimizer.param_groups[0]["params"][int(index)]
+                    entries.setdefault(int(index), {})[field] = as_held(value, p) if value.shape == p.shape else value
             optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
         for name, generator in generators.items():
             generator.set_state(tensors[f"random.{name}"])
@@ -1099,16 +1243,21 @@ def restore(state, folder, models, optimizers, generators):
 
 
 class Signals:
-    """Ctrl-C and SIGTERM let the step finish: `caught` is the signal, 0 without one. A second one ends the program at once."""
+    """Ctrl-C and SIGTERM let the step finish: after `agree`, `caught` is the signal, 0 without one. A second one ends the
+    program at once."""
 
     def __init__(self):
-        self.caught = 0
+        self.came = self.caught = 0
         in_main_thread = threading.current_thread() is threading.main_thread()  # only there can a handler be set
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
 
     def catch(self, number, frame):
-        self.caught = number
+        self.came = number
         self.restore()
+
+    def agree(self):
+        """Signals reach each process at another moment, and all have to end after the same step."""
+        self.caught = largest(self.came)
 
     def restore(self):
         for number, handler in self.before.items():
@@ -1124,7 +1273,7 @@ class Signals:
 def keep_export(model, tokenizer, folder, step, keep):
     """Export the model to step-N beside the run's other results, and remove all such exports but the newest `keep`."""
     save_checkpoint(model, tokenizer, os.path.join(folder, f"step-{step}"))
-    exports = glob.glob(os.path.join(glob.escape(folder), "step-*"))
+    exports = glob.glob(os.path.join(glob.escape(folder), "step-*")) if RANK == 0 else []
     for old in sorted(exports, key=lambda name: int(name.rsplit("-", 1)[1]))[:-keep]:
         shutil.rmtree(old)
 
@@ -1140,10 +1289,13 @@ def save_checkpoint(model, tokenizer, folder):
         classifier.model, classifier.score = model.model, model.score
         model = classifier
     part = os.path.join(folder, "export.part")
+    tensors = {name: in_one_piece(tensor) for name, tensor in model.state_dict().items()}
+    if RANK > 0:
+        return wait_for_all()
     try:
         os.makedirs(folder, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
+        model.save_pretrained(part, state_dict=tensors)
         tokenizer.save_pretrained(part)
         for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):  # the config last: it says 'complete'
             os.replace(os.path.join(part, name), os.path.join(folder, name))
@@ -1151,10 +1303,13 @@ def save_checkpoint(model, tokenizer, folder):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         stop(f"{folder}: the checkpoint cannot be written ({first_line(error)})")
+    wait_for_all()  # the next stage may load it
 
 
 def draw_curves(folder, panels):
     """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})`, over the first column."""
+    if RANK > 0:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -1186,12 +1341,15 @@ def draw_curves(folder, panels):
 @contextlib.contextmanager
 def autocast(args):
     """bf16 matrix products where --dtype says so; what is sensitive (norms, losses, softmax) stays float32."""
-    device = torch.device(args.device).type
-    # on CPU the backward pass of PyTorch's fused attention takes three times as long in bf16 as written out
-    slow = args.dtype == "bfloat16" and device == "cpu" and torch.is_grad_enabled()
-    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with attention_kernel(args):
             yield
+
+
+def attention_kernel(args):
+    """On CPU the backward pass of PyTorch's fused attention takes three times as long in bf16 as written out."""
+    slow = args.dtype == "bfloat16" and torch.device(args.device).type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
 
 
 def positive(text):
@@ -1207,7 +1365,9 @@ def whole(text):
 
 
 def usable_device(text):
-    """argparse type: a device of PyTorch on which something can be computed."""
+    """argparse type: a device of PyTorch on which something can be computed. "cuda" with many processes: to each its own."""
+    if WORLD > 1 and text == "cuda":
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
@@ -1220,6 +1380,7 @@ def common_options(parser):
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; weights stay float32")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="compute each layer anew in the backward pass: less memory, a third more time")
     group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     group.add_argument("--save_every", type=positive, default=100, help="optimizer steps (ppo.py: updates) between saved states, in --out/last")
     group.add_argument("--keep", type=whole, default=0, help="export the model with each saved state too, and keep the newest so many")

@@ -2,6 +2,7 @@
 
     python ppo.py                                    # the demo: runs every stage that is missing, then PPO
     python ppo.py --sft path/to/sft --rm path/to/rm --prompts prompts.json --demonstrations demos.json --ptx_coef 0.1
+    torchrun --nproc_per_node=8 ppo.py ...           # on 8 GPUs, which share one of each model
 
 Four models: the actor (the policy that learns), the critic (predicts the reward that is still to come), the reward model
 and the reference (the SFT policy); the last two are frozen. With --lora_rank the reference is the actor with its adapters
@@ -30,9 +31,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, add_lora, autocast, before_lora, collate, common_options, draw_curves, dry_run,
-                   encode_prompt, encode_records, generate, keep_export, left_pad, load_llama, load_scalar_head, load_tokenizer,
-                   lora_options, open_run, positive, read_records, restore, save_checkpoint, save_state, settings, stop, trainable)
+from model import (Metrics, RANK, ScalarHead, Signals, WORLD, add_lora, autocast, before_lora, clip_gradients, collate, common_options,
+                   draw_curves, dry_run, encode_prompt, encode_records, gathered, generate, keep_export, largest, left_pad, load_llama,
+                   load_scalar_head, load_tokenizer, lora_options, my_parts, open_run, place, positive, read_records, restore,
+                   save_checkpoint, save_state, settings, start_processes, stop, total, trainable, wait_for_all)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEMO = dict(sft="runs/sft", rm="runs/rm", prompts="data/rlhf_training_data.json", eval_prompts="data/rlhf_training_data_eval.json",
@@ -214,22 +216,34 @@ def to_rows(flat, mask):
 
 
 def micro_batches(rows, lengths, size):
-    """Cut the rows into parts, similar lengths together, so that each is trimmed to its longest. A part has at most as many
-    tokens, padding included, as `size` rows of the longest of `lengths`: many short responses go through in one pass."""
+    """Cut the rows into parts, similar lengths together, so that each is trimmed to its longest -> [(part, 1)]; of many
+    processes' parts those of this one (see model.my_parts). A part has at most as many tokens, padding included, as `size`
+    rows of the longest of `lengths`: many short responses go through in one pass."""
+    rows = sorted(rows, key=lambda i: lengths[i])
+    if WORLD > 1:  # all processes need the same number of parts: `size` rows each
+        return my_parts(rows, size)
     parts, most = [[]], size * max(lengths)
-    for i in sorted(rows, key=lambda i: lengths[i]):
+    for i in rows:
         if (len(parts[-1]) + 1) * lengths[i] > most:
             parts.append([])
         parts[-1].append(i)
-    return parts
+    return [(part, 1) for part in parts]
 
 
 @torch.no_grad()
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     """The actor's responses to tokenized prompts -> [tokens of each], and `Generation` (see model.generate)."""
-    with autocast(args):
-        out = generate(actor, *left_pad(prompts, tokenizer.pad_token_id, args.device), args.max_new_tokens, tokenizer.eos_token_id,
-                       temperature=temperature, generator=generator)
+    (rows, counts), = my_parts(range(len(prompts)), len(prompts))  # with one process, all
+    if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
+        seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
+        generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
+    with autocast(args), gathered(actor, not args.shard_rollout):
+        out = generate(actor, *left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device), args.max_new_tokens,
+                       tokenizer.eos_token_id, temperature=temperature, generator=generator)
+    for name, own in vars(out).items():  # every process gets the answers of all
+        everyones = own.new_zeros(len(prompts), own.shape[1])
+        everyones[rows] = counts * own
+        setattr(out, name, total(everyones))
     return [row[:n].tolist() for row, n in zip(out.tokens, out.mask.sum(1).long())], out
 
 
@@ -237,12 +251,12 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
 def score_responses(reward_model, prompts, responses, tokenizer, args):
     """The reward model's score (B,) of each response, read at its last token, whatever that is."""
     lengths, scores = [len(p) + len(r) for p, r in zip(prompts, responses)], torch.zeros(len(prompts), device=args.device)
-    for rows in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
+    for rows, counts in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
         input_ids, _ = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args):
             values = reward_model(input_ids)
-        scores[rows] = values[range(len(rows)), [lengths[i] - 1 for i in rows]]
-    return scores
+        scores[rows] = counts * values[range(len(rows)), [lengths[i] - 1 for i in rows]]
+    return total(scores)
 
 
 @torch.no_grad()
@@ -257,12 +271,13 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
     scores = score_responses(reward_model, prompts, responses, tokenizer, args)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     ref_logprobs, values = torch.zeros_like(mask), torch.zeros_like(mask)
-    for rows in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
+    for rows, counts in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
         input_ids, is_completion = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args):
-            ref_logprobs[rows] = to_rows(logprobs_from_logits(*response_logits(ref, input_ids, is_completion), args.temperature), mask[rows])
+            ref_logprobs[rows] = counts * to_rows(logprobs_from_logits(*response_logits(ref, input_ids, is_completion), args.temperature), mask[rows])
             # the value of the state in which a token is chosen stands one position before that token
-            values[rows] = to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask[rows])
+            values[rows] = counts * to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask[rows])
+    ref_logprobs, values = total(ref_logprobs), total(values)  # from here on every process has the whole batch
     ended = torch.tensor([r[-1] == tokenizer.eos_token_id for r in responses], device=args.device)
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
     # A response that never ended was cut anywhere, which the reward model never saw: it costs a fixed penalty
@@ -321,12 +336,12 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
     all_tokens = experience["mask"][rows].sum()
     s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction", "value_clip_fraction", "approx_kl",
                        "largest_ratio"], 0.0)
-    for part in micro_batches(rows, experience["lengths"], args.micro_batch_size):
+    for part, counts in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         input_ids, is_completion = collate([experience["prompts"][i] for i in part], [experience["responses"][i] for i in part],
                                            tokenizer.pad_token_id, args.device)
         mask = experience["mask"][part]
         old_logprobs, advantages, old_values, returns = (experience[k][part] for k in ("old_logprobs", "advantages", "old_values", "returns"))
-        share = mask.sum() / all_tokens
+        share = counts * mask.sum() / all_tokens
         with autocast(args):
             logits, tokens = response_logits(actor, input_ids, is_completion)
             logprobs = to_rows(logprobs_from_logits(logits, tokens, args.temperature), mask)
@@ -349,21 +364,22 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         # PPO-ptx (InstructGPT eq. 2): keep writing what people wrote. Inputs, labels and mask come from the same records.
         all_targets = sum(len(completion) for _, completion, _ in demonstrations)
         lengths = [len(prompt) + len(completion) for prompt, completion, _ in demonstrations]
-        for part in micro_batches(range(len(demonstrations)), lengths, args.micro_batch_size):
+        for part, counts in micro_batches(range(len(demonstrations)), lengths, args.micro_batch_size):
             prompts, completions, _ = zip(*(demonstrations[i] for i in part))
             input_ids, is_completion = collate(prompts, completions, tokenizer.pad_token_id, args.device)
             start = min(map(len, prompts)) - 1  # no row has a target before this position
             labels = input_ids.masked_fill(~is_completion, -100)[:, start:]
             with autocast(args):
                 logits = actor.lm_head(actor.model(input_ids, use_cache=False).last_hidden_state[:, start:])
-            loss = ptx_loss(logits, labels) * sum(map(len, completions)) / all_targets
+            loss = ptx_loss(logits, labels) * (counts * sum(map(len, completions))) / all_targets
             (args.ptx_coef * loss).backward()
             s["ptx_loss"] += loss.item()
+    s = {name: (largest if name == "largest_ratio" else total)(value) for name, value in s.items()}  # over all processes
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         finite(s[name], name.replace("_", " "), args)
     # one common length limit for the whole gradient of a model (Huang et al. 2022, global gradient clipping)
     for name, model, optimizer in (("actor", actor, actor_optimizer), ("critic", critic, critic_optimizer)):
-        finite(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm), f"the gradient of the {name}", args)
+        finite(clip_gradients(model, args.max_grad_norm), f"the gradient of the {name}", args)
         optimizer.step()
         optimizer.zero_grad()
     return s
@@ -451,6 +467,9 @@ def parse(argv):
     group = parser.add_argument_group("looking")
     group.add_argument("--eval_every", type=positive, help="updates between greedy evaluations, at which the models are saved too")
     group.add_argument("--eval_number", type=positive, help="held-out prompts to evaluate on")
+    group = parser.add_argument_group("many processes")
+    group.add_argument("--shard_rollout", action="store_true",
+                       help="gather layer by layer in the rollout too, anew for each token: slow, for an actor that one GPU cannot hold")
     lora_options(parser)
     common_options(parser)
     args = parser.parse_args(argv)
@@ -469,7 +488,9 @@ def run_missing_stages(args):
     import train_rm
     if not os.path.exists("data/tokenizer/tokenizer.model"):
         print("data/ is missing: running data_gen.py", flush=True)
-        data_gen.main(["--seed", str(args.seed)])
+        if RANK == 0:
+            data_gen.main(["--seed", str(args.seed)])
+    wait_for_all()
     for stage, folder in ((sft, "runs/sft"), (train_rm, "runs/rm")):
         if not os.path.exists(f"{folder}/config.json"):
             print(f"{folder} is missing: running {stage.__name__}.py", flush=True)
@@ -508,6 +529,7 @@ def main(argv=None):
     args, demo = parse(argv)
     if args.dry_run:
         dry_run("ppo", args.sft, args)
+    start_processes(args)
     state = open_run(args.out, args)
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)
@@ -523,14 +545,14 @@ def main(argv=None):
     # LLaMA has no dropout, and all four are in eval mode besides: a ratio must differ from 1 by training alone (Huang et al.
     # 2024). The frozen ones run in the same precision as the actor, so that the KL begins at 0.
     lora = args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype
-    actor = add_lora(load_llama(args.sft, tokenizer), *lora).to(args.device)
+    actor = place(add_lora(load_llama(args.sft, tokenizer), *lora), args)
     # the critic begins as the reward model (InstructGPT, appendix C.4), which knows already what is good
     critic = load_scalar_head(args.rm) if args.critic == "rm" else ScalarHead(load_llama(args.sft, tokenizer).model)
-    critic = add_lora(critic, *lora).to(args.device)
+    critic = place(add_lora(critic, *lora), args)
     # with LoRA two copies of LLaMA are enough: what is frozen is what learns, with its adapters off
-    ref = before_lora(actor) if args.lora_rank else load_llama(args.sft, tokenizer).to(args.device).requires_grad_(False)
+    ref = before_lora(actor) if args.lora_rank else place(load_llama(args.sft, tokenizer).requires_grad_(False), args)
     shared = args.lora_rank and args.critic == "rm"
-    reward_model = before_lora(critic) if shared else load_scalar_head(args.rm).to(args.device).requires_grad_(False)
+    reward_model = before_lora(critic) if shared else place(load_scalar_head(args.rm).requires_grad_(False), args)
 
     room = actor.config.max_position_embeddings - args.max_new_tokens
     if room < 1:
@@ -563,8 +585,8 @@ def main(argv=None):
 
     # Adam's epsilon 1e-5 instead of 1e-8: early second moments are tiny, and steps explode (Huang et al. 2022, "The 37
     # implementation details of PPO"; Huang et al. 2024 for RLHF)
-    actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=True)
-    critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=True)
+    actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
+    critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
     metrics = Metrics(args.out, ["update", "score", "kl", "kl_error", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
@@ -585,7 +607,7 @@ def main(argv=None):
             metrics.log(update=0, **first)  # where the curves begin
         last = first
     signals, warned = Signals(), set()
-    bar = tqdm(total=args.updates, initial=done, desc="ppo", unit="update", dynamic_ncols=True)
+    bar = tqdm(total=args.updates, initial=done, desc="ppo", unit="update", dynamic_ncols=True, disable=RANK > 0)
     for update in range(done + 1, args.updates + 1):
         started = time.perf_counter()
         decay = 1 - (update - 1) / args.updates  # linear, as in lm-human-preferences
@@ -630,6 +652,7 @@ def main(argv=None):
         bar.set_postfix_str(f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
                             f"{row['tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update()
+        signals.agree()
         if update % args.save_every == 0 or update == args.updates or signals.caught:
             save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3], latest=last, history=history,
                        prompts_left=prompt_deck.left, demonstrations_left=demonstration_deck.left, kl_coef=kl_control.coef)

@@ -2,6 +2,7 @@
 
     python sft.py                                             # the demo: a tiny LLaMA from scratch on the built-in data
     python sft.py --model path/to/llama --data my.json --eval_data my_eval.json
+    torchrun --nproc_per_node=8 sft.py --model ...            # the same on 8 GPUs, which share one model
 
 Loss: the next-token cross entropy on the tokens of the completion and its end-of-sequence token, none on the prompt
 
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, Signals, add_lora, autocast, collate, common_options, draw_curves, dry_run, encode_records, keep_export,
-                   length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
-                   save_checkpoint, save_state, settings, stop, trainable)
+from model import (Metrics, RANK, Signals, WORLD, add_lora, autocast, clip_gradients, collate, common_options, draw_curves, dry_run,
+                   encode_records, keep_export, largest, length_batches, load_llama, load_tokenizer, lora_options, my_parts, open_run,
+                   place, positive, read_records, restore, save_checkpoint, save_state, settings, start_processes, stop, total,
+                   trainable)
 
 DEMO = dict(data="data/actor_training_data.json", eval_data="data/actor_training_data_eval.json", epochs=6, batch_size=32,
             micro_batch_size=32, lr=1e-3, weight_decay=0.1, max_length=256)
@@ -73,30 +75,32 @@ def completion_losses(model, input_ids, is_completion):
 
 def evaluate(model, examples, args, pad_token_id):
     """Mean loss a token over all completion tokens. (A mean of the batches' means would count short batches double.)"""
-    total, tokens = 0.0, 0
+    loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     with torch.no_grad(), autocast(args):
-        for start in range(0, len(order), args.micro_batch_size):
-            prompts, completions, _ = zip(*(examples[i] for i in order[start:start + args.micro_batch_size]))
+        for part, counts in my_parts(order, args.micro_batch_size):
+            prompts, completions, _ = zip(*(examples[i] for i in part))
             losses = completion_losses(model, *collate(prompts, completions, pad_token_id, args.device))
-            total, tokens = total + losses.sum().item(), tokens + len(losses)
-    return total / tokens
+            loss, tokens = loss + counts * losses.sum().item(), tokens + counts * len(losses)
+    return total(loss) / total(tokens)
 
 
 def main(argv=None):
     args = parse(argv)
     if args.dry_run:
         dry_run("sft", args.model, args)
+    start_processes(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
-    model = add_lora(load_llama(args.model, tokenizer), args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype).to(args.device)
+    llama = add_lora(load_llama(args.model, tokenizer), args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype)
+    model = place(llama, args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
     train = encode_records(read_records(args.data, "user_input", "completion"), tokenizer, max_length, args.data)
     held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length, args.eval_data)
     state = open_run(args.out, args)
     metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"], state)
 
-    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=WORLD == 1)
     order = torch.Generator().manual_seed(args.seed)  # its own stream, so that nothing else changes the order of the data
     lengths = [len(prompt) + len(completion) for prompt, completion, _ in train]
     steps = args.epochs * -(-len(train) // args.batch_size)
@@ -106,7 +110,7 @@ def main(argv=None):
         restore(state, args.out, **saved)
         step, usual, spread = state["step"], state["usual"], state["spread"]
     signals, position = Signals(), 0
-    bar = tqdm(total=steps, initial=step, desc="sft", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=step, desc="sft", unit="step", dynamic_ncols=True, disable=RANK > 0)
     for epoch in range(1, args.epochs + 1):
         for batch in length_batches(lengths, args.batch_size, order):
             position += 1
@@ -120,14 +124,15 @@ def main(argv=None):
             # batch. (Dividing each micro-batch by its own tokens makes those of short micro-batches weigh more.)
             tokens = sum(len(train[i][1]) for i in batch)
             loss, worst = 0.0, (-math.inf, None)
-            for start in range(0, len(batch), args.micro_batch_size):
-                prompts, completions, numbers = zip(*(train[i] for i in batch[start:start + args.micro_batch_size]))
+            for part, counts in my_parts(batch, args.micro_batch_size):
+                prompts, completions, numbers = zip(*(train[i] for i in part))
                 with autocast(args):
                     losses = completion_losses(model, *collate(prompts, completions, tokenizer.pad_token_id, args.device))
-                (losses.sum() / tokens).backward()
-                loss += losses.detach().sum().item() / tokens
+                (counts * losses.sum() / tokens).backward()
+                loss += counts * losses.detach().sum().item() / tokens
                 per_record = [part.mean().item() for part in losses.detach().split([len(c) for c in completions])]
                 worst = max(worst, *zip(per_record, numbers))
+            loss, worst = total(loss), largest(worst)  # of all processes
             if not math.isfinite(loss):
                 stop(f"{args.data}: the loss is {loss} at step {step + 1}, on records {sorted(train[i][2] for i in batch)}: "
                      "look at these, or lower --lr", code=1)
@@ -135,7 +140,7 @@ def main(argv=None):
             if step >= 20 and loss > usual + 10 * spread:
                 tqdm.write(f"warning: step {step + 1}: loss {loss:.2f} where {usual:.2f} is usual; the worst is record {worst[1]} of {args.data} ({worst[0]:.2f})")
             usual, spread = (loss, 0.1 * loss) if usual is None else (0.95 * usual + 0.05 * loss, 0.95 * spread + 0.05 * abs(loss - usual))
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            grad_norm = clip_gradients(model, 1.0)
             if not math.isfinite(grad_norm):
                 stop(f"{args.data}: the gradient is {grad_norm} at step {step + 1}, on records {sorted(train[i][2] for i in batch)}: "
                      "look at these, or lower --lr", code=1)
@@ -150,6 +155,7 @@ def main(argv=None):
             bar.update()
             if eval_loss is not None:
                 tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} a token, perplexity {math.exp(eval_loss):.2f}")
+            signals.agree()
             if step % args.save_every == 0 or step == steps or signals.caught:
                 save_state(args.out, args, metrics, **saved, step=step, usual=usual, spread=spread)
                 if args.keep:

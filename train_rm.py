@@ -3,6 +3,7 @@
     python train_rm.py                                        # the demo: on runs/sft and the built-in data
     python train_rm.py --model path/to/sft --data scored.json --eval_data scored_eval.json
     python train_rm.py --loss regression                      # learn the scores themselves
+    torchrun --nproc_per_node=8 train_rm.py ...               # on 8 GPUs, which share one model
 
 It starts from the SFT model, whose language-modelling head gives way to a linear map from the last hidden state to one
 number, read at the last token of the completion. From the scores of the K completions of a prompt it learns either
@@ -27,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (Metrics, ScalarHead, Signals, add_lora, autocast, collate, common_options, draw_curves, dry_run, encode_records,
-                   keep_export, length_batches, load_llama, load_tokenizer, lora_options, open_run, positive, read_records, restore,
-                   save_checkpoint, save_state, settings, stop, trainable)
+from model import (Metrics, RANK, ScalarHead, Signals, WORLD, add_lora, autocast, clip_gradients, collate, common_options, draw_curves,
+                   dry_run, encode_records, keep_export, length_batches, load_llama, load_tokenizer, lora_options, my_parts, open_run,
+                   place, positive, read_records, restore, save_checkpoint, save_state, settings, start_processes, stop, total,
+                   trainable)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
             demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
@@ -122,15 +124,14 @@ def last_token(hidden, is_completion):
 def score_examples(reward_model, examples, args, pad_token_id):
     """The model's scores of [(prompt, completion, ...)], and the hidden states (n, d) that the head reads."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    hidden = [None] * len(examples)
+    hidden = None  # (n, d); each process fills in its rows
     with torch.no_grad(), autocast(args):
-        for start in range(0, len(order), 4 * args.micro_batch_size):  # without gradients there is room for more
-            rows = order[start:start + 4 * args.micro_batch_size]
+        for rows, counts in my_parts(order, 4 * args.micro_batch_size):  # without gradients there is room for more
             input_ids, is_completion = collate([examples[i][0] for i in rows], [examples[i][1] for i in rows], pad_token_id, args.device)
             last = last_token(reward_model.model(input_ids, use_cache=False).last_hidden_state, is_completion)
-            for i, h in zip(rows, last):
-                hidden[i] = h
-        hidden = torch.stack(hidden)
+            hidden = last.new_zeros(len(examples), last.shape[1]) if hidden is None else hidden
+            hidden[rows] = counts * last
+        hidden = total(hidden)
         return reward_model.read(hidden), hidden.float()
 
 
@@ -156,10 +157,11 @@ def main(argv=None):
     args = parse(argv)
     if args.dry_run:
         dry_run("rm", args.model, args)
+    start_processes(args)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer).model)
-    reward_model = add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype).to(args.device)
+    reward_model = place(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 
     def read(path):
@@ -181,7 +183,7 @@ def main(argv=None):
     metrics = Metrics(args.out, ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr", "grad_norm",
                                  "tokens_per_s"], state)
 
-    optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=WORLD == 1)
     order = torch.Generator().manual_seed(args.seed)
     lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
     steps, step = args.epochs * -(-len(groups) // args.batch_size), 0
@@ -191,7 +193,7 @@ def main(argv=None):
         restore(state, args.out, **saved)
         step = state["step"]
     signals, position = Signals(), 0
-    bar = tqdm(total=steps, initial=step, desc="reward model", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=step, desc="reward model", unit="step", dynamic_ncols=True, disable=RANK > 0)
     for epoch in range(1, args.epochs + 1):
         for batch in length_batches(lengths, args.batch_size, order):
             position += 1
@@ -201,9 +203,9 @@ def main(argv=None):
             lr = args.lr * min(1.0, (step + 1) / math.ceil(0.03 * steps)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, correct = 0.0, []
-            for start in range(0, len(batch), args.micro_batch_size):
-                parts = [groups[i] for i in batch[start:start + args.micro_batch_size]]
+            loss, correct = 0.0, torch.zeros(2)  # pairs that the model gets right, and all pairs
+            for part, counts in my_parts(batch, args.micro_batch_size):
+                parts = [groups[i] for i in part]
                 rows = [i for part in parts for i in part]
                 input_ids, is_completion = collate([examples[i][0] for i in rows], [examples[i][1] for i in rows], tokenizer.pad_token_id, args.device)
                 with autocast(args):
@@ -211,18 +213,21 @@ def main(argv=None):
                 targets = labels[rows].to(scores.device)
                 sizes = [len(part) for part in parts]
                 # every prompt weighs the same, however many completions it has: the mean over the prompts of the batch
-                micro_loss = sum(loss_function(s, t) for s, t in zip(scores.split(sizes), targets.split(sizes))) / len(batch)
+                micro_loss = sum(loss_function(s, t) for s, t in zip(scores.split(sizes), targets.split(sizes))) * counts / len(batch)
                 micro_loss.backward()
                 loss += micro_loss.item()
-                correct += [pair_statistics(s, t)[0] for s, t in zip(scores.detach().split(sizes), targets.split(sizes))]
-            grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0).item()
+                for s, t in zip(scores.detach().split(sizes), targets.split(sizes)):
+                    accuracy = pair_statistics(s, t)[0]
+                    correct += counts * torch.tensor([accuracy.sum().item(), len(accuracy)])
+            loss, correct = total(loss), total(correct)  # of all processes
+            grad_norm = clip_gradients(reward_model, 1.0)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 numbers = sorted(examples[i][2] for b in batch for i in groups[b])
                 stop(f"{args.data}: the loss is {loss}, the gradient {grad_norm} at step {step + 1}, on records {numbers}: look at these, or lower --lr", code=1)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            row = dict(step=step, epoch=epoch, loss=loss, accuracy=torch.cat(correct).mean().item(), lr=lr, grad_norm=grad_norm,
+            row = dict(step=step, epoch=epoch, loss=loss, accuracy=(correct[0] / correct[1]).item(), lr=lr, grad_norm=grad_norm,
                        tokens_per_s=sum(lengths[i] for i in batch) / (time.perf_counter() - started))
             if held_out and (step % args.eval_every == 0 or step == steps):
                 row["eval_accuracy"], row["eval_margin"], row["eval_error"], by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
@@ -233,6 +238,7 @@ def main(argv=None):
             metrics.log(**row)
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {row['accuracy']:.2f}, lr {lr:.1e}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
             bar.update()
+            signals.agree()
             if step % args.save_every == 0 or step == steps or signals.caught:
                 save_state(args.out, args, metrics, **saved, step=step)
                 if args.keep:

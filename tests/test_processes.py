@@ -1,0 +1,105 @@
+"""Two processes over gloo compute what one does: the same curves, the same weights, and resumed one from the other.
+
+    pytest tests/test_processes.py
+
+Run by torchrun, this file is the script of the processes: it names a stage and its options.
+"""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+
+if __name__ != "__main__":
+    import pytest
+    import torch
+
+    from test_resume import EXPORTS, argv  # noqa: F401: its tiny LLaMA
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def script(stage, *options):
+    """What each process runs. Which random number a row gets depends on the rows beside it: here all get 1/2."""
+    sys.path.insert(0, os.path.dirname(HERE))
+    import model
+    model.torch.rand = lambda *size, generator=None, device=None: model.torch.full(size, 0.5, device=device)
+    if "--die_at" in options:  # the process of the highest rank ends in the middle of the run
+        at, log = int(options[options.index("--die_at") + 1]), model.Metrics.log
+        options = [o for i, o in enumerate(options) if "--die_at" not in (o, options[i - 1])]
+
+        def log_or_die(self, **row):
+            if row["step"] == at and model.RANK == model.WORLD - 1:
+                model.stop("this process is out of luck", code=1)
+            log(self, **row)
+        model.Metrics.log = log_or_die
+    importlib.import_module(stage).main(list(options))
+
+
+def launch(processes, stage, options, out, *more):
+    """Run a stage in so many processes -> the finished `subprocess`."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *torchrun, __file__, stage, *options, "--out", str(out), *more], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def check(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def rows(out):
+    with open(out / "metrics.csv", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value and name != "tokens_per_s"} for row in csv.DictReader(file)]
+
+
+def weights(stage, out):
+    from safetensors.torch import load_file
+    return [load_file(out / name) for name in EXPORTS[stage]]
+
+
+def same(stage, out, expected):
+    assert len(rows(out)) == len(rows(expected))
+    for row, other in zip(rows(out), rows(expected)):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-4)
+    for model, other in zip(weights(stage, out), weights(stage, expected)):
+        assert model.keys() == other.keys()
+        for name in model:
+            torch.testing.assert_close(model[name], other[name], rtol=1e-3, atol=1e-3)
+
+
+def short(argv, stage):  # noqa: F811
+    """24 records in batches of 5, so that the last has 4, and micro-batches of 2: one process of two runs out of rows."""
+    options, epochs = list(argv[stage]), "--updates" if stage == "ppo" else "--epochs"
+    for name, value in ((epochs, "4"), ("--save_every", "100"), ("--lr", "0.001")):
+        options[options.index(name) + 1] = value
+    demos = options[options.index("--prompts" if stage == "ppo" else "--data") + 1]
+    evaluated = {"sft": ["--eval_data", demos], "train_rm": ["--eval_data", demos, "--eval_every", "5"], "ppo": []}[stage]
+    return options + evaluated + ["--micro_batch_size", "2"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "train_rm", "ppo"]) if __name__ != "__main__" else lambda f: f
+def test_two_processes_equal_one(argv, tmp_path, stage):  # noqa: F811
+    """From the start, and each going on where the other was interrupted."""
+    options = short(argv, stage)
+    one, two = tmp_path / "one", tmp_path / "two"
+    check(launch(1, stage, options, one))
+    done = check(launch(2, stage, options, two, "--gradient_checkpointing"))
+    assert done.stdout.count(f"saved {two}") == 1  # only one of them speaks
+    same(stage, two, one)
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)]) if __name__ != "__main__" else lambda f: f
+def test_resume_with_another_number_of_processes(argv, tmp_path, first, second):  # noqa: F811
+    options, out = short(argv, "sft"), tmp_path / "run"
+    check(launch(1, "sft", options, tmp_path / "whole"))
+    half = launch(first, "sft", options, out, "--save_every", "7", "--die_at", "9")
+    assert half.returncode == 1 and "error: this process is out of luck" in half.stderr  # not a hang
+    assert (out / "last" / "state.json").exists()
+    check(launch(second, "sft", options, out, "--save_every", "7", "--resume"))
+    same("sft", out, tmp_path / "whole")
+
+
+if __name__ == "__main__":
+    script(*sys.argv[1:])
