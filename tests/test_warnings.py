@@ -28,8 +28,8 @@ def warned(rows, updates=80):
 
 
 @pytest.mark.parametrize("name, values", [
-    ("negative KL", dict(kl=-0.5)), ("KL running away", dict(kl=9.0)), ("clipping", dict(clip_fraction=0.4)), ("entropy", dict(entropy=0.04)),
-    ("critic", dict(explained_variance=-0.2)), ("cut responses", dict(ended=0.3))])
+    ("negative KL", dict(kl=-0.5)), ("KL running away", dict(kl=9.0)), ("clipping", dict(clip_fraction=0.4)),
+    ("entropy", dict(entropy=0.04)), ("critic", dict(explained_variance=-0.2)), ("cut responses", dict(ended=0.3))])
 def test_each_at_its_condition(name, values):
     assert warned(run(**values)) == [name]
     message = ppo.unhealthy(run(**values), SFT, 80)[name]
