@@ -3,8 +3,9 @@
     python bench/break_it.py                      # the table, and docs/overoptimization.png
     python bench/break_it.py --seeds 0 --updates 10
 
-The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every seed has its own data, SFT model and reward models. Runs lie in --out; one that is complete is not run again, so an
-interrupted table goes on where it stopped.
+The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every seed has its own data, SFT
+model and reward models. Runs lie in --out; one that is complete is not run again, so an interrupted table goes on where it
+stopped.
 """
 
 import argparse
