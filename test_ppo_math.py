@@ -621,10 +621,14 @@ def test_colossalchat_divided_the_evaluation_loss_by_the_number_of_records():
 
 
 def test_colossalchat_stepped_the_scheduler_once_in_100_batches():
-    """Ours is at its peak after 3 % of 300 steps and at 0 at the end; counted in hundreds of batches, the whole run is warming up."""
-    ours, theirs = ([lr_factor(step // every, 300) for step in range(300)] for every in (1, 100))
-    assert max(ours) == 1 and ours[-1] < 1e-3
-    assert theirs == sorted(theirs) and theirs[-1] == pytest.approx(3 / 9)
+    """Its reward model's cosine counts hundreds of batches: with 199 it learns at the full rate for 100 and at rate 0 for 99, with 99
+    the rate never falls. Ours falls with every step after the warm-up, for any number of steps."""
+    for steps, expected in ((199, [1.0] * 100 + [0.0] * 99), (99, [1.0] * 99)):
+        theirs = [(1 + math.cos(math.pi * (n // 100) / max(1, steps // 100))) / 2 for n in range(steps)]
+        ours = [lr_factor(n, steps) for n in range(steps)]
+        falling = ours[ours.index(1.0):]
+        assert theirs == pytest.approx(expected)
+        assert all(0 < before - after < 0.02 for before, after in zip(falling[1:], falling[2:])) and ours[-1] < 0.001
 
 
 def test_colossalchat_set_the_same_seed_at_every_rollout():
