@@ -10,6 +10,7 @@ plain Python lists, one a response, each of its own length: they have no mask an
     garbage     nan, inf and 1e30 outside the mask change no value and no gradient
     theory      GAE at lambda 0 and 1; the first PPO pass is REINFORCE; E[k1] = E[k3] = KL; ChatLLaMA's advantage and
                 ColossalChat's PTX mix are special cases of ours
+    mistakes    what ChatLLaMA and ColossalChat got wrong, beside what is right, in numbers
 """
 
 import itertools
@@ -17,7 +18,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import sample
 from ppo import (AdaptiveKL, entropy_from_logits, gae, kl_estimate, logprobs_from_logits, masked_mean, masked_whiten,
                  policy_loss, ptx_loss, token_rewards, value_loss)
 from sft import lr_factor
@@ -474,6 +477,171 @@ def test_colossalchats_ptx_mix_is_ours_at_another_learning_rate(ptx_coef):
         return ptx_coef * slow_ptx_loss(theta[demonstrations].tolist(), LABELS.tolist()) + (1 - ptx_coef) * actor_loss
 
     assert_near((1 - ptx_coef) * theta.grad, numerical_gradient(colossalchat, theta), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the predecessors got wrong, beside what is right. (The README says in words what was wrong with each.)
+
+def test_chatllama_took_the_likeliest_token_not_the_sampled_one():
+    """Averaged over what may be sampled, A grad log pi(sampled) is the gradient of the expected reward. With the likeliest token in
+    its place it is E[A] grad log pi(likeliest) = 0 for advantages with mean 0: nothing would ever be learned."""
+    logits, rewards = torch.tensor([1.0, 0.2, -0.5], requires_grad=True), [0.0, 1.0, 3.0]
+    p = slow_softmax(logits.tolist())
+    baseline = math.fsum(q * r for q, r in zip(p, rewards))
+    right, wrong = torch.zeros(3), torch.zeros(3)
+    for token in range(3):
+        for chosen, total in ((token, right), (0, wrong)):  # token 0 is the likeliest
+            logprob = logprobs_from_logits(logits[None], torch.tensor([chosen]))
+            loss, _ = policy_loss(logprob[None], logprob[None].detach(), torch.tensor([[rewards[token] - baseline]]), torch.ones(1, 1), 0.2)
+            total -= p[token] * torch.autograd.grad(loss, logits)[0]
+    expected = numerical_gradient(lambda z: math.fsum(q * r for q, r in zip(slow_softmax(z.tolist()), rewards)), logits)
+    assert expected.abs().max() > 0.1
+    assert_near(right, expected)
+    assert_near(wrong, torch.zeros(3))
+
+
+@pytest.mark.parametrize("sign, grows", [(-1, True), (1, False)], ids=["ours", "chatllama"])
+def test_chatllama_punished_entropy(sign, grows):
+    """A bonus is taken off the loss. (tests/test_stages.py checks the sign in a whole gradient step.)"""
+    logits = random(1, 5).requires_grad_()
+    before = slow_entropy(logits[0].tolist())
+    (gradient,) = torch.autograd.grad(sign * entropy_from_logits(logits).sum(), logits)
+    assert (slow_entropy((logits - 0.1 * gradient)[0].tolist()) > before + 1e-3) == grows
+
+
+def test_chatllama_kept_near_the_last_policy_not_the_sft_policy():
+    """A policy that goes the same small step ten times. The KL to the last policy stays as it was after the first step; the KL to the
+    SFT policy is 100 times that, since it grows as the square of the way. And without a mask the padding pays, too."""
+    policies = [[math.log(p) for p in slow_softmax([0.02 * step, 0.0, 0.0])] for step in range(11)]
+
+    def kl(policy, ref):  # exact: the mean of k1 over what may be sampled
+        estimates = kl_estimate(torch.tensor([policies[policy]]), torch.tensor([policies[ref]]))
+        return math.fsum(math.exp(logp) * k for logp, k in zip(policies[policy], estimates[0].tolist()))
+
+    assert kl(1, 0) > 1e-5
+    assert kl(10, 9) == pytest.approx(kl(1, 0), rel=0.1)
+    assert kl(10, 0) == pytest.approx(100 * kl(1, 0), rel=0.1)
+    kl_tokens = torch.full((4, 6), 0.5)
+    masked, unmasked = (token_rewards(torch.zeros(4), kl_tokens, mask, 1.0).sum(1).tolist() for mask in (MASK, torch.ones(4, 6)))
+    assert masked == [-0.5 * length for length in LENGTHS] and unmasked == [-3.0] * 4
+
+
+def test_chatllama_took_mean_and_deviation_over_different_axes():
+    """A good and a bad response. With the mean of each response taken off there is nothing left to tell them apart."""
+    advantages = [[1.0, 1.5, 1.0, 1.5], [-1.5, -1.0, -1.5, -1.0]]
+    ours = masked_whiten(torch.tensor(advantages), torch.ones(2, 4))
+    assert_near(ours, slow_whiten(advantages))
+    assert (ours[0] > 0.5).all() and (ours[1] < -0.5).all()
+    deviation = math.sqrt(slow_mean([[a * a for a in row] for row in advantages]))
+    theirs = [[(a - sum(row) / 4) / deviation for a in row] for row in advantages]
+    assert theirs[0] == pytest.approx(theirs[1])
+
+
+def test_chatllama_stepped_the_critic_by_the_actor_s_loss():
+    """In the actor's loss the values are constants (in the advantages), so that the critic gets no gradient from it."""
+    values, returns, logprobs = random(4, 6).requires_grad_(), random(4, 6, seed=1), random(4, 6, seed=2).requires_grad_()
+    actor_loss, _ = policy_loss(logprobs, logprobs.detach(), returns - values, MASK, 0.2)
+    critic_loss, _ = value_loss(values, values.detach(), returns, MASK, 0.2)
+    assert torch.autograd.grad(actor_loss, values, allow_unused=True, retain_graph=True)[0] is None
+    assert_near(torch.autograd.grad(critic_loss, values)[0], (values - returns).double() * MASK / sum(LENGTHS))
+
+
+def test_chatllama_s_critic_learned_the_reward_not_the_return():
+    """A score of 2 after three tokens. The return tells the critic at every token what is still to come: 2. The reward tells it 0 until the
+    last, and a critic that believes it makes the last but one token look like the cause of everything, at lambda 0."""
+    rewards, mask = token_rewards(torch.tensor([2.0]), torch.zeros(1, 3), torch.ones(1, 3), 0.0), torch.ones(1, 3)
+    _, target = gae(rewards, random(1, 3), mask, 1.0, 1.0)
+    assert_near(target, [[2.0, 2.0, 2.0]])
+    assert_near(rewards, [[0.0, 0.0, 2.0]])
+    for believed, advantages in ((target, [[0.0, 0.0, 0.0]]), (rewards, [[0.0, 2.0, 0.0]])):
+        loss, _ = value_loss(believed, believed, target, mask, 0.2)
+        assert_near(gae(rewards, believed, mask, 1.0, 0.0)[0], advantages)
+        assert_near(loss, slow_value_loss(believed.tolist(), believed.tolist(), target.tolist(), 0.2)[0])
+        assert (loss < 1e-9) == (believed is target)
+
+
+def test_chatllama_discounted_in_quadratic_time():
+    """Twice the tokens cost us twice the operations, and its two loops four times the additions."""
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    class CountedFloat(float):
+        additions = 0
+
+        def __radd__(self, other):
+            CountedFloat.additions += 1
+            return float(self) + other
+
+        def __rmul__(self, other):
+            return CountedFloat(float(self) * other)
+
+    ours, theirs = [], []
+    for T in (200, 400):
+        with Count() as count:
+            gae(torch.ones(1, T), torch.ones(1, T), torch.ones(1, T), 1.0, 1.0)
+        ours.append(count.calls)
+        CountedFloat.additions = 0
+        assert chatllama_returns([[CountedFloat(1)] * T], 1.0)[0][0] == T
+        theirs.append(CountedFloat.additions)
+    assert ours[1] / ours[0] == pytest.approx(2, rel=0.05)
+    assert theirs[1] / theirs[0] == pytest.approx(4, rel=0.05)
+
+
+def test_colossalchat_drew_ptx_inputs_and_labels_from_different_batches():
+    """A bigram model that knows its texts by heart has a loss of 0 on them; with the labels of another text it seems to know nothing."""
+    text, other = torch.tensor([[0, 1, 2, 3, 4, 5]]), torch.tensor([[5, 3, 1, 4, 2, 0]])
+    theta = torch.full((6, 6), -10.0)
+    theta[text[0, :-1], text[0, 1:]] = 10.0
+    for labels, loss in ((text, 0.0), (other, 20.0)):
+        assert_near(ptx_loss(theta[text], labels), loss, 1e-4)
+        assert_near(ptx_loss(theta[text], labels), slow_ptx_loss(theta[text].tolist(), labels.tolist()), 1e-4)
+
+
+def test_colossalchat_gave_the_whole_response_one_advantage():
+    """The critic expects nothing, then, after a good token, 2; then comes a bad one, and the response ends with 0. One number for both
+    tokens says of neither what it did."""
+    rewards, values = [[0.0, 0.0]], [[0.0, 2.0]]
+    advantages, _ = gae(torch.tensor(rewards), torch.tensor(values), torch.ones(1, 2), 1.0, 0.0)
+    assert_near(advantages, slow_gae(rewards, values, 1.0, 0.0)[0])
+    assert_near(advantages, [[2.0, -2.0]])
+    assert advantages.mean() == 0  # what one number for the response comes to
+
+
+def test_colossalchat_divided_the_evaluation_loss_by_the_number_of_records():
+    """The sum of the means of batches over the number of records is too small by the batch size. Ours is the mean over all tokens."""
+    losses = random(4, 6).abs()
+    ours, slow = masked_mean(losses, MASK), slow_mean(to_lists(losses, MASK))
+    batches = [slow_mean(to_lists(losses[rows], MASK[rows])) for rows in ([0, 1], [2, 3])]
+    assert_near(ours, slow)
+    assert sum(batches) / len(losses) == pytest.approx(slow / 2, rel=0.1)  # batches of 2
+
+
+def test_colossalchat_stepped_the_scheduler_once_in_100_batches():
+    """Its reward model's cosine counts hundreds of batches: with 199 it learns at the full rate for 100 and at rate 0 for 99, with 99
+    the rate never falls. Ours falls with every step after the warm-up, for any number of steps."""
+    for steps, expected in ((199, [1.0] * 100 + [0.0] * 99), (99, [1.0] * 99)):
+        theirs = [(1 + math.cos(math.pi * (n // 100) / max(1, steps // 100))) / 2 for n in range(steps)]
+        ours = [lr_factor(n, steps) for n in range(steps)]
+        falling = ours[ours.index(1.0):]
+        assert theirs == pytest.approx(expected)
+        assert all(0 < before - after < 0.02 for before, after in zip(falling[1:], falling[2:])) and ours[-1] < 0.001
+
+
+def test_colossalchat_set_the_same_seed_at_every_rollout():
+    """One generator for the run: the means of 200 rollouts scatter about the truth. With the seed set anew each rollout is the first again,
+    and the mean of many is no better than that one."""
+    logits = torch.tensor([[0.3, 0.0, -0.4]] * 8)
+    p = slow_softmax(logits[0].tolist())[0]
+    generator = torch.Generator().manual_seed(0)
+    ours = [tuple(sample(logits, 1.0, 0, 1.0, generator)[0].tolist()) for _ in range(200)]
+    theirs = [tuple(sample(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(0))[0].tolist()) for _ in range(200)]
+    share = sum(tokens.count(0) for tokens in ours) / 1600
+    assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 1600))
+    assert len(set(ours)) > 150 and len(set(theirs)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

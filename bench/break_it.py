@@ -3,8 +3,9 @@
     python bench/break_it.py                      # the table, and docs/overoptimization.png
     python bench/break_it.py --seeds 0 --updates 10
 
-Every seed has its own data, SFT model and reward models. Runs lie in --out; one that is complete is not run again, so an
-interrupted table goes on where it stopped.
+The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every seed has its own data, SFT
+model and reward models. Runs lie in --out; one that is complete is not run again, so an interrupted table goes on where it
+stopped.
 """
 
 import argparse
@@ -17,6 +18,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from ppo import unhealthy  # noqa: E402
+
 RUNS = {  # name: (options of ppo.py, which reward model)
     "as it is": ([], "rm"),
     "no KL penalty": (["--kl_coef", "0"], "rm"),
@@ -27,6 +32,7 @@ RUNS = {  # name: (options of ppo.py, which reward model)
     "reward model from a tenth of the data": ([], "rm_tenth"),
     "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
 }
+LAST = 5  # updates: what is measured on an update's 64 samples jumps from one to the next, so their mean over the last few counts
 COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats a response": "kl", "ratios clipped": "clip_fraction",
            "explained variance": "explained_variance", "entropy, nats a token": "entropy", "length, tokens": "response_length"}
 
@@ -70,7 +76,7 @@ def ppo(folder, seed, name, updates):
     options, reward_model = RUNS[name]
     out = "runs/" + name.replace(" ", "_")
     rows = metrics(f"{folder}/{out}")
-    if not rows or int(rows[-1]["update"]) < updates:
+    if not rows or int(rows[-1]["update"]) != updates:  # a longer run is another one: its learning rate falls more slowly
         # --sft and --rm are named by their default places, so that everything else is the demo's
         demo = ["--prompts", "data/rlhf_training_data.json", "--eval_prompts", "data/rlhf_training_data_eval.json", "--gold",
                 os.path.join(ROOT, "data_gen.py"), "--demonstrations", "data/actor_training_data.json", "--eval_number", "100"]
@@ -79,11 +85,27 @@ def ppo(folder, seed, name, updates):
         given = dict(zip(options[::2], options[1::2])) if "--no_whiten_advantages" not in options else {}
         for option, value in (("--kl_coef", "0.1"), ("--ptx_coef", "0.1")):
             settings += [] if option in given else [option, value]
-        run(folder, "ppo.py", ["--sft", "runs/sft", "--rm", f"runs/{reward_model}", "--seed", str(seed), "--updates", str(updates), "--out", out,
-                               "--overwrite", *demo, *settings, *options], out.replace("/", "_"))
+        run(folder, "ppo.py", ["--sft", "runs/sft", "--rm", f"runs/{reward_model}", "--seed", str(seed), "--updates", str(updates),
+                               "--out", out, "--overwrite", *demo, *settings, *options], out.replace("/", "_"))
         rows = metrics(f"{folder}/{out}")
-    print(f"seed {seed}, {name}: gold score {float(rows[0]['eval_gold']):.2f} -> {float(rows[-1]['eval_gold']):.2f}", file=sys.stderr, flush=True)
+    before, after = (float(row["eval_gold"]) for row in (rows[0], rows[-1]))
+    print(f"seed {seed}, {name}: gold score {before:.2f} -> {after:.2f}", file=sys.stderr, flush=True)
     return rows
+
+
+def value(rows, column):
+    """The held-out scores of the end, and the mean of everything else over the last updates."""
+    return statistics.mean(float(row[column]) for row in rows[-1 if column.startswith("eval_") else -LAST:])
+
+
+def warnings(runs, updates):
+    """What ppo.py warned of, and in how many of the runs."""
+    counts = {}
+    for rows in runs:
+        first, *rows = [{name: float(number) for name, number in row.items() if number} for row in rows]
+        for name in {name for n in range(1, len(rows) + 1) for name in unhealthy(rows[:n], first, updates)}:
+            counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} ({count} of {len(runs)})" for name, count in sorted(counts.items()))
 
 
 def cell(values):
@@ -127,11 +149,12 @@ def main():
         jobs = [(seed, name) for seed in args.seeds for name in RUNS]
         done = list(pool.map(lambda job: ppo(folders[job[0]], *job, args.updates), jobs))
     results = {name: [rows for (_, other), rows in zip(jobs, done) if other == name] for name in RUNS}
-    print("| run | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
-    first = [float(rows[0]["eval_gold"]) for rows in results["as it is"]]
-    print(f"| the SFT model | {cell([float(rows[0]['eval_score']) for rows in results['as it is']])} | {cell(first)} |" + "  |" * (len(COLUMNS) - 2))
+    print("| run | " + " | ".join(COLUMNS) + " | what ppo.py warned of |\n|" + " --- |" * (len(COLUMNS) + 2))
+    score, gold = ([float(rows[0][column]) for rows in results["as it is"]] for column in ("eval_score", "eval_gold"))
+    print(f"| the SFT model | {cell(score)} | {cell(gold)} |" + "  |" * (len(COLUMNS) - 1))
     for name, runs in results.items():
-        print(f"| {name} | " + " | ".join(cell([float(rows[-1][column]) for rows in runs]) for column in COLUMNS.values()) + " |")
+        print(f"| {name} | " + " | ".join(cell([value(rows, column) for rows in runs]) for column in COLUMNS.values()) +
+              f" | {warnings(runs, args.updates)} |")
     draw(results, args.picture)
 
 

@@ -962,7 +962,9 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
     mean_return = sum(all_returns) / len(all_returns)
     spread = sum((r - mean_return) ** 2 for r in all_returns) / len(all_returns)
     ended = [response[-1] == eos for response in experience["responses"]]
-    expected = dict(score=sum(scores) / number, kl=sum(kls) / number, objective=sum(objectives) / number,
+    mean_kl = sum(kls) / number
+    kl_error = math.sqrt(sum((kl - mean_kl) ** 2 for kl in kls) / (number - 1) / number)
+    expected = dict(score=sum(scores) / number, kl=mean_kl, kl_error=kl_error, objective=sum(objectives) / number,
                     explained_variance=1 - deviation ** 2 / spread,  # an advantage is a return minus its value
                     kl_coef=args.kl_coef, response_length=sum(lengths) / number, ended=sum(ended) / number)
     assert said == pytest.approx(expected, abs=1e-3)
