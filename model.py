@@ -1,5 +1,8 @@
-"""What the three stages share: reading data, tokens and the chat format, loading LLaMA, the scalar head, generation,
-and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py, each of which reads on its own.
+"""What the three stages share: many processes, reading data, tokens and the chat format, loading LLaMA, the scalar head, LoRA,
+generation, the memory budget, and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py, each of which
+reads on its own. At the end: how to use what they made.
+
+    python model.py runs/ppo                                  # a chat
 
     from model import load_llama, load_tokenizer, generate
     tokenizer = load_tokenizer("runs/ppo")
