@@ -24,6 +24,7 @@ import pytest
 
 import data_gen
 import model
+import ppo
 import sft
 import train_rm
 
@@ -667,8 +668,8 @@ def test_the_llm_commands_on_transformers_serve(tmp_path, transformers_serve, ca
     assert "score: 4 questions" in said and re.search(r"[1-9]\d* tokens", said)
     assert read(tmp_path / "y.json") == [r | {"score": 4.0} for r in records]
     new, more = read(tmp_path / "new/actor_training_data.json"), read(tmp_path / "more/rlhf_training_data.json")
-    assert 1 <= len(new) <= 3 and 1 <= len(more) <= 2 and all(  # a tiny model does not always find as many"birds" in r["user_input"] or "tools" in r["user_input"] for r in new + more)
-    assert all(r["completion"].startswith("1. ") for r in new)
+    assert 1 <= len(new) <= 3 and 1 <= len(more) <= 2  # as many as this model had answers for
+    assert all(r["user_input"] and r["completion"] for r in new) and any(word in str(new + more) for word in ("birds", "tools"))
     server.terminate()
     server.wait(30)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
@@ -800,3 +801,26 @@ def test_where_a_completion_stands_does_not_tell_which_it_is(tmp_path, monkeypat
     run("rank", write(tmp_path / "x.json", records), out=tmp_path / "y.json")
     first = Counter(re.findall(r"^\[1\] (.)$", capsys.readouterr().out, re.M))
     assert sum(first.values()) == 40 and min(first[letter] for letter in "abc") >= 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All three stages take these files as they are
+
+def test_the_stages_take_what_import_writes(tmp_path, checkpoint, capsys):
+    long = "word " * 3000
+    demos = [{"user_input": p, "completion": c} for p in (EN, [USER, ANSWER, MORE], long) for c in ("A crow.", "")] + [{"user_input": EN, "completion": long}]
+    pairs = [{"prompt": p, "chosen": c, "rejected": ""} for p in (EN, [USER, ANSWER, MORE], long) for c in ("A crow.", "An owl.")]
+    pairs.append({"prompt": EN, "chosen": long, "rejected": "No."})
+    run("import", write(tmp_path / "demos.json", demos), write(tmp_path / "pairs.json", pairs), out=tmp_path, eval_share=0)
+    run("import", write(tmp_path / "p.json", [{"instruction": EN}, {"instruction": long}]), out=tmp_path, eval_share=0)
+    prompts = read(tmp_path / "rlhf_training_data.json") + [{"user_input": EN}, {"user_input": [USER, ANSWER, MORE]}]
+    actor, reward, rlhf = (str(tmp_path / f"{name}_training_data.json") for name in ("actor", "reward", "rlhf"))
+    write(tmp_path / "rlhf_training_data.json", prompts)
+    sft.main(["--model", checkpoint, "--data", actor, "--out", str(tmp_path / "sft"), "--epochs", "1"])
+    assert re.search(r"of 7 records, 2 prompts cut on the left and 1 completions dropped", capsys.readouterr().out)
+    train_rm.main(["--model", str(tmp_path / "sft"), "--data", reward, "--demonstrations", actor, "--out", str(tmp_path / "rm"), "--epochs", "1"])
+    assert re.search(r"\d+ prompts cut on the left and 1 completions dropped", capsys.readouterr().out)
+    ppo.main(["--sft", str(tmp_path / "sft"), "--rm", str(tmp_path / "rm"), "--prompts", rlhf, "--out", str(tmp_path / "ppo"), "--updates", "1",
+              "--batch_size", "4", "--minibatch_size", "4", "--max_new_tokens", "8"])
+    assert "of 4 prompts, 1 cut on the left" in capsys.readouterr().out
+    assert (tmp_path / "ppo/config.json").exists()
