@@ -11,6 +11,7 @@ import glob
 import importlib
 import io
 import json
+import os
 import random
 import re
 import shlex
@@ -66,7 +67,8 @@ def subcommand(words):
 
 def test_commands_are_found_in_shell_text():
     assert commands('pip install x && python a.py  # --no\necho "a | b" | python b.py "c d"') == [
-        (["pip", "install", "x"], None), (["python", "a.py"], None), (["echo", "a | b"], None), (["python", "b.py", "c d"], ["echo", "a | b"])]
+        (["pip", "install", "x"], None), (["python", "a.py"], None), (["echo", "a | b"], None),
+        (["python", "b.py", "c d"], ["echo", "a | b"])]
 
 
 @pytest.mark.parametrize("words", [words for words, _ in PYTHON], ids=" ".join)
@@ -91,14 +93,15 @@ def places(tmp_path, monkeypatch):
     rng = random.Random(0)
     prompts = data_gen.draw_prompts(rng, 16)
     demos = [{"user_input": p, "completion": data_gen.write(rng, p, "friendly")} for p in prompts]
-    scored = [{"user_input": d["user_input"], "completion": text, "score": score} for d in demos for text, score in ((d["completion"], 1), ("no", 0))]
+    scored = [dict(d, completion=text, score=score) for d in demos for text, score in ((d["completion"], 1), ("no", 0))]
     (tmp_path / "data").mkdir()
     for name, records in (("demos", demos), ("scored", scored), ("prompts", demos)):
         for twin in ("", "_eval"):
             (tmp_path / f"{name}{twin}.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "data" / "rlhf_training_data_eval.json").write_text(json.dumps(demos[:3], ensure_ascii=False), encoding="utf-8")
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer([f"{d['user_input']} {d['completion']}" for d in demos], 600))
+    texts = [f"{d['user_input']} {d['completion']}" for d in demos]
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, 600))
     tokenizer = model.load_tokenizer(str(tmp_path / "tokenizer"))
     monkeypatch.setattr(model, "DEMO_MODEL", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                                   num_key_value_heads=2, max_position_embeddings=256))
@@ -118,7 +121,7 @@ def test_commands_run_as_they_stand(places, monkeypatch, capsys):
         script, *given = words
         inputs = [word for option, word in zip(words, given) if option != "--out" and re.fullmatch(r"\S*(/|\.json)\S*", word)]
         terminal = script == "model.py" and not piped and not {"--prompt", "--prompts"} & set(given)
-        if script not in RUNNABLE or not inputs or terminal or "--quantize" in given or not all((places / word).exists() for word in inputs):
+        if script not in RUNNABLE or not inputs or terminal or "--quantize" in given or not all(map(os.path.exists, inputs)):
             continue
         if piped:
             assert piped[0] == "echo"
@@ -144,11 +147,10 @@ def test_options_exist(span):
 MODULES = "|".join(script[:-3] for script in SCRIPTS)
 
 
-@pytest.mark.parametrize("span", [span for span in SPANS if re.fullmatch(rf"({MODULES})\.(?!py\b)\w+(\(.*\))?", span) and "tokenizer" not in span])
+@pytest.mark.parametrize("span", [span for span in SPANS if re.fullmatch(rf"({MODULES})\.(?!py$|safetensors$)\w+(\(.*\))?", span)])
 def test_functions_exist(span):
     module, name = span.split("(")[0].split(".")
-    if name != "safetensors":
-        assert hasattr(importlib.import_module(module), name)
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_tests_exist():
