@@ -1,6 +1,7 @@
-"""Stage 0: the three data sets of RLHF, built in.
+"""Stage 0: the three data sets of RLHF, built in; and, in the second half, how to get them from elsewhere.
 
     python data_gen.py                  # writes data/ in a few seconds, the same bytes for the same --seed
+    python data_gen.py COMMAND --help   # other data: download, import, self-instruct, prompts, sample, score, rank
 
 The world is that of a small bilingual assistant: nine families of tasks, each asked in English and in Chinese and in
 several phrasings. From it come
@@ -24,19 +25,16 @@ import gzip
 import hashlib
 import http.client
 import io
-import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
 import threading
 import time
 import unicodedata
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -45,8 +43,8 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from model import (encode_prompt, first_line, generate, left_pad, load_llama, load_tokenizer, positive, read_records, stop,
-                   usable_device, what_is_wrong, write_whole)
+from model import (encode_prompts, first_line, generate, left_pad, load_judge, load_llama, load_tokenizer, positive, read_records,
+                   read_values, stop, usable_device, what_is_wrong, write_whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The world: words in both languages, and what one can ask about them
@@ -335,27 +333,6 @@ def train_tokenizer(texts, vocab_size=1536):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data of others: `import` and `download`. Every layout becomes our records: a prompt, one with a completion, one with a score
 
-def stored(path):
-    """The JSON values of a file, one by one: an array or one a line, whatever the name says; `.gz` of either."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            line = next((line for line in file if line.strip()), "")
-            if line.lstrip().startswith("["):
-                yield from json.loads(line + file.read())
-            else:
-                for number, line in enumerate(itertools.chain([line], file), 1):
-                    if line.strip():
-                        yield json.loads(line)
-    except FileNotFoundError:
-        stop(f"{path}: no such file")
-    except UnicodeDecodeError as error:
-        stop(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
-    except (OSError, EOFError, zlib.error) as error:
-        stop(f"{path}: cannot be read ({error})")
-    except (ValueError, RecursionError) as error:
-        stop(f"{path}: neither a JSON array nor JSON Lines ({first_line(error)}{'' if line.lstrip().startswith('[') else f'; line {number}'})")
-
-
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -471,7 +448,7 @@ def convert(paths, number=None):
     records, found = {}, 0
     for path in paths:
         layout, left_out, read = None, Counter(), 0
-        for read, theirs in enumerate(itertools.islice(stored(path), number), 1):
+        for read, theirs in enumerate(read_values(path)[:number], 1):
             if not isinstance(theirs, dict):
                 stop(f"{path}: record {read}: not a JSON object")
             if not layout and not (layout := next((known for known in LAYOUTS if known[1] <= theirs.keys()), None)):
@@ -506,9 +483,8 @@ def convert(paths, number=None):
 
 def save(path, records):
     """A data file as `read_records` reads it: a JSON array, or JSON Lines where it is named so; `.gz` of either."""
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    text = "\n".join(lines) + "\n" if path.removesuffix(".gz").endswith(".jsonl") else "[\n" + ",\n".join(lines) + "\n]\n"
-    data = text.encode()
+    lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
+    data = b"\n".join(lines) + b"\n" if path.removesuffix(".gz").endswith(".jsonl") else b"[\n" + b",\n".join(lines) + b"\n]\n"
     write_whole(path, gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
     print(f"{path}: {len(records)} records")
 
@@ -724,8 +700,8 @@ PLACEHOLDERS = {"actor": ["examples"], "rlhf": ["examples"], "reward": ["user_in
 def template_of(args, name):
     """The template `name`: the built-in one, or that of --templates (default: a templates.json in this folder, if there is one)."""
     path, templates = args.templates or ("templates.json" if os.path.exists("templates.json") else None), {}
-    if name == "reward" and args.reward_template:
-        path = args.reward_template
+    if name == "reward":
+        path = args.reward_template or path
     if path:
         try:
             with open(path, encoding="utf-8-sig") as file:
@@ -781,14 +757,6 @@ def read_score(text):
     return None
 
 
-def load_judge(path):
-    """The function `score(user_input, completion)` of a Python file, such as this one."""
-    try:
-        return runpy.run_path(path)["score"]
-    except Exception as error:  # whatever the file raises when it is run
-        stop(f"--judge {path}: not a Python file with a function score(user_input, completion) ({first_line(error)})")
-
-
 def score_command(args):
     """Scores every record without a score. What stays without one goes to `..._unscored`, so that train_rm.py takes the rest."""
     records = read_records(args.file, "user_input", "completion")
@@ -799,7 +767,7 @@ def score_command(args):
     template = None if args.judge else template_of(args, "reward")
     journal = open_journal(args)
     if args.judge:
-        judge, scores = load_judge(args.judge), []
+        judge, scores = load_judge("--judge", args.judge), []
         for i in todo:
             try:
                 scores.append(float(judge(records[i]["user_input"], records[i]["completion"])))
@@ -949,9 +917,7 @@ def sample_command(args):
     if room < 1:
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's context is {room + args.max_new_tokens} tokens")
     journal = open_journal(args)
-    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    if cut := sum(len(t) > room for t in tokens):
-        print(f"{args.file}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
+    tokens = encode_prompts(prompts, tokenizer, room, args.file)
     config = os.path.join(args.model, "config.json")  # a model that was trained anew under the same name is another model
     which = [args.model, os.path.getmtime(config) if os.path.exists(config) else 0, args.k, args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed]
     order, step = sorted(range(len(prompts)), key=lambda i: len(tokens[i])), max(1, args.batch_size // args.k)
@@ -960,7 +926,7 @@ def sample_command(args):
         keys = [digest("sample", which, prompt_key(prompts[i])) for i in batch]
         if any(key not in journal.answers for key in keys):
             generator = torch.Generator(args.device).manual_seed(int(digest(which, tokens[batch[0]])[:15], 16))
-            rows = [tokens[i][-room:] for i in batch for _ in range(args.k)]
+            rows = [tokens[i] for i in batch for _ in range(args.k)]
             written = generate(model, *left_pad(rows, tokenizer.pad_token_id, args.device), args.max_new_tokens, tokenizer.eos_token_id,
                                args.temperature, args.top_k, args.top_p, generator)
             texts = [tokenizer.decode(row[mask.bool()].tolist(), skip_special_tokens=True).strip() for row, mask in zip(written.tokens, written.mask)]
@@ -1101,7 +1067,6 @@ def add_commands(parser):
         group.add_argument("--backoff", type=not_negative, default=1.0, help="seconds before the first of these, doubled each time (default: 1)")
         group.add_argument("--tries", type=positive, default=3, help="answers that are asked for until one is usable (default: 3)")
         group.add_argument("--templates", help="JSON file with actor, reward, rlhf (default: templates.json, if it is in this folder)")
-        group.add_argument("--reward_template", help=argparse.SUPPRESS)
 
     command = add("download", download_command, "Anthropic HH-RLHF or Stanford SHP from the Hugging Face hub, as scored completions.",
                   "python data_gen.py download hh --parts helpful-base --number_of_samples 5000 --make reward rlhf --path data/hh")
@@ -1136,7 +1101,7 @@ def add_commands(parser):
     command.add_argument("--out", required=True, help="file to write")
     command.add_argument("--judge", help="Python file with score(user_input, completion), in place of an LLM")
     llm(command, 0.1, 64)
-    next(a for a in command._actions if a.dest == "reward_template").help = "file with the template of the question (a text, or JSON with key reward)"
+    command.add_argument("--reward_template", help="file with the template of the question (a text, or JSON with key reward)")
 
     command = add("sample", sample_command, "K completions a prompt from a checkpoint.",
                   "python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out samples.json")

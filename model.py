@@ -1,6 +1,6 @@
-"""What the three stages share: many processes, reading data, tokens and the chat format, loading LLaMA, the scalar head, LoRA,
-generation, the memory budget, and the run directory. The stages themselves are sft.py, train_rm.py and ppo.py, each of which
-reads on its own. At the end: how to use what they made.
+"""What the three stages share: reading data, tokens and the chat format, loading LLaMA, the scalar head, LoRA, generation, the
+run directory; then what a reader with one CPU can skip, many processes and the memory budget. The stages themselves are
+sft.py, train_rm.py and ppo.py, each of which reads on its own. At the end: how to use what they made.
 
     python model.py runs/ppo                                  # a chat
 
@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -43,16 +44,19 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
-                          LlamaTokenizer, PreTrainedTokenizerFast)
+from transformers import (AttentionInterface, AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification, LlamaTokenizer, PreTrainedTokenizerFast)
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.set_verbosity_error()  # what matters is checked, and said, here
 transformers_logging.disable_progress_bar()
+
+# Which of how many processes this is, as torchrun sets it; without torchrun the first of one (see "Many processes")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # glibc gives every large block back to the system as soon as it is freed, and the next one comes as pages that must first
 # be zeroed: a tenth of a training step on CPU. Keep them instead: one arena, no mmap, no trimming.
@@ -60,6 +64,19 @@ if hasattr(libc := ctypes.CDLL(None), "mallopt"):
     M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
         libc.mallopt(option, value)
+
+
+def attention(module, query, key, value, mask, **options):
+    """transformers' call of PyTorch's fused attention; on CPU in float32 where a backward pass follows, since that in bf16 takes
+    up to nine times as long, in layers as LLaMA's. `query` (B, heads, T, d), `key`, `value` (B, kv heads, T, d)."""
+    if query.device.type == "cpu" and torch.is_grad_enabled() and value.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        return output.to(value.dtype), weights
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+AttentionInterface.register("sdpa", attention)  # in place of transformers' own
 
 
 def stop(message, code=2):
@@ -84,134 +101,6 @@ def settings(args, defaults, title):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many processes: torchrun --nproc_per_node=8 sft.py ... All of them run the same script on the same data, and draw the same
-# batches. Each takes its share of the rows of a batch; losses, divided by the counts of the whole batch, and gradients are
-# summed over the processes. With one process none of this does anything.
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-
-
-def start_processes(args):
-    """Find the other processes that torchrun started. Only the first of them, rank 0, prints, and writes files.
-
-    An error in one of them ends its process, upon which torchrun ends all. Half an hour without a word from one is an error.
-    """
-    if WORLD == 1 or dist.is_initialized():
-        return
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
-
-
-def place(model, args):
-    """The model on --device; with many processes each holds an equal part of every layer's weights, gradients and
-    optimizer state (FSDP2), and the layer is whole only while it computes.
-
-    Embedding, final norm and head stay whole in every process, and their gradients are summed by hand (`clip_gradients`).
-    FSDP gathers what is used inside the forward pass of a module that it wraps, but the stages call `model.model` and
-    `lm_head` one after the other, decoding calls the layers alone, and embedding and lm_head may be the same tensor.
-    """
-    if args.gradient_checkpointing:
-        # what the backward pass recomputes has to be computed as in the forward pass, attention included
-        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False,
-                                      context_fn=lambda: (contextlib.nullcontext(), attention_kernel(args)))
-        for layer in model.model.layers:
-            layer.forward = functools.partial(recompute, layer.forward)
-    if WORLD > 1:
-        # float32 masters; with --dtype bfloat16 they are gathered in bf16, gradients are summed in float32, and activations
-        # keep the precision that autocast gives them in one process
-        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-            layer.set_gradient_divide_factor(1.0)  # the sum over the processes, where FSDP by itself takes the mean
-            layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    return model.to(args.device)
-
-
-def my_parts(rows, size):
-    """This process's micro-batches of the batch `rows`, [(part, counts)]: every WORLD-th row, `size` at a time.
-
-    A pass through the model needs all processes, so each has the same number of parts. One without rows left computes a
-    row of another and throws it away: counts is 0, otherwise 1.
-    """
-    rows = list(rows)
-    mine, passes = rows[RANK::WORLD], -(-len(rows) // (WORLD * size))
-    parts = [mine[i * size:(i + 1) * size] for i in range(passes)]
-    return [(part, 1) if part else (rows[:1], 0) for part in parts]
-
-
-def total(x):
-    """The sum over all processes of a number or a tensor. Where each fills in its rows of zeros, the sum is the whole."""
-    if WORLD == 1:
-        return x
-    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
-    summed = x.detach().to(device, copy=True) if torch.is_tensor(x) else torch.tensor(x, device=device, dtype=torch.float64)
-    dist.all_reduce(summed)
-    return summed.to(x.device) if torch.is_tensor(x) else summed.item()
-
-
-def largest(x):
-    """The largest over all processes of a number, or of anything else that can be compared."""
-    if WORLD == 1:
-        return x
-    everyones = [None] * WORLD
-    dist.all_gather_object(everyones, x)
-    return max(everyones)
-
-
-def wait_for_all():
-    """Go on when all processes have come here."""
-    total(0)
-
-
-def clip_gradients(model, max_norm):
-    """Scale the gradient down to length `max_norm` if it is longer -> its length before. With many processes, first add up
-    the gradients of what every process holds whole; FSDP has done so for its shards."""
-    if WORLD == 1:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
-    wholes = [g for g in gradients if not isinstance(g, DTensor)]
-    for g in wholes:
-        dist.all_reduce(g)
-    norm = math.sqrt(total(sum(g.square().sum().item() for g in shards)) + sum(g.square().sum().item() for g in wholes))
-    for g in shards + wholes:
-        g.mul_(min(1.0, max_norm / (norm + 1e-6)))
-    return norm
-
-
-@contextlib.contextmanager
-def gathered(model, wanted=True):
-    """Inside, every process holds all layers whole: decoding goes through them once a token, and would gather as often."""
-    layers = model.model.layers if WORLD > 1 and wanted else []
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-        layer.unshard()
-    yield
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
-        layer.reshard()
-
-
-def in_one_piece(x):
-    """A tensor with all its parts, for rank 0 to save. Every process takes part; the others have nothing to keep."""
-    if not isinstance(x, DTensor):
-        return x
-    x = x.full_tensor()
-    return x.cpu() if RANK == 0 else None
-
-
-def as_held(x, p):
-    """A whole tensor as the parameter `p` is held: this process's part of it if `p` is sharded. The reverse of `in_one_piece`."""
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 def write_whole(path, data):
@@ -229,13 +118,8 @@ def write_whole(path, data):
         stop(f"{path}: cannot be written ({error.strerror})")
 
 
-def read_records(path, *fields):
-    """The records of a data file: a JSON array, or JSON Lines (`.jsonl`), or `.gz` of either.
-
-    `fields` names those that each record must have: "user_input" (a text, or a list of chat messages with "role" and
-    "content" that ends with the user's), "completion" (a text), "score" (a finite number). Anything else ends the
-    program with one line that names the file, the record (counted from 1) and the field.
-    """
+def read_values(path):
+    """The JSON values of a file: an array, or one a line, whatever its name says; `.gz` of either."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = file.read().decode("utf-8-sig")
@@ -245,20 +129,27 @@ def read_records(path, *fields):
         stop(f"{path}: cannot be read ({error})")
     except UnicodeDecodeError as error:
         stop(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8")
-    if path.removesuffix(".gz").endswith(".jsonl"):
-        lines, records = [line for line in text.split("\n") if line.strip()], []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                stop(f"{path}: record {number}: not JSON ({first_line(error)})")
-    else:
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            stop(f"{path}: not JSON ({first_line(error)}); a file with one object a line must be named .jsonl")
-        if not isinstance(records, list):
-            stop(f"{path}: holds no JSON array of records")
+    number = 0
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        values = []
+        for number, line in enumerate((line for line in text.split("\n") if line.strip()), 1):
+            values.append(json.loads(line))
+        return values
+    except (ValueError, RecursionError) as error:
+        where = f"record {number}: not JSON" if number else "not JSON"
+        stop(f"{path}: {where} ({first_line(error)}); a file holds an array of records, or one record a line")
+
+
+def read_records(path, *fields):
+    """The records of a data file (see `read_values`).
+
+    `fields` names those that each record must have: "user_input" (a text, or a list of chat messages with "role" and
+    "content" that ends with the user's), "completion" (a text), "score" (a finite number). Anything else ends the
+    program with one line that names the file, the record (counted from 1) and the field.
+    """
+    records = read_values(path)
     if not records:
         stop(f"{path}: holds no records")
     for number, record in enumerate(records, 1):
@@ -296,6 +187,17 @@ def what_is_wrong(field, value):
         if message.get("role") not in ("system", "user", "assistant"):
             return f"has a message with role {message.get('role')!r}; roles are system, user and assistant"
     return None if value[-1]["role"] == "user" else "must end with a message of the user"
+
+
+def load_judge(option, path):
+    """The function `score(user_input, completion)` -> float of a Python file, such as data_gen.py."""
+    try:
+        score = runpy.run_path(path)["score"]
+        if not callable(score):
+            raise TypeError("score is not a function")
+        return score
+    except Exception as error:  # whatever the file raises when it is run
+        stop(f"{option} {path}: not a Python file with a function score(user_input, completion) ({first_line(error)})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,6 +317,14 @@ def encode_prompt(tokenizer, user_input):
         elif part:
             tokens += encode_text(tokenizer, part.replace(mark, ""))
     return tokens
+
+
+def encode_prompts(user_inputs, tokenizer, room, name):
+    """The tokens of each prompt. Those longer than `room` lose their beginning; they are counted, and said."""
+    prompts = [encode_prompt(tokenizer, user_input) for user_input in user_inputs]
+    if cut := sum(len(prompt) > room for prompt in prompts):
+        print(f"{name}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
+    return [prompt[-room:] for prompt in prompts]
 
 
 def encode_records(records, tokenizer, max_length, name):
@@ -926,180 +836,6 @@ def left_pad(prompts, pad_token_id, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The budget: what a step costs in memory and arithmetic, from the configuration alone (--dry_run)
-
-def read_config(path, tokenizer=None):
-    """The `LlamaConfig` of what `load_llama` loads, without its weights where the format allows it (not in .gguf)."""
-    if path is None:
-        if not tokenizer and not os.path.isdir("data/tokenizer"):
-            stop("data/tokenizer: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
-        return LlamaConfig(vocab_size=len(load_tokenizer(tokenizer or "data/tokenizer")), **DEMO_MODEL)
-    if path.endswith(".gguf"):
-        return read_gguf(path)[0]
-    if os.path.exists(os.path.join(path, "params.json")):
-        return read_meta(path, "meta")[0]
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # the libraries raise anything for a damaged file
-        stop(f"{path}: no configuration of a LLaMA can be read from it ({first_line(error)})")
-    if config.model_type != "llama":
-        stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
-    return config
-
-
-def parameters(config, lora_rank=0):
-    """{"embedding", "layers", "norm", "head", "adapters"}: numbers of parameters, counted on the meta device. With d, I, Q, K,
-    V for hidden and MLP width, width of the queries, of the keys, and vocabulary: V d, n (2 d Q + 2 d K + 3 d I + 2 d), d,
-    and V d or, tied to the embedding, 0. LoRA of rank r on all linear layers of n layers: r (in + out) for each."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return dict(embedding=size(model.model.embed_tokens), layers=size(model.model.layers), norm=size(model.model.norm),
-                head=0 if config.tie_word_embeddings else size(model.lm_head),
-                adapters=lora_rank * sum(m.in_features + m.out_features for m in linears))
-
-
-def model_bytes(config, processes=1, lora_rank=0, lm_head=True):
-    """(weights, gradients, optimizer) of a float32 model in training, bytes a process. Adam keeps two numbers a parameter.
-
-    The decoder layers are shared out among the processes; embedding, norm and head stand whole in each. LoRA trains its
-    adapters only, and the scalar head. `lm_head` False: a backbone with a scalar head.
-    """
-    n = parameters(config, lora_rank)
-    ends = n["embedding"] + n["norm"] + (n["head"] if lm_head else config.hidden_size)
-    if lora_rank:
-        trained = n["adapters"] / processes + (0 if lm_head else config.hidden_size)
-        return 4 * (ends + (n["layers"] + n["adapters"]) / processes), 4 * trained, 8 * trained
-    weights = 4 * (ends + n["layers"] / processes)
-    return weights, weights, 2 * weights
-
-
-def activation_bytes(config, rows, length, projected, copies=3, lora_rank=0, checkpointing=False, bf16=False, device="cpu", buffered=True):
-    """Bytes at the peak of a forward and backward pass over `rows` sequences, `projected` tokens of which get logits.
-
-    What autograd keeps of a token in a layer, in float32 numbers: each of two norms its input, the normalized input (for
-    the gradient of its weight) and its output (for that of the next matrices), 6 d; q, k, v and attention's output, 2 Q + 2 K;
-    gate, silu(gate), up and their product, 4 I; a number a head and a norm, H + 2. After the layers 3 d.
-    bf16 halves what enters a matrix product, but casts a norm's output for each matrix anew; and keeps bf16 weights.
-    `checkpointing` keeps the input d of each layer, and all of one layer. The logits: `copies` of (projected, V) in float32.
-    `buffered`: the gradient of the embedding waits beside the one that is accumulated; so does one more (d, I) matrix.
-    """
-    d, i, heads, tokens = config.hidden_size, config.intermediate_size, config.num_attention_heads, rows * length
-    q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norms = 4 * d if lora_rank else 6 * d  # a frozen norm needs no normalized input
-    layer = 4 * (norms + 2 * q + 2 * k + 4 * i + heads + 2)
-    if lora_rank:
-        layer += 4 * 7 * lora_rank
-    if bf16:
-        attention = 14 * q + 4 * heads * length if device == "cpu" else 4 * q + 4 * k  # on CPU it is written out, see autocast
-        layer = 4 * (norms - 2 * d) + 10 * d + attention + 8 * i
-    layers = config.num_hidden_layers
-    kept = tokens * (layers * 4 * d + layer if checkpointing else layers * layer) + tokens * 12 * d
-    if bf16:
-        kept += 2 * (parameters(config)["layers"] + d * config.vocab_size * (projected > 0))
-    logits = 4 * projected * config.vocab_size * copies + (2 * projected * config.vocab_size if bf16 else 0)
-    waiting = 0 if lora_rank or not buffered else 4 * d * config.vocab_size * (projected > 0)
-    return kept + max(logits, waiting + 4 * (3 * i * tokens + (0 if lora_rank else i * d)))
-
-
-def rollout_bytes(config, rows, prompt, response, bf16=False):
-    """Bytes for sampling: the cache, 2 layers K (P + N) numbers a row; beside it the prefill's three (tokens, I) in float32, its
-    masks, or, when a quarter of the rows has ended, the copy of the other three quarters."""
-    cache = (2 if bf16 else 4) * rows * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + response)
-    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + prompt)
-    return cache + max(prefill, 0.75 * cache)
-
-
-def forward_flops(config, rows, length, projected):
-    """FLOP of a forward pass: 2 for each weight and token, and 4 Q for each layer and pair of positions (QK^T and AV). The
-    pairs that the causal mask hides are counted too, as torch.utils.flop_counter does."""
-    linear = parameters(config)["layers"] - 2 * config.num_hidden_layers * config.hidden_size  # less the norms
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * rows * length**2
-    return 2 * linear * rows * length + attention + 2 * config.hidden_size * config.vocab_size * projected
-
-
-def training_flops(config, rows, length, projected, lora_rank=0, checkpointing=False):
-    """Forward, and twice that backward: the gradients of the inputs, and those of the weights, which LoRA needs for its adapters
-    only. Checkpointing computes the forward pass again."""
-    forward = forward_flops(config, rows, length, projected)
-    if not lora_rank:
-        return (4 if checkpointing else 3) * forward
-    attention = forward_flops(config, rows, length, 0) - forward_flops(config, 1, 1, 0) * rows * length  # no weights in it
-    return (3 if checkpointing else 2) * forward + attention + 6 * parameters(config, lora_rank)["adapters"] * rows * length
-
-
-def generation_flops(config, rows, prompt, response):
-    """FLOP of sampling: the prompt once, then token after token with the cache, each attending to all before it."""
-    q = config.num_attention_heads * config.head_dim
-    step = forward_flops(config, rows, 1, rows) - 4 * config.num_hidden_layers * q * rows
-    looked_at = sum(prompt + t for t in range(1, response))
-    return forward_flops(config, rows, prompt, rows) + (response - 1) * step + 4 * config.num_hidden_layers * q * rows * looked_at
-
-
-def budget(stage, config, args, processes=1, lora_rank=0, checkpointing=False):
-    """The budget of "sft", "rm" or "ppo" with the sizes in `args`, the largest that they allow: {"weights", "gradients",
-    "optimizer", "activations", "rollout", "peak", "resident"} in bytes a process, and "flops" of an optimizer step (ppo: an update).
-
-    In RM a prompt has 4 completions. `peak` adds what is there at the same time: the gradients are freed before a rollout.
-    With several processes two whole layers and the gradient of one stand in each, gathered. `resident`: on CPU freed memory is
-    kept (see the top of this file), and its holes add about 0.3 of what is in use; that is measured, by bench/budget.py.
-    """
-    bf16, rollout = args.dtype == "bfloat16", 0
-    options = dict(lora_rank=lora_rank, checkpointing=checkpointing)
-    kept = dict(options, bf16=bf16, device=torch.device(args.device).type, buffered=config.tie_word_embeddings or stage == "sft")
-    share = -(-(args.minibatch_size if stage == "ppo" else args.batch_size) // processes)
-    rows, context = min(args.micro_batch_size, share), config.max_position_embeddings
-    trained = model_bytes(config, processes, lora_rank, lm_head=stage != "rm")
-    weights, gradients, optimizer = trained
-    if stage == "sft":
-        length = min(args.max_length, context)
-        activations = activation_bytes(config, rows, length, rows * length, **kept)
-        flops = training_flops(config, args.batch_size, length, args.batch_size * length, **options)
-    elif stage == "rm":
-        length = min(args.max_length, context)
-        activations = activation_bytes(config, 4 * rows, length, 0, **kept)
-        flops = training_flops(config, 4 * args.batch_size, length, 0, **options)
-    else:
-        prompt, response, batch = min(args.max_prompt_length, context - args.max_new_tokens), args.max_new_tokens, args.batch_size
-        length, critic = prompt + response, model_bytes(config, processes, lora_rank, lm_head=False)
-        weights, gradients, optimizer = (a + b for a, b in zip(trained, critic))
-        if not lora_rank:
-            weights *= 2  # the reference and the reward model
-        # logits, their log softmax and four more for the entropy stand side by side
-        activations = activation_bytes(config, rows, length, rows * response, copies=6, **kept)
-        rollout = rollout_bytes(config, -(-batch // processes), prompt, response, bf16)
-        flops = generation_flops(config, batch, prompt, response) + forward_flops(config, batch, length, batch * response)
-        flops += 2 * forward_flops(config, batch, length, 0)  # critic and reward model
-        for projected in (batch * response, 0):  # actor, critic
-            flops += args.ppo_epochs * training_flops(config, batch, length, projected, **options)
-        if args.ptx_coef:
-            flops += args.ppo_epochs * training_flops(config, batch, length, batch * length, **options)
-            activations = max(activations, activation_bytes(config, rows, length, rows * length, copies=4, **kept))
-    one_layer = 4 * parameters(config)["layers"] / config.num_hidden_layers
-    gathered = (2 * one_layer + (0 if lora_rank else one_layer)) * (processes > 1)
-    peak = weights + optimizer + gathered + max(gradients + activations, rollout)
-    resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
-    return dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, rollout=rollout, peak=peak,
-                resident=resident, flops=flops)
-
-
-def dry_run(stage, path, args):
-    """--dry_run: print the model's size and the budget of the run, and end the program with exit code 0."""
-    if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
-        path = None  # the demo's, not yet trained
-    config, lora_rank = read_config(path, getattr(args, "tokenizer", None)), getattr(args, "lora_rank", 0) or 0
-    for part, number in parameters(config, lora_rank).items():
-        print(f"parameters, {part}: {number:,}")
-    for name, value in budget(stage, config, args, args.processes, lora_rank, getattr(args, "gradient_checkpointing", False)).items():
-        if name == "flops":
-            print(f"{'an update' if stage == 'ppo' else 'an optimizer step'}, all processes: {value:.3e} FLOP")
-        else:
-            print(f"{name}: {value / 2**30:.3f} GiB a process")
-    raise SystemExit(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run directory
 
 def open_run(folder, args):
@@ -1181,7 +917,7 @@ def save_state(folder, args, metrics, models, optimizers, generators, **progress
         return
     tensors |= {f"random.{name}": generator.get_state() for name, generator in generators.items()}
     tensors["random.torch"] = torch.get_rng_state()
-    metrics.file.flush()
+    os.fsync(metrics.file.fileno())
     file = "state-a.safetensors"
     try:
         os.makedirs(last, exist_ok=True)
@@ -1341,18 +1077,9 @@ def draw_curves(folder, panels):
     plt.close(figure)
 
 
-@contextlib.contextmanager
 def autocast(args):
     """bf16 matrix products where --dtype says so; what is sensitive (norms, losses, softmax) stays float32."""
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        with attention_kernel(args):
-            yield
-
-
-def attention_kernel(args):
-    """On CPU the backward pass of PyTorch's fused attention takes three times as long in bf16 as written out."""
-    slow = args.dtype == "bfloat16" and torch.device(args.device).type == "cpu" and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def positive(text):
@@ -1391,6 +1118,305 @@ def common_options(parser):
     group.add_argument("--processes", type=positive, default=1, help="of --dry_run: among so many processes the layers are shared out")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes: torchrun --nproc_per_node=8 sft.py ... All of them run the same script on the same data, and draw the same
+# batches. Each takes its share of the rows of a batch; losses, divided by the counts of the whole batch, and gradients are
+# summed over the processes. With one process none of this does anything.
+
+def start_processes(args):
+    """Find the other processes that torchrun started. Only the first of them, rank 0, prints, and writes files.
+
+    An error in one of them ends its process, upon which torchrun ends all. Half an hour without a word from one is an error.
+    """
+    if WORLD == 1 or dist.is_initialized():
+        return
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
+
+
+def place(model, args):
+    """The model on --device; with many processes each holds an equal part of every layer's weights, gradients and
+    optimizer state (FSDP2), and the layer is whole only while it computes.
+
+    Embedding, final norm and head stay whole in every process, and their gradients are summed by hand (`clip_gradients`).
+    FSDP gathers what is used inside the forward pass of a module that it wraps, but the stages call `model.model` and
+    `lm_head` one after the other, decoding calls the layers alone, and embedding and lm_head may be the same tensor.
+    """
+    if args.gradient_checkpointing:
+        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        for layer in model.model.layers:
+            layer.forward = functools.partial(recompute, layer.forward)
+    if WORLD > 1:
+        # float32 masters; with --dtype bfloat16 they are gathered in bf16, gradients are summed in float32, and activations
+        # keep the precision that autocast gives them in one process
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            layer.set_gradient_divide_factor(1.0)  # the sum over the processes, where FSDP by itself takes the mean
+            layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return model.to(args.device)
+
+
+def my_parts(rows, size):
+    """This process's micro-batches of the batch `rows`, [(part, counts)]: every WORLD-th row, `size` at a time.
+
+    A pass through the model needs all processes, so each has the same number of parts. One without rows left computes a
+    row of another and throws it away: counts is 0, otherwise 1.
+    """
+    rows = list(rows)
+    mine, passes = rows[RANK::WORLD], -(-len(rows) // (WORLD * size))
+    parts = [mine[i * size:(i + 1) * size] for i in range(passes)]
+    return [(part, 1) if part else (rows[:1], 0) for part in parts]
+
+
+def total(x):
+    """The sum over all processes of a number or a tensor. Where each fills in its rows of zeros, the sum is the whole."""
+    if WORLD == 1:
+        return x
+    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
+    summed = x.detach().to(device, copy=True) if torch.is_tensor(x) else torch.tensor(x, device=device, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.to(x.device) if torch.is_tensor(x) else summed.item()
+
+
+def largest(x):
+    """The largest over all processes of a number, or of anything else that can be compared."""
+    if WORLD == 1:
+        return x
+    everyones = [None] * WORLD
+    dist.all_gather_object(everyones, x)
+    return max(everyones)
+
+
+def wait_for_all():
+    """Go on when all processes have come here."""
+    total(0)
+
+
+def clip_gradients(model, max_norm):
+    """Scale the gradient down to length `max_norm` if it is longer -> its length before. With many processes, first add up
+    the gradients of what every process holds whole; FSDP has done so for its shards."""
+    if WORLD == 1:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    wholes = [g for g in gradients if not isinstance(g, DTensor)]
+    for g in wholes:
+        dist.all_reduce(g)
+    norm = math.sqrt(total(sum(g.square().sum().item() for g in shards)) + sum(g.square().sum().item() for g in wholes))
+    for g in shards + wholes:
+        g.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    return norm
+
+
+@contextlib.contextmanager
+def gathered(model, wanted=True):
+    """Inside, every process holds all layers whole: decoding goes through them once a token, and would gather as often."""
+    layers = model.model.layers if WORLD > 1 and wanted else []
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(True)
+        layer.reshard()
+
+
+def in_one_piece(x):
+    """A tensor with all its parts, for rank 0 to save. Every process takes part; the others have nothing to keep."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()
+    return x.cpu() if RANK == 0 else None
+
+
+def as_held(x, p):
+    """A whole tensor as the parameter `p` is held: this process's part of it if `p` is sharded. The reverse of `in_one_piece`."""
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The budget: what a step costs in memory and arithmetic, from the configuration alone (--dry_run)
+
+def read_config(path, tokenizer=None):
+    """The `LlamaConfig` of what `load_llama` loads, without its weights where the format allows it (not in .gguf)."""
+    if path is None:
+        if not tokenizer and not os.path.isdir("data/tokenizer"):
+            stop("data/tokenizer: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
+        return LlamaConfig(vocab_size=len(load_tokenizer(tokenizer or "data/tokenizer")), **DEMO_MODEL)
+    if path.endswith(".gguf"):
+        return read_gguf(path)[0]
+    if os.path.exists(os.path.join(path, "params.json")):
+        return read_meta(path, "meta")[0]
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # the libraries raise anything for a damaged file
+        stop(f"{path}: no configuration of a LLaMA can be read from it ({first_line(error)})")
+    if config.model_type != "llama":
+        stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
+    return config
+
+
+def parameters(config, lora_rank=0):
+    """{"embedding", "layers", "norm", "head", "adapters"}: numbers of parameters, counted on the meta device. With d, I, Q, K,
+    V for hidden and MLP width, width of the queries, of the keys, and vocabulary: V d, n (2 d Q + 2 d K + 3 d I + 2 d), d,
+    and V d or, tied to the embedding, 0. LoRA of rank r on all linear layers of n layers: r (in + out) for each."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return dict(embedding=size(model.model.embed_tokens), layers=size(model.model.layers), norm=size(model.model.norm),
+                head=0 if config.tie_word_embeddings else size(model.lm_head),
+                adapters=lora_rank * sum(m.in_features + m.out_features for m in linears))
+
+
+def model_bytes(config, processes=1, lora_rank=0, lm_head=True, base_bytes=4):
+    """(weights, gradients, optimizer) of a float32 model in training, bytes a process. Adam keeps two numbers a parameter.
+
+    The decoder layers are shared out among the processes; embedding, norm and head stand whole in each. LoRA trains its
+    adapters only, and the scalar head; a frozen weight takes `base_bytes`. `lm_head` False: a backbone with a scalar head.
+    """
+    n = parameters(config, lora_rank)
+    ends = n["embedding"] + n["norm"] + (n["head"] if lm_head else config.hidden_size)
+    if lora_rank:
+        trained = n["adapters"] / processes + (0 if lm_head else config.hidden_size)
+        return base_bytes * (ends + n["layers"] / processes) + 4 * n["adapters"] / processes, 4 * trained, 8 * trained
+    weights = 4 * (ends + n["layers"] / processes)
+    return weights, weights, 2 * weights
+
+
+def activation_bytes(config, rows, length, projected, copies=3, lora_rank=0, checkpointing=False, bf16=False, device="cpu", buffered=True):
+    """Bytes at the peak of a forward and backward pass over `rows` sequences, `projected` tokens of which get logits.
+
+    What autograd keeps of a token in a layer, in float32 numbers: each of two norms its input, the normalized input (for
+    the gradient of its weight) and its output (for that of the next matrices), 6 d; q, k, v and attention's output, 2 Q + 2 K;
+    gate, silu(gate), up and their product, 4 I; a number a head and a norm, H + 2. After the layers 3 d.
+    bf16 halves what enters a matrix product, but casts a norm's output for each matrix anew; and keeps bf16 weights.
+    `checkpointing` keeps the input d of each layer, and all of one layer. The logits: `copies` of (projected, V) in float32.
+    `buffered`: the gradient of the embedding waits beside the one that is accumulated; so does one more (d, I) matrix.
+    """
+    d, i, heads, tokens = config.hidden_size, config.intermediate_size, config.num_attention_heads, rows * length
+    q, k = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = 4 * d if lora_rank else 6 * d  # a frozen norm needs no normalized input
+    layer = 4 * (norms + 2 * q + 2 * k + 4 * i + heads + 2)
+    if lora_rank:
+        layer += 4 * 7 * lora_rank
+    if bf16:
+        inside = 10 * q + 8 * k if device == "cpu" else 4 * q + 4 * k  # on CPU in float32, see attention
+        layer = 4 * (norms - 2 * d + heads + 2) + 10 * d + inside + 8 * i
+    layers = config.num_hidden_layers
+    kept = tokens * (layers * 4 * d + layer if checkpointing else layers * layer) + tokens * 12 * d
+    if bf16:
+        linear = parameters(config)["layers"] - 2 * layers * d  # norms stay float32
+        kept += 2 * (linear + d * config.vocab_size * (projected > 0))
+    logits = 4 * projected * config.vocab_size * copies + (2 * projected * config.vocab_size if bf16 else 0)
+    waiting = 0 if lora_rank or not buffered else 4 * d * config.vocab_size * (projected > 0)
+    return kept + max(logits, waiting + 4 * (3 * i * tokens + (0 if lora_rank else i * d)))
+
+
+def rollout_bytes(config, rows, prompt, response, bf16=False):
+    """Bytes for sampling: the cache, 2 layers K (P + N) numbers a row; beside it the prefill's three (tokens, I) in float32, its
+    masks, or, when a quarter of the rows has ended, the copy of the other three quarters."""
+    cache = (2 if bf16 else 4) * rows * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + response)
+    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + prompt)
+    return cache + max(prefill, 0.75 * cache)
+
+
+def forward_flops(config, rows, length, projected):
+    """FLOP of a forward pass: 2 for each weight and token, and 4 Q for each layer and pair of positions (QK^T and AV). The
+    pairs that the causal mask hides are counted too, as torch.utils.flop_counter does."""
+    linear = parameters(config)["layers"] - 2 * config.num_hidden_layers * config.hidden_size  # less the norms
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * rows * length**2
+    return 2 * linear * rows * length + attention + 2 * config.hidden_size * config.vocab_size * projected
+
+
+def training_flops(config, rows, length, projected, lora_rank=0, checkpointing=False):
+    """Forward, and twice that backward: the gradients of the inputs, and those of the weights, which LoRA needs for its adapters
+    only. Checkpointing computes the forward pass again."""
+    forward = forward_flops(config, rows, length, projected)
+    if not lora_rank:
+        return (4 if checkpointing else 3) * forward
+    attention = forward_flops(config, rows, length, 0) - forward_flops(config, 1, 1, 0) * rows * length  # no weights in it
+    return (3 if checkpointing else 2) * forward + attention + 6 * parameters(config, lora_rank)["adapters"] * rows * length
+
+
+def generation_flops(config, rows, prompt, response):
+    """FLOP of sampling: the prompt once, then token after token with the cache, each attending to all before it."""
+    q = config.num_attention_heads * config.head_dim
+    step = forward_flops(config, rows, 1, rows) - 4 * config.num_hidden_layers * q * rows
+    looked_at = sum(prompt + t for t in range(1, response))
+    return forward_flops(config, rows, prompt, rows) + (response - 1) * step + 4 * config.num_hidden_layers * q * rows * looked_at
+
+
+def budget(stage, config, args):
+    """The budget of "sft", "rm" or "ppo" with the sizes in `args`, the largest that they allow: {"weights", "gradients",
+    "optimizer", "activations", "rollout", "peak", "resident"} in bytes a process, and "flops" of an optimizer step (ppo: an update).
+
+    In RM a prompt has 4 completions. `peak` adds what is there at the same time: the gradients are freed before a rollout.
+    With several processes two whole layers and the gradient of one stand in each, gathered. `resident`: on CPU freed memory is
+    kept (see the top of this file), and its holes add about 0.3 of what is in use; that is measured, by bench/budget.py.
+    """
+    bf16, rollout, processes, lora_rank = args.dtype == "bfloat16", 0, args.processes, args.lora_rank
+    base_bytes = 2 if args.base_dtype == "bfloat16" else 4
+    options = dict(lora_rank=lora_rank, checkpointing=args.gradient_checkpointing)
+    kept = dict(options, bf16=bf16, device=torch.device(args.device).type, buffered=config.tie_word_embeddings or stage == "sft")
+    share = -(-(args.minibatch_size if stage == "ppo" else args.batch_size) // processes)
+    rows, context = min(args.micro_batch_size, share), config.max_position_embeddings
+    trained = model_bytes(config, processes, lora_rank, stage != "rm", base_bytes)
+    weights, gradients, optimizer = trained
+    if stage == "sft":
+        length = min(args.max_length, context)
+        activations = activation_bytes(config, rows, length, rows * length, **kept)
+        flops = training_flops(config, args.batch_size, length, args.batch_size * length, **options)
+    elif stage == "rm":
+        length = min(args.max_length, context)
+        activations = activation_bytes(config, 4 * rows, length, 0, **kept)
+        flops = training_flops(config, 4 * args.batch_size, length, 0, **options)
+    else:
+        prompt, response, batch = min(args.max_prompt_length, context - args.max_new_tokens), args.max_new_tokens, args.batch_size
+        length, critic = prompt + response, model_bytes(config, processes, lora_rank, False, base_bytes)
+        weights, gradients, optimizer = (a + b for a, b in zip(trained, critic))
+        if not lora_rank:
+            weights *= 2  # the reference and the reward model
+        # logits, their log softmax and four more for the entropy stand side by side
+        activations = activation_bytes(config, rows, length, rows * response, copies=6, **kept)
+        rollout = rollout_bytes(config, -(-batch // processes), prompt, response, bf16)
+        flops = generation_flops(config, batch, prompt, response) + forward_flops(config, batch, length, batch * response)
+        flops += 2 * forward_flops(config, batch, length, 0)  # critic and reward model
+        for projected in (batch * response, 0):  # actor, critic
+            flops += args.ppo_epochs * training_flops(config, batch, length, projected, **options)
+        if args.ptx_coef:
+            flops += args.ppo_epochs * training_flops(config, batch, length, batch * length, **options)
+            activations = max(activations, activation_bytes(config, rows, length, rows * length, copies=4, **kept))
+    one_layer = 4 * parameters(config)["layers"] / config.num_hidden_layers
+    gathered = (2 * one_layer + (0 if lora_rank else one_layer)) * (processes > 1)
+    peak = weights + optimizer + gathered + max(gradients + activations, rollout)
+    resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
+    return dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, rollout=rollout, peak=peak,
+                resident=resident, flops=flops)
+
+
+def dry_run(stage, path, args):
+    """--dry_run: print the model's size and the budget of the run, and end the program with exit code 0."""
+    if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
+        path = None  # the demo's, not yet trained
+    config = read_config(path, getattr(args, "tokenizer", None))  # ppo.py has no --tokenizer
+    for part, number in parameters(config, args.lora_rank).items():
+        print(f"parameters, {part}: {number:,}")
+    for name, value in budget(stage, config, args).items():
+        if name == "flops":
+            print(f"{'an update' if stage == 'ppo' else 'an optimizer step'}, all processes: {value:.3e} FLOP")
+        else:
+            print(f"{name}: {value / 2**30:.3f} GiB a process")
+    raise SystemExit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

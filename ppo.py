@@ -22,7 +22,6 @@ Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/c
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import time
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (Metrics, RANK, ScalarHead, Signals, WORLD, add_lora, autocast, before_lora, clip_gradients, collate, common_options,
-                   draw_curves, dry_run, encode_prompt, encode_records, gathered, generate, keep_export, largest, left_pad, load_llama,
+                   draw_curves, dry_run, encode_prompts, encode_records, gathered, generate, keep_export, largest, left_pad, load_judge, load_llama,
                    load_scalar_head, load_tokenizer, lora_options, my_parts, open_run, place, positive, read_records, restore,
                    save_checkpoint, save_state, settings, start_processes, stop, total, trainable, wait_for_all)
 
@@ -274,7 +273,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, tokenizer, args, 
     for rows, counts in micro_batches(range(len(prompts)), lengths, args.micro_batch_size):
         input_ids, is_completion = collate([prompts[i] for i in rows], [responses[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args):
-            ref_logprobs[rows] = counts * to_rows(logprobs_from_logits(*response_logits(ref, input_ids, is_completion), args.temperature), mask[rows])
+            logits, tokens = response_logits(ref, input_ids, is_completion)
+            ref_logprobs[rows] = counts * to_rows(logprobs_from_logits(logits, tokens, args.temperature), mask[rows])
             # the value of the state in which a token is chosen stands one position before that token
             values[rows] = counts * to_rows(critic(input_ids)[:, :-1][is_completion[:, 1:]], mask[rows])
     ref_logprobs, values = total(ref_logprobs), total(values)  # from here on every process has the whole batch
@@ -516,19 +516,6 @@ def run_missing_stages(args):
             stage.main(["--seed", str(args.seed), "--device", args.device, "--dtype", args.dtype, "--resume" if begun else "--overwrite"])
 
 
-def load_gold(path):
-    """The function `score` of a Python file."""
-    try:
-        spec = importlib.util.spec_from_file_location("gold", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not callable(module.score):
-            raise TypeError("score is not a function")
-        return module.score
-    except Exception as error:  # whatever the file raises when it is run
-        stop(f"--gold {path}: not a Python file with a function score(user_input, completion) ({error})")
-
-
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
     """Greedy answers to held-out prompts -> their texts, and mean scores of the reward model and of the gold judge."""
     texts, scores = [], []
@@ -580,10 +567,7 @@ def main(argv=None):
 
     def read_prompts(path, number=None):
         records = read_records(path, "user_input")[:number]
-        prompts = [encode_prompt(tokenizer, record["user_input"]) for record in records]
-        if cut := sum(len(prompt) > limit for prompt in prompts):
-            print(f"{path}: of {len(prompts)} prompts, {cut} cut on the left to {limit} tokens")
-        return records, [prompt[-limit:] for prompt in prompts]
+        return records, encode_prompts([record["user_input"] for record in records], tokenizer, limit, path)
 
     _, prompts = read_prompts(args.prompts)
     eval_records, eval_prompts = read_prompts(args.eval_prompts, args.eval_number) if args.eval_prompts else ([], [])
@@ -593,7 +577,7 @@ def main(argv=None):
             stop("--ptx_coef needs --demonstrations")
         records = read_records(args.demonstrations, "user_input", "completion")
         demonstrations = encode_records(records, tokenizer, limit + args.max_new_tokens, args.demonstrations)
-    gold = load_gold(args.gold) if args.gold else None
+    gold = load_judge("--gold", args.gold) if args.gold else None
     if gold:
         for number, record in enumerate(eval_records, 1):
             try:
@@ -607,9 +591,9 @@ def main(argv=None):
     critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     prompt_deck, demonstration_deck = Deck(len(prompts), args.seed), Deck(max(1, len(demonstrations)), args.seed)
-    metrics = Metrics(args.out, ["update", "score", "kl", "kl_error", "kl_coef", "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
-                                 "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length", "ended", "lr",
-                                 "tokens_per_s", "eval_score", "eval_gold"], state)
+    metrics = Metrics(args.out, ["update", "score", "kl", "kl_error", "kl_coef", "objective", "entropy", "policy_loss", "value_loss",
+                                 "ptx_loss", "clip_fraction", "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio",
+                                 "response_length", "ended", "lr", "tokens_per_s", "eval_score", "eval_gold"], state)
 
     saved = dict(models={"actor": actor, "critic": critic}, generators={"sampling": generator, "prompts": prompt_deck.generator,
                                                                          "demonstrations": demonstration_deck.generator},

@@ -130,7 +130,7 @@ def main(argv=None):
                     losses = completion_losses(model, *collate(prompts, completions, tokenizer.pad_token_id, args.device))
                 (counts * losses.sum() / tokens).backward()
                 loss += counts * losses.detach().sum().item() / tokens
-                per_record = [part.mean().item() for part in losses.detach().split([len(c) for c in completions])]
+                per_record = [record.mean().item() for record in losses.detach().split([len(c) for c in completions])]
                 worst = max(worst, *zip(per_record, numbers))
             loss, worst = total(loss), largest(worst)  # of all processes
             if not math.isfinite(loss):

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from ppo import unhealthy  # noqa: E402
+from ppo import DEMO, unhealthy  # noqa: E402
 
 RUNS = {  # name: (options of ppo.py, which reward model)
     "as it is": ([], "rm"),
@@ -77,16 +77,9 @@ def ppo(folder, seed, name, updates):
     out = "runs/" + name.replace(" ", "_")
     rows = metrics(f"{folder}/{out}")
     if not rows or int(rows[-1]["update"]) != updates:  # a longer run is another one: its learning rate falls more slowly
-        # --sft and --rm are named by their default places, so that everything else is the demo's
-        demo = ["--prompts", "data/rlhf_training_data.json", "--eval_prompts", "data/rlhf_training_data_eval.json", "--gold",
-                os.path.join(ROOT, "data_gen.py"), "--demonstrations", "data/actor_training_data.json", "--eval_number", "100"]
-        settings = ("--batch_size 64 --minibatch_size 32 --micro_batch_size 32 --ppo_epochs 2 --lr 2e-4 --critic_lr 1e-3 "
-                    "--max_new_tokens 40 --max_prompt_length 128 --eval_every 5").split()
-        given = dict(zip(options[::2], options[1::2])) if "--no_whiten_advantages" not in options else {}
-        for option, value in (("--kl_coef", "0.1"), ("--ptx_coef", "0.1")):
-            settings += [] if option in given else [option, value]
-        run(folder, "ppo.py", ["--sft", "runs/sft", "--rm", f"runs/{reward_model}", "--seed", str(seed), "--updates", str(updates),
-                               "--out", out, "--overwrite", *demo, *settings, *options], out.replace("/", "_"))
+        settings = DEMO | dict(rm=f"runs/{reward_model}", updates=updates, eval_every=5, eval_number=100, seed=seed, out=out)
+        options = [f"--{option}={value}" for option, value in settings.items()] + options  # of two the last counts
+        run(folder, "ppo.py", ["--overwrite", *options], out.replace("/", "_"))
         rows = metrics(f"{folder}/{out}")
     before, after = (float(row["eval_gold"]) for row in (rows[0], rows[-1]))
     print(f"seed {seed}, {name}: gold score {before:.2f} -> {after:.2f}", file=sys.stderr, flush=True)

@@ -53,14 +53,14 @@ def table():
     from transformers import LlamaConfig
 
     import model
-    args = settings_of("ppo")
+    settings = {(rank, n): settings_of("ppo", f"--lora_rank={rank}", f"--processes={n}") for rank in (0, 8) for n in (1, 8, 64)}
     columns = [f"{n} process{'es' * (n > 1)}{kind}" for kind in ("", ", LoRA") for n in (1, 8, 64)]
     print(f"| GiB a process | {' | '.join(columns)} | FLOP an update |")
     print("| --- " * 8 + "|")
     for name, size in SIZES.items():
         config = LlamaConfig(**size)
-        peaks = [model.budget("ppo", config, args, n, rank)["peak"] / 2**30 for rank in (0, 8) for n in (1, 8, 64)]
-        print(f"| {name} | " + " | ".join(f"{peak:,.0f}" for peak in peaks) + f" | {model.budget('ppo', config, args)['flops']:.1e} |")
+        budgets = [model.budget("ppo", config, args) for args in settings.values()]
+        print(f"| {name} | " + " | ".join(f"{b['peak'] / 2**30:,.0f}" for b in budgets) + f" | {budgets[0]['flops']:.1e} |")
 
 
 def options_of(stage, rows, length):

@@ -52,8 +52,9 @@ def test_generation_flops_are_those_of_the_flop_counter():
     assert counter.get_total_flops() == model.generation_flops(c, 5, 16, 7)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_a_layer_keeps_the_bytes_of_the_formula(kv_heads):
+def test_a_layer_keeps_the_bytes_of_the_formula(kv_heads, bf16):
     def kept(layers):
         c = LlamaConfig(**SIZE | {"num_hidden_layers": layers}, num_key_value_heads=kv_heads)
         network, storages = LlamaForCausalLM(c), {}
@@ -62,14 +63,15 @@ def test_a_layer_keeps_the_bytes_of_the_formula(kv_heads):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
             loss = network.model(torch.randint(101, (5, 16)), use_cache=False).last_hidden_state.sum()
         weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
         del loss
         return sum(s.nbytes() for pointer, s in storages.items() if pointer not in weights)
 
     def predicted(layers):
-        return model.activation_bytes(LlamaConfig(**SIZE | {"num_hidden_layers": layers}, num_key_value_heads=kv_heads), 5, 16, 0)
+        return model.activation_bytes(LlamaConfig(**SIZE | {"num_hidden_layers": layers}, num_key_value_heads=kv_heads), 5, 16, 0, bf16=bf16)
 
     assert kept(3) - kept(2) == predicted(3) - predicted(2)
 
@@ -79,14 +81,16 @@ def test_processes_lora_and_checkpointing_need_less():
     whole, shared = model.model_bytes(c), model.model_bytes(c, processes=4)
     layers = 4 * model.parameters(c)["layers"]
     assert [a - b for a, b in zip(whole, shared)] == [0.75 * layers, 0.75 * layers, 1.5 * layers]
-    args = argparse.Namespace(dtype="float32", device="cpu", batch_size=8, minibatch_size=4, micro_batch_size=2, ppo_epochs=1,
-                              max_prompt_length=8, max_new_tokens=8, ptx_coef=0.0)
-    full, lora = model.budget("ppo", c, args), model.budget("ppo", c, args, lora_rank=2)
+    args = dict(dtype="float32", base_dtype="float32", device="cpu", processes=1, gradient_checkpointing=False, batch_size=8,
+                minibatch_size=4, micro_batch_size=2, ppo_epochs=1, max_prompt_length=8, max_new_tokens=8, ptx_coef=0.0)
+    full, lora, half = (model.budget("ppo", c, argparse.Namespace(**args | other)) for other in (
+        dict(lora_rank=0), dict(lora_rank=2), dict(lora_rank=2, base_dtype="bfloat16")))
     weights = 4 * sum(p.numel() for p in LlamaForCausalLM(c).parameters())
     backbone = weights - 4 * 101 * 32 + 4 * 32  # the head gives way to one number
     adapters = 4 * model.parameters(c, 2)["adapters"]
     assert full["weights"] == 2 * (weights + backbone)  # four copies of LLaMA; with LoRA two
     assert lora["weights"] == weights + backbone + 2 * adapters
+    assert half["weights"] == (weights + backbone) / 2 + 2 * adapters
     assert lora["gradients"] == 2 * adapters + 4 * 32 and lora["optimizer"] == 2 * lora["gradients"]
     assert model.activation_bytes(c, 2, 16, 0, checkpointing=True) < model.activation_bytes(c, 2, 16, 0)
 

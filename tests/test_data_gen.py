@@ -155,7 +155,7 @@ def test_neighbours_of_one_role_become_one_message():
 
 
 @pytest.mark.parametrize("text, said", [
-    ('[{"instruction": "x"', "neither a JSON array nor JSON Lines"),
+    ('[{"instruction": "x"', "not JSON"),
     ('{"instruction": "x"}\nnonsense\n', "line 2"),
     ("[]", "holds no records"),
     ("", "holds no records"),

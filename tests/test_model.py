@@ -1317,13 +1317,12 @@ def test_a_bad_record_is_named(tmp_path, capfd, bad, words, name):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("data.json", "", ["not JSON"]),
+    ("data.json", "", ["no records"]),
     ("data.json", "hello", ["not JSON"]),
     ("data.json", '[{"user_input": "hi"},\n{"user_input": }]', ["not JSON", "line 2"]),
     ("data.json", '[{"user_input": "hi"}', ["not JSON"]),
-    ("data.json", '{"user_input": "a"}\n{"user_input": "b"}\n', ["not JSON", ".jsonl"]),
-    ("data.json", '{"user_input": "hi"}', ["array"]),
-    ("data.json", '"hi"', ["array"]),
+    ("data.json", '{\n"user_input": "hi"\n}', ["record 1", "not JSON", "one record a line"]),
+    ("data.json", '"hi"', ["record 1", "not a JSON object"]),
     ("data.json", "[]", ["no records"]),
     ("data.jsonl", "", ["no records"]),
     ("data.jsonl", "\n \n", ["no records"]),

@@ -1,4 +1,4 @@
-"""Two processes over gloo compute what one does: the same curves, the same weights, and resumed one from the other.
+"""Two processes over gloo compute what one does: the same curves, the same weights; and sft.py, resumed by another number.
 
     pytest tests/test_processes.py
 
@@ -17,6 +17,7 @@ if __name__ != "__main__":
 
     from test_resume import EXPORTS, argv  # noqa: F401: its tiny LLaMA
 
+STAGES = [("sft", []), ("train_rm", []), ("ppo", []), ("ppo", ["--shard_rollout"])]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -79,13 +80,13 @@ def short(argv, stage):  # noqa: F811
     return options + evaluated + ["--micro_batch_size", "2"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "train_rm", "ppo"]) if __name__ != "__main__" else lambda f: f
-def test_two_processes_equal_one(argv, tmp_path, stage):  # noqa: F811
-    """From the start, and each going on where the other was interrupted."""
+@pytest.mark.parametrize("stage, more", STAGES) if __name__ != "__main__" else lambda f: f
+def test_two_processes_equal_one(argv, tmp_path, stage, more):  # noqa: F811
+    """With the layers computed anew in the backward pass."""
     options = short(argv, stage)
     one, two = tmp_path / "one", tmp_path / "two"
     check(launch(1, stage, options, one))
-    done = check(launch(2, stage, options, two, "--gradient_checkpointing"))
+    done = check(launch(2, stage, options, two, "--gradient_checkpointing", *more))
     assert done.stdout.count(f"saved {two}") == 1  # only one of them speaks
     same(stage, two, one)
 
