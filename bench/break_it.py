@@ -33,7 +33,7 @@ RUNS = {  # name: (options of ppo.py, which reward model)
     "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
 }
 LAST = 5  # updates: what is measured on an update's 64 samples jumps from one to the next, so their mean over the last few counts
-COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats a response": "kl", "ratios clipped": "clip_fraction",
+COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats a response": "kl",
            "explained variance": "explained_variance", "entropy, nats a token": "entropy", "length, tokens": "response_length"}
 
 

@@ -98,7 +98,8 @@ def places(tmp_path, monkeypatch):
     for name, records in (("demos", demos), ("scored", scored), ("prompts", demos)):
         for twin in ("", "_eval"):
             (tmp_path / f"{name}{twin}.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    (tmp_path / "data" / "rlhf_training_data_eval.json").write_text(json.dumps(demos[:3], ensure_ascii=False), encoding="utf-8")
+    for name in ("actor_training_data", "rlhf_training_data_eval"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(demos[:3], ensure_ascii=False), encoding="utf-8")
     (tmp_path / "tokenizer").mkdir()
     texts = [f"{d['user_input']} {d['completion']}" for d in demos]
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, 600))
