@@ -156,7 +156,7 @@ def test_neighbours_of_one_role_become_one_message():
 
 @pytest.mark.parametrize("text, said", [
     ('[{"instruction": "x"', "not JSON"),
-    ('{"instruction": "x"}\nnonsense\n', "line 2"),
+    ('{"instruction": "x"}\nnonsense\n', "record 2: not JSON"),
     ("[]", "holds no records"),
     ("", "holds no records"),
     ('[{"question": "x"}]', "the fields question are those of no layout"),
