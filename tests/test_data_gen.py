@@ -410,7 +410,8 @@ def test_ctrl_c_loses_nothing(tmp_path, llm):
     source = write(tmp_path / "x.json", COMPLETIONS)
     argv = [sys.executable, ROOT / "data_gen.py", "score", source, "--out", tmp_path / "y.json", "--workers", "3",
             *(word for k, v in asking(server, timeout=5).items() for word in (f"--{k}", str(v)))]
-    first = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    # a shell's background jobs ignore Ctrl-C, and so would this one
+    first = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while len(server.answered) < 5:
         time.sleep(0.01)
         assert first.poll() is None

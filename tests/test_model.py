@@ -34,8 +34,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 import data_gen
 from model import (CHAT_TEMPLATE, LLAMA3_SPECIAL, ScalarHead, collate, encode_prompt, encode_records, encode_text, generate,
-                   left_pad, length_batches, load_llama, load_scalar_head, load_tokenizer, read_meta, read_records, sample,
-                   save_checkpoint, write_whole)
+                   left_pad, length_batches, linear, load_llama, load_scalar_head, load_tokenizer, read_meta, read_records, sample,
+                   save_checkpoint, similar, write_whole)
 from train_rm import last_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1050,14 +1050,62 @@ def test_a_padded_batch_answers_each_prompt_as_if_it_stood_alone(speaker):
 
 def test_positions_are_counted_from_the_first_token_of_each_prompt(speaker):
     """Turning keys and queries by a position only shows how far they lie apart, so the answers alone would not tell."""
-    prompts, seen = make_prompts(6, seed=3), []
+    prompts, seen = sorted(make_prompts(6, seed=3), key=len), []
     hook = speaker.model.rotary_emb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     input_ids, mask = left_pad(prompts, 0)
     generate(speaker, input_ids, mask, 5, -1, temperature=0)
     hook.remove()
-    for row, (prompt, is_token) in enumerate(zip(prompts, mask.bool())):
-        assert seen[0][row][is_token].tolist() == list(range(len(prompt)))
-        assert [positions[row].tolist() for positions in seen[1:]] == [[len(prompt) + step] for step in range(4)]
+    steps, first = seen[-4:], [row for positions in seen[:-4] for row in positions]  # prompts of similar length in a pass
+    assert len(first) == 6
+    for row, prompt in enumerate(prompts):
+        assert first[row][-len(prompt):].tolist() == list(range(len(prompt)))
+        assert [positions[row].tolist() for positions in steps] == [[len(prompt) + step] for step in range(4)]
+
+
+def test_prompts_of_similar_length_go_through_together(speaker):
+    """A long prompt beside short ones costs them no padding, and changes nothing in what they get."""
+    prompts = [[7] * n for n in (3, 40, 4, 5, 12, 6)]
+    seen = []
+    hook = speaker.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    tokens = generate(speaker, *left_pad(prompts, 0), 3, -1, temperature=0).tokens
+    hook.remove()
+    assert seen == [(4, 6), (1, 12), (1, 40), (6, 1), (6, 1)]
+    for prompt, row in zip(prompts, tokens):
+        assert torch.equal(generate(speaker, *left_pad([prompt], 0), 3, -1, temperature=0).tokens[0], row)
+    assert similar([1, 2, 2, 3, 6, 7]) == [slice(0, 3), slice(3, 5), slice(5, 6)] and similar([4]) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3)])
+def test_linear_maps_and_their_gradients(rows):
+    """Against the products and their derivatives in float64, in every combination of what needs a gradient."""
+    torch.manual_seed(0)
+    weight, x, of_y = torch.randn(512, 260), torch.randn(*rows, 260), torch.randn(*rows, 512)
+    y = torch.einsum("...i,oi->...o", x.double(), weight.double())
+    of_x = torch.einsum("...o,oi->...i", of_y.double(), weight.double())
+    of_weight = torch.einsum("no,ni->oi", of_y.double().flatten(0, -2), x.double().flatten(0, -2))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        inputs = [t.clone().requires_grad_(needs) for t, needs in zip((x, weight), wanted)]
+        found = linear(*inputs)
+        assert_close(found.double(), y, 1e-3)
+        if any(wanted):
+            found.backward(of_y)
+        for t, expected, needs in zip(inputs, (of_x, of_weight), wanted):
+            assert (t.grad is not None) == needs
+            if needs:
+                assert_close(t.grad.double(), expected, 1e-3)
+
+
+def test_linear_is_torchs_own_where_onednn_is_not_meant():
+    torch.manual_seed(0)
+    weight, x = torch.randn(512, 260, requires_grad=True), torch.randn(4, 260)
+    if torch.backends.mkldnn.is_available():
+        assert "OneDNN" in type(linear(x, weight).grad_fn).__name__
+    others = [linear(x, weight, torch.zeros(512)), linear(x, weight[:100]), linear(x.bfloat16(), weight.bfloat16()), linear(x[:0], weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        others.append(linear(x, weight))
+    assert all("OneDNN" not in type(y.grad_fn).__name__ for y in others)
+    assert [y.dtype for y in others] == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+    assert others[3].shape == (0, 512)
 
 
 def test_logprobs_do_not_depend_on_the_padding(speaker):
