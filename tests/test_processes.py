@@ -1,4 +1,4 @@
-"""Two processes over gloo compute what one does: the same curves, the same weights; and sft.py, resumed by another number.
+"""Two processes over gloo compute what one does: the same curves, the same weights; also when another number goes on.
 
     pytest tests/test_processes.py
 
@@ -31,7 +31,7 @@ def script(stage, *options):
         options = [o for i, o in enumerate(options) if "--die_at" not in (o, options[i - 1])]
 
         def log_or_die(self, **row):
-            if row["step"] == at and model.RANK == model.WORLD - 1:
+            if at in (row.get("step"), row.get("update")) and model.RANK == model.WORLD - 1:
                 model.stop("this process is out of luck", code=1)
             log(self, **row)
         model.Metrics.log = log_or_die
@@ -91,15 +91,19 @@ def test_two_processes_equal_one(argv, tmp_path, stage, more):  # noqa: F811
     same(stage, two, one)
 
 
-@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)]) if __name__ != "__main__" else lambda f: f
-def test_resume_with_another_number_of_processes(argv, tmp_path, first, second):  # noqa: F811
-    options, out = short(argv, "sft"), tmp_path / "run"
-    check(launch(1, "sft", options, tmp_path / "whole"))
-    half = launch(first, "sft", options, out, "--save_every", "7", "--die_at", "9")
+RESUMED = [("sft", 1, 2), ("sft", 2, 1), ("train_rm", 2, 1), ("ppo", 1, 2)]
+
+
+@pytest.mark.parametrize("stage, first, second", RESUMED) if __name__ != "__main__" else lambda f: f
+def test_resume_with_another_number_of_processes(argv, tmp_path, stage, first, second):  # noqa: F811
+    options, out = short(argv, stage), tmp_path / "run"
+    saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
+    check(launch(1, stage, options, tmp_path / "whole"))
+    half = launch(first, stage, options, out, "--save_every", saved, "--die_at", dies)
     assert half.returncode == 1 and "error: this process is out of luck" in half.stderr  # not a hang
     assert (out / "last" / "state.json").exists()
-    check(launch(second, "sft", options, out, "--save_every", "7", "--resume"))
-    same("sft", out, tmp_path / "whole")
+    check(launch(second, stage, options, out, "--save_every", saved, "--resume"))
+    same(stage, out, tmp_path / "whole")
 
 
 if __name__ == "__main__":
