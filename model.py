@@ -307,6 +307,8 @@ def load_tokenizer(path):
     It has a chat template, its own or CHAT_TEMPLATE, and a padding token that is not the end-of-sequence token: a
     reward model is read at the last token that is not padding, which is the end of sequence.
     """
+    if path == "data/tokenizer" and not os.path.isdir(path):  # else it would be looked for on the hub
+        stop(f"{path}: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
     try:
         if path.endswith(".gguf"):
             tokenizer = read_tokenizer_gguf(path)
@@ -1308,8 +1310,6 @@ def as_held(x, p):
 def read_config(path, tokenizer=None):
     """The `LlamaConfig` of what `load_llama` loads, without its weights where the format allows it (not in .gguf)."""
     if path is None:
-        if not tokenizer and not os.path.isdir("data/tokenizer"):
-            stop("data/tokenizer: missing, and the demo's vocabulary with it; run python data_gen.py first, or name a model")
         return LlamaConfig(vocab_size=len(load_tokenizer(tokenizer or "data/tokenizer")), **DEMO_MODEL)
     if path.endswith(".gguf"):
         return read_gguf(path)[0]

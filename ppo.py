@@ -577,6 +577,8 @@ def main(argv=None):
             stop("--ptx_coef needs --demonstrations")
         records = read_records(args.demonstrations, "user_input", "completion")
         demonstrations = encode_records(records, tokenizer, limit + args.max_new_tokens, args.demonstrations)
+    elif args.demonstrations:
+        print(f"{args.demonstrations} is not used: --ptx_coef is 0")
     gold = load_judge("--gold", args.gold) if args.gold else None
     if gold:
         for number, record in enumerate(eval_records, 1):
