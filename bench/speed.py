@@ -4,7 +4,7 @@
     python bench/speed.py                                     # every comparison: hours on a small machine
     python bench/speed.py --only ppo_float32 generate_demo    # some of them (--help names all)
     python bench/speed.py --only scaling                      # how the cost of a PPO update grows
-    python bench/speed.py --profile                           # where the time of one of our PPO updates goes
+    python bench/speed.py --profile                           # where the time of one of our PPO updates or generations goes
     python bench/speed.py --model SmolLM2-135M.gguf           # on a real LLaMA; else random weights of the same size
     python bench/speed.py --tiny                              # does everything run? The figures mean nothing
 
@@ -232,7 +232,8 @@ def summary(seconds, flops, lengths):
                 flops_per_s=statistics.median(f / s for f, s in zip(flops, seconds)))
 
 
-def ours_generate(work, folder):
+def generate_parts(work, folder):
+    """A function that answers the prompts of a comparison, these prompts, and the configuration of its model."""
     import torch
 
     from model import generate, left_pad, load_llama, load_tokenizer
@@ -243,9 +244,14 @@ def ours_generate(work, folder):
         make_end_likelier(model, tokenizer.eos_token_id)
     eos, generator = tokenizer.eos_token_id if work.get("realistic") else -1, torch.Generator().manual_seed(work["seed"])
     inputs = left_pad(prompts, tokenizer.pad_token_id)
-    seconds, outs = timed(lambda: generate(model, *inputs, work["new"], eos, generator=generator), work["updates"])
+    return lambda: generate(model, *inputs, work["new"], eos, generator=generator), prompts, model.config
+
+
+def ours_generate(work, folder):
+    answer, prompts, config = generate_parts(work, folder)
+    seconds, outs = timed(answer, work["updates"])
     lengths = [[(len(p), int(n)) for p, n in zip(prompts, out.mask.sum(1))] for out in outs]
-    return summary(seconds, [generation_flops(model.config, rows) for rows in lengths], lengths)
+    return summary(seconds, [generation_flops(config, rows) for rows in lengths], lengths)
 
 
 def ppo_step(actor, critic, reward_model, ref, prompts, tokenizer, new, seed=0, bf16=False):
@@ -371,9 +377,9 @@ def scaling(work, folder):
 
 
 def profile(work, folder):
-    """The operators that take the most time in one of our PPO updates."""
+    """The operators that take the most time in one of our PPO updates, or generations."""
     import torch
-    step, _ = ppo_parts(work, folder)
+    step = (generate_parts if work["kind"] == "generate" else ppo_parts)(work, folder)[0]
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
@@ -570,7 +576,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="pairs of processes a comparison")
     parser.add_argument("--updates", type=int, default=2, help="measured updates, or generations, in each process, after one to warm up")
     parser.add_argument("--profile", action="store_true",
-                        help="only profile our side of the PPO updates named by --only (default: ppo_float32)")
+                        help="only profile our side of the PPO updates and generations named by --only (default: ppo_float32)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "NAME", "FOLDER", "SEED"), help="what each process is started with")
     args = parser.parse_args()
@@ -581,8 +587,8 @@ def main():
     if args.repeats < 1 or args.updates < 1:
         fail("--repeats and --updates must be at least 1", 2)
     chosen = args.only or ["ppo_float32"] if args.profile else args.only or [*COMPARISONS, "scaling"]
-    if args.profile and any(COMPARISONS.get(name, {}).get("kind") != "ppo" for name in chosen):
-        fail("--profile needs names of PPO updates in --only, such as ppo_bf16", 2)
+    if args.profile and any(COMPARISONS.get(name, {}).get("kind") not in ("ppo", "generate") for name in chosen):
+        fail("--profile needs names of PPO updates or generations in --only, such as ppo_bf16", 2)
     compared = [] if args.profile else [name for name in chosen if name in COMPARISONS]
     if any(COMPARISONS[name]["kind"] != "generate" for name in compared):
         try:
