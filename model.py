@@ -1107,7 +1107,7 @@ def save_checkpoint(model, tokenizer, folder):
 
 
 def draw_curves(folder, panels):
-    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})`, over the first column."""
+    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})` that has values, over the first column."""
     if RANK > 0:
         return
     try:
@@ -1120,6 +1120,7 @@ def draw_curves(folder, panels):
     with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     step = next(iter(rows[0]))
+    panels = [(title, lines) for title, lines in panels if any(row[column] for row in rows for column in lines.values())]
     columns = min(4, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4 * columns, 3 * -(-len(panels) // columns)), squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels):
