@@ -80,8 +80,8 @@ AttentionInterface.register("sdpa", attention)  # in place of transformers' own
 
 
 class OneDNNProduct(torch.autograd.Function):
-    """x W^T in float32 on CPU by oneDNN, which PyTorch itself has for bf16 only: a tenth faster than MKL in training, twice as
-    fast for the few rows of a decoding step. `x` (..., in), `weight` (out, in) -> (..., out)."""
+    """y = x W^T in float32 on CPU by oneDNN, which PyTorch itself calls for bf16 only; of loss L, dL/dx = dL/dy W and
+    dL/dW = (dL/dy)^T x over all rows. `x` (..., in), `weight` (out, in) -> (..., out)."""
 
     @staticmethod
     def product(x, weight):
@@ -96,11 +96,12 @@ class OneDNNProduct(torch.autograd.Function):
     def backward(ctx, gradient):
         (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
         return (OneDNNProduct.product(gradient, weight.t()) if of_x else None,
-                gradient.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None)  # for this one MKL is as fast
+                gradient.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None)  # by MKL, which is as fast here
 
 
 def linear(x, weight, bias=None):
-    """`F.linear`; by oneDNN where that is faster: in float32 on CPU, from 2^17 weights."""
+    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster, above all
+    for the few rows of a decoding step; but not for small matrices, where the call itself costs more."""
     if (weight.numel() >= 2**17 and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and bias is None
             and x.numel() and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()):
         return OneDNNProduct.apply(x, weight)
@@ -108,6 +109,8 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
+    """`nn.Linear`, computed by `linear`."""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -811,11 +814,11 @@ def sample(logits, temperature, top_k, top_p, generator):
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
-def similar(lengths, most=2):
-    """Cut rows, sorted by length, into slices in which none is more than `most` times as long as another."""
+def similar(lengths):
+    """Cut rows, sorted by length, into slices in which none is more than twice as long as another."""
     cuts = [0]
     for i, length in enumerate(lengths):
-        if length > most * lengths[cuts[-1]]:
+        if length > 2 * lengths[cuts[-1]]:
             cuts.append(i)
     return [slice(*ends) for ends in zip(cuts, cuts[1:] + [len(lengths)])]
 
@@ -852,7 +855,7 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
         yield rows[alive], tokens[alive], logprobs[alive]
         alive = alive & (tokens != eos_token_id)
         living = int(alive.sum())
-        # ... and for every step, also those whose own rows have ended
+        # a sharded model needs all processes for every step, also those whose own rows have ended
         if (total(living) if in_step else living) == 0 or step == max_new_tokens - 1:
             return
         # dropping ended rows copies the cache, so wait until a quarter of the rows can go
