@@ -79,6 +79,9 @@ def attention(module, query, key, value, mask, **options):
 AttentionInterface.register("sdpa", attention)  # in place of transformers' own
 
 
+NOT_SMALL = 2**17  # weights of a matrix
+
+
 class OneDNNProduct(torch.autograd.Function):
     """y = x W^T in float32 on CPU by oneDNN, which PyTorch itself calls for bf16 only; of loss L, dL/dx = dL/dy W and
     dL/dW = (dL/dy)^T x over all rows. `x` (..., in), `weight` (out, in) -> (..., out)."""
@@ -102,7 +105,7 @@ class OneDNNProduct(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster, above all
     for the few rows of a decoding step; but not for small matrices, where the call itself costs more."""
-    if (weight.numel() >= 2**17 and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and bias is None
+    if (weight.numel() >= NOT_SMALL and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and bias is None
             and x.numel() and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()):
         return OneDNNProduct.apply(x, weight)
     return F.linear(x, weight, bias)
@@ -116,9 +119,9 @@ class Linear(nn.Linear):
 
 
 def with_linear(model):
-    """Let every `nn.Linear` of a model compute by `linear` -> the model."""
+    """Let every `nn.Linear` of a model that is not small compute by `linear` -> the model."""
     for part in model.modules():
-        if type(part) is nn.Linear:
+        if type(part) is nn.Linear and part.weight.numel() >= NOT_SMALL:
             part.__class__ = Linear
     return model
 
@@ -758,38 +761,53 @@ def merged(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
-class KVCache:
-    """The keys and values of all positions so far, laid out once for `length` positions: each layer (B, heads, length, d).
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021, eq. 34): with the halves (a, b) of a head's d numbers -> (a cos - b sin, b cos + a sin).
+    `x` (B, n, heads, d); `cos` (B, n, 1, d), and `sin` with minus signs in its first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
-    Growing them by concatenation would copy the whole cache for every token.
+
+def rms_norm(x, norm):
+    """x / sqrt(mean(x^2) + eps) times the norm's weights, by PyTorch's own function."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def is_sharded(layer):
+    """Whether this process holds only its part of the layer now (see "Many processes")."""
+    return isinstance(next(layer.parameters()), DTensor)
+
+
+@(torch.inference_mode if WORLD == 1 else torch.no_grad)()  # the first saves a tenth of a step on CPU, but is not for FSDP
+def next_token_logits(model, input_ids, position_ids, mask, cache, start):
+    """LLaMA's forward pass for the n newest tokens of each row (B, n), with `start` others before them -> logits (B, V) after
+    the last, float32. Written out: for one token a row it is many small calls, and transformers' own makes half as many again.
+
+    `cache` (layers, 2, B, kv heads, length, d) holds the keys and values of all positions, and gets those of the new ones. It is
+    laid out once: growing it by concatenation would copy all of it for every token. `mask` (B, 1, n, start + n): 0 where a
+    token may look, a huge negative number where not.
     """
-
-    def __init__(self, config, batch, length, dtype, device):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, config.head_dim)
-        self.layers = [list(layer) for layer in torch.zeros(shape, dtype=dtype, device=device)]
-        self.rows, self.first, self.position = slice(None), 0, 0  # of a pass: rows, first column, where the new goes
-
-    def update(self, keys, values, layer, **_):
-        """What LLaMA's attention calls: stores the new (B, heads, n, d), returns all up to and including them."""
-        end = self.position + keys.shape[2]
-        for stored, new in zip(self.layers[layer], (keys, values)):
-            stored[self.rows, :, self.position:end] = new
-        return [stored[self.rows, :, self.first:end] for stored in self.layers[layer]]
-
-    def keep_rows(self, rows):
-        """Drop all but the given rows of the batch: `rows` (B,) bool."""
-        self.layers = [[stored[rows] for stored in layer] for layer in self.layers]
-
-
-def next_token_logits(model, input_ids, position_ids, mask, cache):
-    """LLaMA's forward pass for the n newest tokens (B, n), with the cache -> logits (B, V) after the last one, float32."""
-    llama = model.model
+    llama, d, kv_heads = model.model, model.config.head_dim, model.config.num_key_value_heads
+    (batch, n), groups = input_ids.shape, model.config.num_attention_heads // kv_heads
+    new, end = slice(start, start + n), start + n
     hidden = llama.embed_tokens(input_ids)
-    rotary = llama.rotary_emb(hidden, position_ids)
-    for layer in llama.layers:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cache=cache)
-    cache.position += input_ids.shape[1]
-    return model.lm_head(llama.norm(hidden[:, -1])).float()
+    cos, sin = (x[:, :, None] for x in llama.rotary_emb(hidden, position_ids))
+    sin = torch.cat((-sin[..., :d // 2], sin[..., d // 2:]), -1)
+    mask, sharded = mask.repeat_interleave(groups, 2) if n > 1 else mask, is_sharded(llama.layers[0])
+    for layer, (keys, values) in zip(llama.layers, cache):
+        if sharded:
+            layer.unshard()
+        attention, x = layer.self_attn, rms_norm(hidden, layer.input_layernorm)
+        q = rotate(attention.q_proj(x).view(batch, n, -1, d), cos, sin)
+        keys[:, :, new] = rotate(attention.k_proj(x).view(batch, n, -1, d), cos, sin).transpose(1, 2)
+        values[:, :, new] = attention.v_proj(x).view(batch, n, -1, d).transpose(1, 2)
+        # query heads that share a key head look at it together, as if they were so many tokens more: no copy of the keys
+        q = q.view(batch, n, kv_heads, -1).transpose(1, 2).reshape(batch, kv_heads, n * groups, d)
+        seen = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=attention.scaling)
+        hidden = hidden + attention.o_proj(seen.view(batch, kv_heads, n, -1).transpose(1, 2).reshape(batch, n, -1))
+        hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
+        if sharded:
+            layer.reshard()
+    return model.lm_head(rms_norm(hidden[:, -1], llama.norm)).float()
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -805,13 +823,13 @@ def sample(logits, temperature, top_k, top_p, generator):
         ordered, order = logits.softmax(-1).sort(descending=True)
         too_far = ordered.cumsum(-1) - ordered >= top_p  # the set was complete before this token
         logits = logits.masked_fill(too_far.scatter(-1, order, too_far), -math.inf)
-    logprobs = logits.log_softmax(-1)
     # The inverse of the cumulative distribution, one random number a row; torch.multinomial draws one for each word.
     # 1 - rand lies in (0, 1], so that the first entry that reaches it has a probability above 0.
-    cumulative = logprobs.exp().cumsum(-1)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
     uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 
 def similar(lengths):
@@ -830,10 +848,9 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
     """
     batch, length = input_ids.shape
-    in_step = isinstance(model.model.layers[0], FSDPModule)
+    in_step, config = is_sharded(model.model.layers[0]), model.config
     device, blocked = input_ids.device, -1e30  # as good as -inf, which would give nan where all is blocked
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-    cache = KVCache(model.config, batch, length + max_new_tokens, dtype, device)
     rows = attention_mask.sum(1).argsort(stable=True)  # short prompts first
     input_ids, attention_mask = input_ids[rows], attention_mask[rows]
     # 0 where attention may look, a huge negative number on the padding; the first pass must not look ahead either
@@ -841,30 +858,30 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
     positions, lengths = (attention_mask.cumsum(-1) - 1).clamp(min=0), attention_mask.sum(1).clamp(min=1).tolist()
+    cache = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, length + max_new_tokens, config.head_dim,
+                        dtype=dtype, device=device)
     logits = []
     # the prompts, those of similar length together; a sharded model needs all processes for every pass, so as many passes in each
     for part in [slice(0, batch)] if in_step else similar(lengths):
-        start = length - lengths[part][-1]  # no row of this part has a token before it
-        cache.rows, cache.first, cache.position = part, start, start
-        logits.append(next_token_logits(model, input_ids[part, start:], positions[part, start:],
-                                        padding[part, ..., start:length] + ahead[start:, start:], cache))
-    logits, cache.rows, cache.first = torch.cat(logits), slice(None), 0
-    alive, positions = torch.ones(batch, dtype=torch.bool, device=device), positions[:, -1:]
-    for step in range(max_new_tokens):
+        first = length - lengths[part][-1]  # no row of this part has a token before it
+        logits.append(next_token_logits(model, input_ids[part, first:], positions[part, first:],
+                                        padding[part, ..., first:length] + ahead[first:, first:], cache[:, :, part, :, first:], 0))
+    logits, positions = torch.cat(logits), positions[:, -1:]
+    alive, living = torch.ones(batch, dtype=torch.bool, device=device), batch
+    for start in range(length, length + max_new_tokens):
         tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
-        yield rows[alive], tokens[alive], logprobs[alive]
+        yield (rows, tokens, logprobs) if living == len(rows) else (rows[alive], tokens[alive], logprobs[alive])
         alive = alive & (tokens != eos_token_id)
         living = int(alive.sum())
         # a sharded model needs all processes for every step, also those whose own rows have ended
-        if (total(living) if in_step else living) == 0 or step == max_new_tokens - 1:
+        if (total(living) if in_step else living) == 0 or start == length + max_new_tokens - 1:
             return
         # dropping ended rows copies the cache, so wait until a quarter of the rows can go
         if 0 < living <= 0.75 * len(rows):
-            rows, tokens, positions, padding = rows[alive], tokens[alive], positions[alive], padding[alive]
-            cache.keep_rows(alive)
+            rows, tokens, positions, padding, cache = rows[alive], tokens[alive], positions[alive], padding[alive], cache[:, :, alive]
             alive = alive[alive]
         positions = positions + 1
-        logits = next_token_logits(model, tokens[:, None], positions, padding[..., :cache.position + 1], cache)
+        logits = next_token_logits(model, tokens[:, None], positions, padding[..., :start + 1], cache, start)
 
 
 @dataclass
@@ -880,15 +897,12 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
     `input_ids`, `attention_mask` (B, P): prompts padded on the left, each answered as if it stood alone. With temperature
     alone (no top_k, top_p), `logprobs` are what a training pass gives for the same tokens at that temperature.
     """
-    batch, device = len(input_ids), input_ids.device
-    tokens = torch.zeros(batch, max_new_tokens, dtype=torch.long, device=device)
-    logprobs, mask = torch.zeros(batch, max_new_tokens, device=device), torch.zeros(batch, max_new_tokens, device=device)
-    steps = 0
-    written = decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator)
-    for rows, new_tokens, new_logprobs in written:
-        tokens[rows, steps], logprobs[rows, steps], mask[rows, steps] = new_tokens, new_logprobs, 1.0
-        steps += 1
-    return Generation(tokens[:, :steps], logprobs[:, :steps], mask[:, :steps])
+    steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator))
+    rows, tokens, logprobs = (torch.cat(parts) for parts in zip(*steps))
+    columns = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(part) for part, *_ in steps])).to(rows.device)
+    out = Generation(*(x.new_zeros(len(input_ids), len(steps)) for x in (tokens, logprobs, logprobs)))
+    out.tokens[rows, columns], out.logprobs[rows, columns], out.mask[rows, columns] = tokens, logprobs, 1.0
+    return out
 
 
 def left_pad(prompts, pad_token_id, device="cpu"):
@@ -1287,11 +1301,9 @@ def gathered(model, wanted=True):
     """Inside, every process holds all layers whole: decoding goes through them once a token, and would gather as often."""
     layers = model.model.layers if WORLD > 1 and wanted else []
     for layer in layers:
-        layer.set_reshard_after_forward(False)
         layer.unshard()
     yield
     for layer in layers:
-        layer.set_reshard_after_forward(True)
         layer.reshard()
 
 

@@ -1035,6 +1035,28 @@ def test_logprobs_are_those_of_a_training_pass(speaker, temperature):
         assert_close(logprobs, training_logprobs(speaker, prompt, tokens, temperature), 1e-4)
 
 
+@pytest.mark.parametrize("shape", [
+    dict(num_attention_heads=4, num_key_value_heads=4), dict(num_attention_heads=4, num_key_value_heads=1),
+    dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, rms_norm_eps=0.3),
+    dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, hidden_act="gelu",
+         rope_parameters=dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                              original_max_position_embeddings=16))])
+def test_generation_is_the_same_model_in_every_shape(shape):
+    """Decoding writes LLaMA's layers out; transformers' own pass, one prompt alone, is what it must equal."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.4, **shape)
+    llama = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in llama.named_parameters():
+            if "norm" in name or "bias" in name:  # these begin at 1 and 0, which would hide a mistake
+                p.add_(0.5 * torch.randn_like(p))
+    prompts = make_prompts(7, seed=9, longest=40)
+    result = generate(llama, *left_pad(prompts, 0), 12, -1, generator=torch.Generator().manual_seed(0))
+    for prompt, (tokens, logprobs) in zip(prompts, rows_of(result)):
+        assert_close(logprobs, training_logprobs(llama, prompt, tokens, 1.0), 1e-4)
+
+
 def test_a_padded_batch_answers_each_prompt_as_if_it_stood_alone(speaker):
     prompts = make_prompts(10, seed=2)
     assert len({len(prompt) for prompt in prompts}) > 4
@@ -1066,7 +1088,7 @@ def test_prompts_of_similar_length_go_through_together(speaker):
     """A long prompt beside short ones costs them no padding, and changes nothing in what they get."""
     prompts = [[7] * n for n in (3, 40, 4, 5, 12, 6)]
     seen = []
-    hook = speaker.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    hook = speaker.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[:2])))
     tokens = generate(speaker, *left_pad(prompts, 0), 3, -1, temperature=0).tokens
     hook.remove()
     assert seen == [(4, 6), (1, 12), (1, 40), (6, 1), (6, 1)]

@@ -80,30 +80,35 @@ def short(argv, stage):  # noqa: F811
     return options + evaluated + ["--micro_batch_size", "2"]
 
 
+def alone(argv, stage, tmp_path_factory, made={}):  # noqa: F811
+    """Where one process ran the stage, once for all tests."""
+    if stage not in made:
+        made[stage] = tmp_path_factory.mktemp(stage)
+        check(launch(1, stage, short(argv, stage), made[stage]))
+    return made[stage]
+
+
 @pytest.mark.parametrize("stage, more", STAGES) if __name__ != "__main__" else lambda f: f
-def test_two_processes_equal_one(argv, tmp_path, stage, more):  # noqa: F811
+def test_two_processes_equal_one(argv, tmp_path, tmp_path_factory, stage, more):  # noqa: F811
     """With the layers computed anew in the backward pass."""
-    options = short(argv, stage)
-    one, two = tmp_path / "one", tmp_path / "two"
-    check(launch(1, stage, options, one))
-    done = check(launch(2, stage, options, two, "--gradient_checkpointing", *more))
+    two = tmp_path / "two"
+    done = check(launch(2, stage, short(argv, stage), two, "--gradient_checkpointing", *more))
     assert done.stdout.count(f"saved {two}") == 1  # only one of them speaks
-    same(stage, two, one)
+    same(stage, two, alone(argv, stage, tmp_path_factory))
 
 
 RESUMED = [("sft", 1, 2), ("sft", 2, 1), ("train_rm", 2, 1), ("ppo", 1, 2)]
 
 
 @pytest.mark.parametrize("stage, first, second", RESUMED) if __name__ != "__main__" else lambda f: f
-def test_resume_with_another_number_of_processes(argv, tmp_path, stage, first, second):  # noqa: F811
+def test_resume_with_another_number_of_processes(argv, tmp_path, tmp_path_factory, stage, first, second):  # noqa: F811
     options, out = short(argv, stage), tmp_path / "run"
     saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
-    check(launch(1, stage, options, tmp_path / "whole"))
     half = launch(first, stage, options, out, "--save_every", saved, "--die_at", dies)
     assert half.returncode == 1 and "error: this process is out of luck" in half.stderr  # not a hang
     assert (out / "last" / "state.json").exists()
     check(launch(second, stage, options, out, "--save_every", saved, "--resume"))
-    same(stage, out, tmp_path / "whole")
+    same(stage, out, alone(argv, stage, tmp_path_factory))
 
 
 if __name__ == "__main__":
