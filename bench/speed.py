@@ -15,7 +15,8 @@ them; TRL's are shuffled, as its trainers make them.
 
 Every measured side is a process of its own, since its peak memory is compared: ours, peer, ours, peer, ... A ratio is
 that of two neighbours; the table has the median over the pairs, with the smallest and the largest. Within a process the
-first update (or generation) is warm-up, and the median of the others counts. An epoch of SFT or RM counts whole.
+first two updates (or generations) are warm-up, and the median of the others counts: the memory of a process still grows
+in the second. An epoch of SFT or RM counts whole.
 
 "Realistic": prompts from 4 tokens to the longest with a mean of about 0.4 of it, and the end of sequence made likelier
 on both sides, by the same hook, so that responses have a mean of about a third of the longest. Else nothing ends early.
@@ -37,6 +38,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 PPO_MICRO_BATCH, SFT_MICRO_BATCH, RM_MICRO_BATCH = 4, 8, 4  # of ours; TRL's micro-batch is its whole mini-batch
+WARM_UP = 2  # updates, or generations
 LR = "1e-6"  # of every optimizer here: it changes no time
 REAL = dict(model="real", batch=16, prompt=64, new=48)
 DEMO = dict(model="demo", batch=64, prompt=24, new=40, times=5)  # ppo.py's demo; quick, so five times as often as --updates says
@@ -212,8 +214,9 @@ def read(path):
 
 
 def timed(step, updates):
-    """Run `step` once to warm up, then `updates` times -> seconds of each of these, and what each returned."""
-    step()
+    """Run `step` WARM_UP times, then `updates` times -> seconds of each of these, and what each returned."""
+    for _ in range(WARM_UP):
+        step()
     seconds, results = [], []
     for _ in range(updates):
         started = time.perf_counter()
@@ -361,14 +364,14 @@ def scaling(work, folder):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from model import ScalarHead
+    from model import ScalarHead, with_linear
     rows = []
     first = SCALING_TINY if work["tiny"] else SCALING
     for name, factor in [("", 1)] + [(name, factor) for name in first for factor in (2, 4)]:
         sizes = first | ({name: first[name] * factor} if name else {})
         config = LlamaConfig(num_hidden_layers=sizes["layers"], **SIZE_SCALING)
         torch.manual_seed(0)
-        actor, critic, reward_model, ref = (LlamaForCausalLM(config).eval() for _ in range(4))
+        actor, critic, reward_model, ref = (with_linear(LlamaForCausalLM(config).eval()) for _ in range(4))
         step = ppo_step(actor, ScalarHead(critic.model), ScalarHead(reward_model.model), ref, random_prompts(sizes, config.vocab_size),
                         never_ends(pad_token_id=0), sizes["response"])
         seconds, lengths = timed(step, work["updates"])
@@ -380,7 +383,8 @@ def profile(work, folder):
     """The operators that take the most time in one of our PPO updates, or generations."""
     import torch
     step = (generate_parts if work["kind"] == "generate" else ppo_parts)(work, folder)[0]
-    step()
+    for _ in range(WARM_UP):
+        step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     return dict(table=profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
@@ -415,7 +419,7 @@ def peer_ppo(work, folder):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
-    path, batch, updates = f"{folder}/{work['model']}", work["batch"], work["updates"] + 1
+    path, batch, updates = f"{folder}/{work['model']}", work["batch"], WARM_UP + work["updates"]
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     policy, ref = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
     value, reward = (AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32) for _ in range(2))
@@ -447,8 +451,8 @@ def peer_ppo(work, folder):
     trainer = PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=reward, value_model=value,
                          train_dataset=prompts, eval_dataset=prompts, callbacks=[Clock()])
     trainer.train()
-    seconds = [after - before for before, after in zip(times, times[1:])]  # the first update ends at times[0]
-    return dict(seconds=statistics.median(seconds), tokens=statistics.mean(n for update in written[1:] for n in update))
+    seconds = [after - before for before, after in zip(times, times[1:])][WARM_UP - 1:]  # the first update ends at times[0]
+    return dict(seconds=statistics.median(seconds), tokens=statistics.mean(n for update in written[WARM_UP:] for n in update))
 
 
 def peer_epoch(work, folder):
@@ -574,7 +578,7 @@ def main():
     parser.add_argument("--data", help="folder with actor_training_data.json and reward_training_data.json (default: synthetic texts)")
     parser.add_argument("--python", default=sys.executable, help="the Python that has TRL, for the peer's processes (default: this one)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of processes a comparison")
-    parser.add_argument("--updates", type=int, default=2, help="measured updates, or generations, in each process, after one to warm up")
+    parser.add_argument("--updates", type=int, default=2, help="measured updates, or generations, in each process, after two to warm up")
     parser.add_argument("--profile", action="store_true",
                         help="only profile our side of the PPO updates and generations named by --only (default: ppo_float32)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that everything runs")
@@ -607,7 +611,7 @@ def main():
             real=any(COMPARISONS[name]["model"] == "real" for name in chosen if name in COMPARISONS)))
         made = start(sys.executable, "ours", "prepare", folder)
         print(f"{machine()}, {made['threads']} threads, torch {made['torch']}, transformers {made['transformers']}; "
-              f"model: {args.model or 'random weights'}; {args.repeats} pairs of processes, {args.updates} updates each after a warm-up"
+              f"model: {args.model or 'random weights'}; {args.repeats} pairs of processes, {args.updates} updates each after two to warm up"
               + ("; TINY SIZES: the figures mean nothing" if args.tiny else "") + "\n", flush=True)
         if args.profile:
             for name in chosen:
