@@ -42,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -79,9 +79,6 @@ def attention(module, query, key, value, mask, **options):
 AttentionInterface.register("sdpa", attention)  # in place of transformers' own
 
 
-NOT_SMALL = 2**17  # weights of a matrix
-
-
 class OneDNNProduct(torch.autograd.Function):
     """y = x W^T in float32 on CPU by oneDNN, which PyTorch itself calls for bf16 only; of loss L, dL/dx = dL/dy W and
     dL/dW = (dL/dy)^T x over all rows. `x` (..., in), `weight` (out, in) -> (..., out)."""
@@ -102,20 +99,43 @@ class OneDNNProduct(torch.autograd.Function):
                 gradient.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None)  # by MKL, which is as fast here
 
 
+NOT_SMALL = 2**17  # weights of a matrix
+
+
+def for_onednn(weight):
+    """Whether products with this matrix are oneDNN's: float32 on CPU, and not small, since the call itself costs more than MKL's."""
+    return (weight.numel() >= NOT_SMALL and weight.device.type == "cpu" and weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
+
+
 def linear(x, weight, bias=None):
-    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster, above all
-    for the few rows of a decoding step; but not for small matrices, where the call itself costs more."""
-    if (weight.numel() >= NOT_SMALL and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and bias is None
-            and x.numel() and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()):
-        return OneDNNProduct.apply(x, weight)
+    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster."""
+    if for_onednn(weight) and x.dtype == torch.float32 and bias is None and x.numel():
+        return OneDNNProduct.apply(x, weight) if torch.is_grad_enabled() else OneDNNProduct.product(x, weight)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, computed by `linear`."""
+    """`nn.Linear`, computed by `linear`, or with the copy of its weights that `packed` made."""
+
+    copy = None
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias) if self.copy is None else OneDNNProduct.product(x, self.copy)
+
+
+@contextlib.contextmanager
+def packed(model, rows):
+    """Inside, without gradients: float32 matrices on CPU lie in memory a second time, in the order in which oneDNN multiplies
+    `rows` rows with them. It would else bring them into that order for every token, which costs it as much again."""
+    parts = [part for part in model.modules() if isinstance(part, Linear) and part.bias is None and for_onednn(part.weight)]
+    for part in parts if WORLD == 1 and rows > 1 else []:  # for one row it gains nothing
+        part.copy = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), rows)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.copy = None
 
 
 def with_linear(model):
@@ -897,7 +917,8 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
     `input_ids`, `attention_mask` (B, P): prompts padded on the left, each answered as if it stood alone. With temperature
     alone (no top_k, top_p), `logprobs` are what a training pass gives for the same tokens at that temperature.
     """
-    steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator))
+    with packed(model, len(input_ids)):
+        steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator))
     rows, tokens, logprobs = (torch.cat(parts) for parts in zip(*steps))
     columns = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(part) for part, *_ in steps])).to(rows.device)
     out = Generation(*(x.new_zeros(len(input_ids), len(steps)) for x in (tokens, logprobs, logprobs)))
@@ -1401,7 +1422,8 @@ def rollout_bytes(config, rows, prompt, response, bf16=False):
     """Bytes for sampling: the cache, 2 layers K (P + N) numbers a row; beside it the prefill's three (tokens, I) in float32, its
     masks, or, when a quarter of the rows has ended, the copy of the other three quarters."""
     cache = (2 if bf16 else 4) * rows * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + response)
-    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + prompt)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + groups * prompt)
     return cache + max(prefill, 0.75 * cache)
 
 
@@ -1464,6 +1486,8 @@ def budget(stage, config, args):
         # logits, their log softmax and four more for the entropy stand side by side
         activations = activation_bytes(config, rows, length, rows * response, copies=6, **kept)
         rollout = rollout_bytes(config, -(-batch // processes), prompt, response, bf16)
+        if kept["device"] == "cpu" and processes == 1 and not bf16 and not lora_rank:  # see `packed`
+            rollout += 4 * (parameters(config)["layers"] + config.vocab_size * config.hidden_size)
         flops = generation_flops(config, batch, prompt, response) + forward_flops(config, batch, length, batch * response)
         flops += 2 * forward_flops(config, batch, length, 0)  # critic and reward model
         for projected in (batch * response, 0):  # actor, critic

@@ -29,13 +29,14 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from torch import nn
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification)
 
 import data_gen
 from model import (CHAT_TEMPLATE, LLAMA3_SPECIAL, ScalarHead, collate, encode_prompt, encode_records, encode_text, generate,
-                   left_pad, length_batches, linear, load_llama, load_scalar_head, load_tokenizer, read_meta, read_records, sample,
-                   save_checkpoint, similar, write_whole)
+                   left_pad, length_batches, linear, load_llama, load_scalar_head, load_tokenizer, packed, read_meta, read_records, sample,
+                   save_checkpoint, similar, with_linear, write_whole)
 from train_rm import last_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -1128,6 +1129,50 @@ def test_linear_is_torchs_own_where_onednn_is_not_meant():
     assert all("OneDNN" not in type(y.grad_fn).__name__ for y in others)
     assert [y.dtype for y in others] == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
     assert others[3].shape == (0, 512)
+
+
+def test_packed_matrices_are_the_same_and_are_given_back():
+    """A copy for oneDNN of what is not small: float32, without bias, without autocast, for more than one row."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(260, 512, bias=False), nn.Linear(260, 512), nn.Linear(260, 16, bias=False),
+             nn.Linear(260, 512, bias=False, dtype=torch.bfloat16)]
+    layers, x = with_linear(nn.ModuleList(parts)), torch.randn(16, 260)
+    copies = lambda: [getattr(part, "copy", None) is not None for part in layers]  # noqa: E731
+    with torch.no_grad(), packed(layers, 16):
+        assert copies() == [torch.backends.mkldnn.is_available(), False, False, False]
+        for rows in (1, 2, 16, 300):
+            x = torch.randn(rows, 260)
+            assert_close(layers[0](x).double(), x.double() @ layers[0].weight.double().T, 1e-3)
+    assert copies() == [False] * 4
+    with packed(layers, 1):
+        assert copies() == [False] * 4
+    with torch.autocast("cpu", torch.bfloat16), packed(layers, 16):
+        assert copies() == [False] * 4
+    with pytest.raises(KeyboardInterrupt), packed(layers, 16):
+        raise KeyboardInterrupt
+    assert copies() == [False] * 4
+
+
+def test_generation_uses_packed_matrices_and_training_does_not():
+    """Also after the weights have changed: the copy is of this generation only."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=0.1)
+    llama, used = with_linear(LlamaForCausalLM(config).eval()), []
+    hook = llama.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda part, inputs: used.append(part.copy is not None))
+    prompts = make_prompts(5)
+    for _ in range(2):
+        result = generate(llama, *left_pad(prompts, 0), 6, -1, generator=torch.Generator().manual_seed(0))
+        assert used and all(used) == torch.backends.mkldnn.is_available()
+        used.clear()
+        for prompt, (tokens, logprobs) in zip(prompts, rows_of(result)):
+            assert_close(logprobs, training_logprobs(llama, prompt, tokens, 1.0), 1e-4)
+        assert not any(used)
+        used.clear()
+        with torch.no_grad():
+            for p in llama.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    hook.remove()
 
 
 def test_logprobs_do_not_depend_on_the_padding(speaker):
