@@ -471,7 +471,8 @@ def load_llama(path, tokenizer, dtype=torch.float32):
         stop(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {model.config.vocab_size}: "
              "they do not belong together")
     for config in (model.config, model.generation_config):
-        config.pad_token_id, config.bos_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
     model.eval()  # LLaMA has no dropout; a checkpoint whose config asks for some gets none here, nor in training
     for parameter in model.parameters():  # and not the rotary frequencies, which bfloat16 cannot tell apart at long distances
         parameter.data = parameter.data.to(dtype)
@@ -561,7 +562,8 @@ def read_meta(path, device="cpu"):
 
 GGUF_NAMES = {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
               "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
-              "attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}
+              "attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "token_embd": "tok_embeddings",
+              "output_norm": "norm", "output": "output"}
 
 
 def read_gguf(path):
@@ -696,7 +698,8 @@ def lora_options(parser):
     group = parser.add_argument_group("LoRA (Hu et al. 2021)")
     group.add_argument("--lora_rank", type=whole, default=0, help="rank of the adapters; 0: without, every weight is trained")
     group.add_argument("--lora_alpha", type=positive, default=16, help="the adapters' output is scaled by this over the rank")
-    group.add_argument("--lora_targets", default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", help="matrices of each layer that get one")
+    group.add_argument("--lora_targets", default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                       help="matrices of each layer that get one")
     group.add_argument("--base_dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen weights")
 
 
@@ -721,7 +724,8 @@ def add_lora(model, rank, alpha, targets, base_dtype="float32"):
         for layer in model.model.layers:
             layer.set_submodule(short[target], LoRALinear(layer.get_submodule(short[target]), rank, alpha))
     size, learns = sum(p.nbytes for p in model.parameters() if not p.requires_grad), sum(p.numel() for p in trainable(model))
-    print(f"LoRA: {size / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, {16 * learns / 1e6:.1f} MB with gradient and Adam", flush=True)
+    print(f"LoRA: {size / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, "
+          f"{16 * learns / 1e6:.1f} MB with gradient and Adam", flush=True)
     return model
 
 
@@ -1210,9 +1214,11 @@ def common_options(parser):
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products; weights stay float32")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="compute each layer anew in the backward pass: less memory, a third more time")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="compute each layer anew in the backward pass: less memory, a third more time")
     group.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    group.add_argument("--save_every", type=positive, default=100, help="optimizer steps (ppo.py: updates) between saved states, in --out/last")
+    group.add_argument("--save_every", type=positive, default=100,
+                       help="optimizer steps (ppo.py: updates) between saved states, in --out/last")
     group.add_argument("--keep", type=whole, default=0, help="export the model with each saved state too, and keep the newest so many")
     group.add_argument("--dry_run", action="store_true", help="print what the run would need in memory and arithmetic, and stop")
     group.add_argument("--processes", type=positive, default=1, help="of --dry_run: among so many processes the layers are shared out")

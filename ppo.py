@@ -14,7 +14,7 @@ update
     2. turns scores into rewards and rewards into advantages (the section "The maths");
     3. takes a few passes of clipped gradient steps over that experience, actor and critic each with its own optimizer.
 
-Reward of the token at t:   R_t = - kl_coef KL_t  +  [t is the last token] score            (Ziegler et al. 2019, eq. 2)
+Reward of the token at t:   r_t = - kl_coef KL_t  +  [t is the last token] score            (Ziegler et al. 2019, eq. 2)
 Actor:    minimize   L_clip - entropy_coef H + ptx_coef L_ptx       (Schulman et al. 2017, eq. 7 and 9; InstructGPT, eq. 2)
 Critic:   minimize   L_value                                        (clipped, as in OpenAI's lm-human-preferences)
 
@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (Metrics, RANK, ScalarHead, Signals, WORLD, add_lora, autocast, before_lora, clip_gradients, collate, common_options,
-                   draw_curves, dry_run, encode_prompts, encode_records, gathered, generate, keep_export, largest, left_pad, load_judge, load_llama,
-                   load_scalar_head, load_tokenizer, lora_options, my_parts, open_run, place, positive, read_records, restore,
+                   draw_curves, dry_run, encode_prompts, encode_records, gathered, generate, keep_export, largest, left_pad, load_judge,
+                   load_llama, load_scalar_head, load_tokenizer, lora_options, my_parts, open_run, place, positive, read_records, restore,
                    save_checkpoint, save_state, settings, start_processes, stop, total, trainable, wait_for_all)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -114,7 +114,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """R_t = -kl_coef KL_t, plus the score at the last token of the response (Ziegler et al. 2019, eq. 2, per token).
+    """r_t = -kl_coef KL_t, plus the score at the last token of the response (Ziegler et al. 2019, eq. 2, per token).
 
     `scores` (B,), `kl`, `mask` (B, T) -> (B, T) float32, 0 outside the mask.
     """
@@ -128,7 +128,7 @@ def gae(rewards, values, mask, gamma, lam):
 
         delta_t = r_t + gamma V_{t+1} - V_t           A_t = delta_t + gamma lam A_{t+1}         V = A = 0 after the end
 
-    `rewards`, `values`, `mask` (B, T) -> advantages, returns = advantages + values, both (B, T) float32, 0 outside the
+    `rewards`, `values`, `mask` (B, T) -> advantages, returns G = advantages + values, both (B, T) float32, 0 outside the
     mask. lam = 0 gives the one-step TD error, lam = 1 the discounted sum of rewards minus V_t.
     """
     rewards, values = inside(rewards, mask), inside(values, mask)
@@ -159,7 +159,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 def value_loss(values, old_values, returns, mask, clip):
     """Half the larger of two squared errors: of V, and of V kept within +-clip of what it was at the rollout.
 
-        L = 1/2 mean  max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2)
+        L = 1/2 mean  max((V - G)^2, (V_old + clamp(V - V_old, -clip, clip) - G)^2)          G: the returns
 
     As in OpenAI's lm-human-preferences. All (B, T); the gradient flows through `values` only -> loss, clip_fraction.
     """
@@ -185,7 +185,7 @@ class AdaptiveKL:
 
         e = clamp(KL / target - 1, -0.2, 0.2)          coef <- coef (1 + e n / horizon)
 
-    `target` in nats a response; `n` responses since the last update; `horizon` in responses.
+    `target` in nats per response; `n` responses since the last update; `horizon` in responses.
     """
 
     def __init__(self, coef, target, horizon):
@@ -340,7 +340,8 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         input_ids, is_completion = collate([experience["prompts"][i] for i in part], [experience["responses"][i] for i in part],
                                            tokenizer.pad_token_id, args.device)
         mask = experience["mask"][part]
-        old_logprobs, advantages, old_values, returns = (experience[k][part] for k in ("old_logprobs", "advantages", "old_values", "returns"))
+        old_logprobs, advantages, old_values, returns = (
+            experience[name][part] for name in ("old_logprobs", "advantages", "old_values", "returns"))
         share = counts * mask.sum() / all_tokens
         with autocast(args):
             logits, tokens = response_logits(actor, input_ids, is_completion)
@@ -359,7 +360,8 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         for name, value in dict(policy_loss=loss, value_loss=v_loss, entropy=entropy, clip_fraction=clip_fraction,
                                 value_clip_fraction=value_clip_fraction, approx_kl=approx_kl).items():
             s[name] += (value.detach() * share).item()
-        s["largest_ratio"] = max(s["largest_ratio"], math.exp(min(inside(logprobs.detach() - old_logprobs, mask).max().item(), LARGEST_LOG)))
+        largest_log = inside(logprobs.detach() - old_logprobs, mask).max().item()
+        s["largest_ratio"] = max(s["largest_ratio"], math.exp(min(largest_log, LARGEST_LOG)))
     if demonstrations:
         # PPO-ptx (InstructGPT eq. 2): keep writing what people wrote. Inputs, labels and mask come from the same records.
         all_targets = sum(len(completion) for _, completion, _ in demonstrations)
@@ -414,13 +416,13 @@ def unhealthy(rows, first, updates):
                                 "those of the distribution that was sampled from; look at --temperature, and at what you changed in "
                                 "generation")
     if row["kl"] > max(KL_A_RESPONSE, KL_A_TOKEN * row["response_length"]):
-        wrong["KL running away"] = (f"the KL is {row['kl']:.1f} nats a response: the policy leaves the SFT model behind; raise --kl_coef "
+        wrong["KL running away"] = (f"the KL is {row['kl']:.1f} nats per response: the policy leaves the SFT model behind; raise --kl_coef "
                                     "or lower --lr")
     if row["clip_fraction"] > CLIPPED:
         wrong["clipping"] = (f"{row['clip_fraction']:.0%} of the tokens are clipped, so most ratios left the clip range: the steps are "
                              "too large; lower --lr or --ppo_epochs")
     if row["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]:
-        wrong["entropy"] = (f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats a token: the policy hardly "
+        wrong["entropy"] = (f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats per token: the policy hardly "
                             "explores any more; raise --kl_coef or --entropy_coef, or lower --lr")
     if len(rows) > min(CRITIC_YOUNG, updates / 2) and recent("explained_variance") < 0:
         wrong["critic"] = (f"after {len(rows)} updates the critic explains less than the mean return would (explained variance "
@@ -447,7 +449,8 @@ def parse(argv):
     group = parser.add_argument_group("what goes in and out")
     group.add_argument("--sft", help="the SFT model: actor and reference begin as it (default: runs/sft)")
     group.add_argument("--rm", help="the reward model: the critic begins as it (default: runs/rm)")
-    group.add_argument("--critic", choices=["rm", "sft"], default="rm", help="where the critic begins: the reward model, or the SFT model with a new head")
+    group.add_argument("--critic", choices=["rm", "sft"], default="rm",
+                       help="where the critic begins: the reward model, or the SFT model with a new head")
     group.add_argument("--prompts", help="prompts to practise on: user_input")
     group.add_argument("--eval_prompts", help="held-out prompts for the greedy evaluation")
     group.add_argument("--demonstrations", help="for the PTX term: user_input, completion")
@@ -462,7 +465,7 @@ def parse(argv):
     group = parser.add_argument_group("reward")
     group.add_argument("--kl_coef", type=float, help="score units a nat of KL to the reference")
     group.add_argument("--kl_kind", choices=["k1", "k2", "k3"], default="k1", help="estimator of the KL in the reward")
-    group.add_argument("--kl_target", type=float, help="nats a response: adapt kl_coef to hold the KL there (default: kl_coef stays)")
+    group.add_argument("--kl_target", type=float, help="nats per response: adapt kl_coef to hold the KL there (default: kl_coef stays)")
     group.add_argument("--kl_horizon", type=positive, default=10000, help="responses over which kl_coef adapts")
     group.add_argument("--no_eos_penalty", type=float, default=1.0, help="taken off the score of a response that did not end")
     group.add_argument("--whiten_rewards", action="store_true", help="scale the rewards about their mean to deviation 1 over the batch")
@@ -473,14 +476,15 @@ def parse(argv):
     group.add_argument("--ppo_epochs", type=positive, help="passes over each round's experience")
     group.add_argument("--minibatch_size", type=positive, help="responses an optimizer step")
     group.add_argument("--micro_batch_size", type=positive,
-                       help="responses of the longest kind a forward pass (the decoding has all of the batch): bounds the memory, changes nothing else")
+                       help="responses of the longest kind per forward pass (the decoding has all of the batch): bounds the memory, "
+                            "changes nothing else")
     group.add_argument("--lr", type=float, help="learning rate of the actor; falls to 0 in a line over the run")
     group.add_argument("--critic_lr", type=float, help="learning rate of the critic, likewise")
     group.add_argument("--clip", type=float, default=0.2, help="how far the probability ratio may move, as a share")
     group.add_argument("--value_clip", type=float, default=0.2, help="how far the value may move, in score units")
     group.add_argument("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus")
     group.add_argument("--ptx_coef", type=float, help="weight of the cross entropy on demonstrations; 0: without")
-    group.add_argument("--target_kl", type=float, help="nats a token: end an update early when old and new policy are this far apart")
+    group.add_argument("--target_kl", type=float, help="nats per token: end an update early when old and new policy are this far apart")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to this")
     group = parser.add_argument_group("looking")
     group.add_argument("--eval_every", type=positive, help="updates between greedy evaluations, at which the models are saved too")
@@ -659,22 +663,25 @@ def main(argv=None):
         bar.update()
         signals.agree()
         if update % args.save_every == 0 or update == args.updates or signals.caught:
-            save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3], latest=last, history=history,
-                       prompts_left=prompt_deck.left, demonstrations_left=demonstration_deck.left, kl_coef=kl_control.coef)
+            save_state(args.out, args, metrics, **saved, update=update, first=first, first_texts=first_texts[:3],
+                       latest=last, history=history, prompts_left=prompt_deck.left,
+                       demonstrations_left=demonstration_deck.left, kl_coef=kl_control.coef)
             if args.keep:
                 keep_export(actor, tokenizer, args.out, update, args.keep)
         if signals.caught:
             signals.leave(args.out)
     bar.close()
     signals.restore()
-    draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}), ("gold score, held out", {"gold": "eval_gold"}),
-                           ("KL to the SFT policy (nats a response)", {"KL": "kl"}), ("entropy (nats a token)", {"entropy": "entropy"}),
+    draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}),
+                           ("gold score, held out", {"gold": "eval_gold"}),
+                           ("KL to the SFT policy (nats per response)", {"KL": "kl"}), ("entropy (nats per token)", {"entropy": "entropy"}),
                            ("share of ratios clipped", {"policy": "clip_fraction", "value": "value_clip_fraction"}),
                            ("explained variance of the critic", {"explained variance": "explained_variance"}),
-                           ("response length (tokens)", {"length": "response_length"}), ("share of responses that ended", {"ended": "ended"})])
+                           ("response length (tokens)", {"length": "response_length"}),
+                           ("share of responses that ended", {"ended": "ended"})])
     for name, value in last.items():
         print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")
-    print(f"KL to the SFT policy: {history[-1]['kl']:.2f} nats a response")
+    print(f"KL to the SFT policy: {history[-1]['kl']:.2f} nats per response")
     print(f"saved {args.out}")
 
 

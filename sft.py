@@ -96,7 +96,8 @@ def main(argv=None):
     model = place(llama, args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
     train = encode_records(read_records(args.data, "user_input", "completion"), tokenizer, max_length, args.data)
-    held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length, args.eval_data)
+    held_out = args.eval_data and encode_records(read_records(args.eval_data, "user_input", "completion"), tokenizer, max_length,
+                                                 args.eval_data)
     state = open_run(args.out, args)
     metrics = Metrics(args.out, ["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"], state)
 
@@ -138,7 +139,8 @@ def main(argv=None):
                      "look at these, or lower --lr", code=1)
             # 20 steps to know what is usual, then anything far above it deserves a look: it is mostly the data
             if step >= 20 and loss > usual + 10 * spread:
-                tqdm.write(f"warning: step {step + 1}: loss {loss:.2f} where {usual:.2f} is usual; the worst is record {worst[1]} of {args.data} ({worst[0]:.2f})")
+                tqdm.write(f"warning: step {step + 1}: loss {loss:.2f} where {usual:.2f} is usual; the worst is record "
+                           f"{worst[1]} of {args.data} ({worst[0]:.2f})")
             usual, spread = (loss, 0.1 * loss) if usual is None else (0.95 * usual + 0.05 * loss, 0.95 * spread + 0.05 * abs(loss - usual))
             grad_norm = clip_gradients(model, 1.0)
             if not math.isfinite(grad_norm):
@@ -154,7 +156,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s", refresh=False)
             bar.update()
             if eval_loss is not None:
-                tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} a token, perplexity {math.exp(eval_loss):.2f}")
+                tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} per token, perplexity {math.exp(eval_loss):.2f}")
             signals.agree()
             if step % args.save_every == 0 or step == steps or signals.caught:
                 save_state(args.out, args, metrics, **saved, step=step, usual=usual, spread=spread)
@@ -165,7 +167,7 @@ def main(argv=None):
     bar.close()
     signals.restore()
     save_checkpoint(model, tokenizer, args.out)
-    draw_curves(args.out, [("cross entropy (nats a token)", {"train": "loss", "held out": "eval_loss"}), ("learning rate", {"lr": "lr"}),
+    draw_curves(args.out, [("cross entropy (nats per token)", {"train": "loss", "held out": "eval_loss"}), ("learning rate", {"lr": "lr"}),
                            ("gradient norm", {"gradient norm": "grad_norm"}), ("tokens a second", {"tokens/s": "tokens_per_s"})])
     print(f"saved {args.out}")
 

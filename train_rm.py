@@ -34,7 +34,8 @@ from model import (Metrics, RANK, ScalarHead, Signals, WORLD, add_lora, autocast
                    trainable)
 
 DEMO = dict(model="runs/sft", data="data/reward_training_data.json", eval_data="data/reward_training_data_eval.json",
-            demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4, max_length=256, eval_every=250)
+            demonstrations="data/actor_training_data.json", epochs=4, batch_size=4, micro_batch_size=4, lr=5e-4,
+            max_length=256, eval_every=250)
 # InstructGPT (appendix C.2) trains one epoch, since more overfit, with 64 prompts a batch and 9e-6 for its 6B model
 DEFAULT = dict(epochs=1, batch_size=64, micro_batch_size=2, lr=9e-6, max_length=512, eval_every=50)
 
@@ -54,7 +55,8 @@ def parse(argv):
     group.add_argument("--batch_size", type=positive, help="prompts an optimizer step, each with all its completions")
     group.add_argument("--micro_batch_size", type=positive, help="prompts a forward pass: bounds the memory, changes nothing else")
     group.add_argument("--lr", type=float, help="peak learning rate of AdamW; falls to a tenth along a cosine")
-    group.add_argument("--max_length", type=positive, help="tokens a prompt with a completion; a longer one loses the beginning of its prompt")
+    group.add_argument("--max_length", type=positive,
+                       help="tokens per prompt with completion; a longer one loses the beginning of its prompt")
     group.add_argument("--eval_every", type=positive, help="optimizer steps between evaluations")
     lora_options(parser)
     common_options(parser)
@@ -178,7 +180,8 @@ def main(argv=None):
 
     examples, groups, labels = read(args.data)
     held_out = read(args.eval_data) if args.eval_data else None
-    demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"), tokenizer, max_length, args.demonstrations)
+    demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"), tokenizer, max_length,
+                                    args.demonstrations)
     state = open_run(args.out, args)
     metrics = Metrics(args.out, ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr", "grad_norm",
                                  "tokens_per_s"], state)
@@ -207,7 +210,8 @@ def main(argv=None):
             for part, counts in my_parts(batch, args.micro_batch_size):
                 parts = [groups[i] for i in part]
                 rows = [i for part in parts for i in part]
-                input_ids, is_completion = collate([examples[i][0] for i in rows], [examples[i][1] for i in rows], tokenizer.pad_token_id, args.device)
+                input_ids, is_completion = collate([examples[i][0] for i in rows], [examples[i][1] for i in rows],
+                                                   tokenizer.pad_token_id, args.device)
                 with autocast(args):
                     scores = last_token(reward_model(input_ids), is_completion)
                 targets = labels[rows].to(scores.device)
@@ -223,20 +227,23 @@ def main(argv=None):
             grad_norm = clip_gradients(reward_model, 1.0)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 numbers = sorted(examples[i][2] for b in batch for i in groups[b])
-                stop(f"{args.data}: the loss is {loss}, the gradient {grad_norm} at step {step + 1}, on records {numbers}: look at these, or lower --lr", code=1)
+                stop(f"{args.data}: the loss is {loss}, the gradient {grad_norm} at step {step + 1}, on records {numbers}: "
+                     "look at these, or lower --lr", code=1)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             row = dict(step=step, epoch=epoch, loss=loss, accuracy=(correct[0] / correct[1]).item(), lr=lr, grad_norm=grad_norm,
                        tokens_per_s=sum(lengths[i] for i in batch) / (time.perf_counter() - started))
             if held_out and (step % args.eval_every == 0 or step == steps):
-                row["eval_accuracy"], row["eval_margin"], row["eval_error"], by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
+                row["eval_accuracy"], row["eval_margin"], row["eval_error"], by_gap = evaluate(
+                    reward_model, *held_out, args, tokenizer.pad_token_id)
                 tqdm.write(f"step {step}: held-out pair accuracy {row['eval_accuracy']:.3f}, margin {row['eval_margin']:.2f}"
                            + (f", error {row['eval_error']:.3f}" if args.loss == "regression" else ""))
             if args.loss == "ranking":
                 row.pop("eval_error", None)  # a ranking model's scores have no scale to compare with the labels
             metrics.log(**row)
-            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {row['accuracy']:.2f}, lr {lr:.1e}, {row['tokens_per_s']:.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, accuracy {row['accuracy']:.2f}, lr {lr:.1e}, "
+                                f"{row['tokens_per_s']:.0f} tokens/s", refresh=False)
             bar.update()
             signals.agree()
             if step % args.save_every == 0 or step == steps or signals.caught:
@@ -263,7 +270,8 @@ def main(argv=None):
           f"{scores.std(unbiased=False):.3f} (the shift is constant to {constant.std() / constant.mean() * mean.abs() / deviation:.1e})")
     if held_out:
         accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
-        print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores {margin:.2f}; by how far the labels of a pair lie apart:")
+        print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores {margin:.2f}; "
+              "by how far the labels of a pair lie apart:")
         for upto, gap_accuracy, pairs in by_gap:
             print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {pairs} pairs")
     save_checkpoint(reward_model, tokenizer, args.out)

@@ -33,8 +33,8 @@ RUNS = {  # name: (options of ppo.py, which reward model)
     "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
 }
 LAST = 5  # updates: what is measured on an update's 64 samples jumps from one to the next, so their mean over the last few counts
-COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats a response": "kl",
-           "explained variance": "explained_variance", "entropy, nats a token": "entropy", "length, tokens": "response_length"}
+COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats per response": "kl",
+           "explained variance": "explained_variance", "entropy, nats per token": "entropy", "length, tokens": "response_length"}
 
 
 def run(folder, script, options, log):
@@ -120,7 +120,7 @@ def draw(results, path):
             kl, score, gold = zip(*points)
             axis.plot(kl, gold, "o-", color="tab:green", label="gold score" if not number else None, ms=3)
             twin.plot(kl, score, "s--", color="tab:orange", label="reward model" if not number else None, ms=3)
-        axis.set(title=name, xlabel="KL to the SFT policy (nats a response)", ylabel="gold score (0 to 5)")
+        axis.set(title=name, xlabel="KL to the SFT policy (nats per response)", ylabel="gold score (0 to 5)")
         twin.set_ylabel("score of the reward model")
         axis.legend(loc="lower left", fontsize=8)
         twin.legend(loc="lower right", fontsize=8)

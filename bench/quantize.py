@@ -72,7 +72,7 @@ def main(argv=None):
     before, _ = answer_logprobs(full, prompts, answers)
     linear = [part for name, part in full.named_modules() if isinstance(part, nn.Linear) and name != "lm_head"]
     weights, full_bytes = sum(part.weight.numel() for part in linear), sum(part.weight.nbytes for part in linear)
-    print(f"{len(PROMPTS)} prompts, {len(before)} answer tokens, mean log probability {before.mean():.4f} nats a token in {args.dtype}\n")
+    print(f"{len(PROMPTS)} prompts, {len(before)} answer tokens, mean log probability {before.mean():.4f} nats per token in {args.dtype}\n")
     print("| weights | bytes | bytes a weight, linear layers | mean of abs(d) | mean of d | still the likeliest | 7B, on paper |")
     print("| --- " * 7 + "|")
     in_16_bit = (LINEAR_7B + REST_7B) * 2 / 1e9
