@@ -118,24 +118,24 @@ def linear(x, weight, bias=None):
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `linear`, or with the copy of its weights that `packed` made."""
 
-    copy = None
+    packed = None
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias) if self.copy is None else OneDNNProduct.product(x, self.copy)
+        return linear(x, self.weight, self.bias) if self.packed is None else OneDNNProduct.product(x, self.packed)
 
 
 @contextlib.contextmanager
 def packed(model, rows):
-    """Inside, without gradients: float32 matrices on CPU lie in memory a second time, in the order in which oneDNN multiplies
+    """Inside, where no gradient is wanted: float32 matrices on CPU lie in memory a second time, in the order in which oneDNN multiplies
     `rows` rows with them. It would else bring them into that order for every token, which costs it as much again."""
     parts = [part for part in model.modules() if isinstance(part, Linear) and part.bias is None and for_onednn(part.weight)]
-    for part in parts if WORLD == 1 and rows > 1 else []:  # for one row it gains nothing
-        part.copy = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), rows)
     try:
+        for part in parts if WORLD == 1 and rows > 1 else []:  # FSDP takes the weights away; for one row it gains nothing
+            part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), rows)
         yield
     finally:
         for part in parts:
-            part.copy = None
+            part.packed = None
 
 
 def with_linear(model):
@@ -770,16 +770,20 @@ def before_lora(model):
 
 
 def merged(model):
-    """The same function as a plain float32 model, W + alpha / r B A in place of each adapter. `model` stays as it is; what
-    is float32 and has no adapter is shared with it."""
-    memo = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for p in model.parameters()}
-    plain = copy.deepcopy(model, memo | {id(buffer): buffer for buffer in model.buffers()})
-    for name, part in list(plain.named_modules()):
+    """{name: tensor} of the same function as a plain float32 model, with W + alpha / r B A in place of each adapter. With many
+    processes all take part, and rank 0 has it whole. What is float32 and has no adapter is not copied."""
+    tensors = {name: in_one_piece(tensor) for name, tensor in model.state_dict().items()}
+    for name, part in model.named_modules():
         if isinstance(part, LoRALinear):
-            linear = nn.Linear(*reversed(part.weight.shape), bias=False, device="meta")
-            linear.weight, linear.bias = nn.Parameter(part.weight + part.scale * part.B @ part.A, requires_grad=False), part.bias
-            plain.set_submodule(name, linear)
-    return plain
+            a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
+            if RANK == 0:
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + part.scale * b @ a
+    if RANK > 0:
+        return {}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    if "lm_head.weight" in tensors and model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -793,7 +797,7 @@ def rotate(x, cos, sin):
 
 def rms_norm(x, norm):
     """x / sqrt(mean(x^2) + eps) times the norm's weights, by PyTorch's own function."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def is_sharded(layer):
@@ -803,8 +807,9 @@ def is_sharded(layer):
 
 @(torch.inference_mode if WORLD == 1 else torch.no_grad)()  # the first saves a tenth of a step on CPU, but is not for FSDP
 def next_token_logits(model, input_ids, position_ids, mask, cache, start):
-    """LLaMA's forward pass for the n newest tokens of each row (B, n), with `start` others before them -> logits (B, V) after
-    the last, float32. Written out: for one token a row it is many small calls, and transformers' own makes half as many again.
+    """LLaMA's forward pass for the n newest columns (B, n), with `start` others, padding included, before them -> logits (B, V)
+    after the last, float32. Written out, since for one token a row it is all small calls, of which transformers' own makes more.
+    (So hooks on whole layers, attention or norms see nothing of generation; those on linear maps and MLPs do.)
 
     `cache` (layers, 2, B, kv heads, length, d) holds the keys and values of all positions, and gets those of the new ones. It is
     laid out once: growing it by concatenation would copy all of it for every token. `mask` (B, 1, n, start + n): 0 where a
@@ -820,14 +825,15 @@ def next_token_logits(model, input_ids, position_ids, mask, cache, start):
     for layer, (keys, values) in zip(llama.layers, cache):
         if sharded:
             layer.unshard()
-        attention, x = layer.self_attn, rms_norm(hidden, layer.input_layernorm)
-        q = rotate(attention.q_proj(x).view(batch, n, -1, d), cos, sin)
-        keys[:, :, new] = rotate(attention.k_proj(x).view(batch, n, -1, d), cos, sin).transpose(1, 2)
-        values[:, :, new] = attention.v_proj(x).view(batch, n, -1, d).transpose(1, 2)
+        attend, x = layer.self_attn, rms_norm(hidden, layer.input_layernorm)
+        q = rotate(attend.q_proj(x).view(batch, n, -1, d), cos, sin)
+        keys[:, :, new] = rotate(attend.k_proj(x).view(batch, n, -1, d), cos, sin).transpose(1, 2)
+        values[:, :, new] = attend.v_proj(x).view(batch, n, -1, d).transpose(1, 2)
         # query heads that share a key head look at it together, as if they were so many tokens more: no copy of the keys
         q = q.view(batch, n, kv_heads, -1).transpose(1, 2).reshape(batch, kv_heads, n * groups, d)
-        seen = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=attention.scaling)
-        hidden = hidden + attention.o_proj(seen.view(batch, kv_heads, n, -1).transpose(1, 2).reshape(batch, n, -1))
+        seen = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=attend.scaling)
+        seen = seen.unflatten(2, (n, groups)).transpose(1, 2).reshape(batch, n, -1)  # whatever order the kernel left it in
+        hidden = hidden + attend.o_proj(seen)
         hidden = hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
         if sharded:
             layer.reshard()
@@ -869,7 +875,8 @@ def similar(lengths):
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Yields for each step the rows still being written (n,), their new tokens (n,) and log probabilities (n,).
 
-    `input_ids`, `attention_mask` (B, P): prompts padded on the left. A row ends with `eos_token_id`, which is yielded.
+    `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1. A row ends with
+    `eos_token_id`, which is yielded. Rows come sorted by the length of their prompts, so each must be looked up in `rows`.
     """
     batch, length = input_ids.shape
     in_step, config = is_sharded(model.model.layers[0]), model.config
@@ -882,6 +889,7 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
     positions, lengths = (attention_mask.cumsum(-1) - 1).clamp(min=0), attention_mask.sum(1).clamp(min=1).tolist()
+    # zeros: what is never written is read all the same, under the mask, and 0 times nan were nan
     cache = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, length + max_new_tokens, config.head_dim,
                         dtype=dtype, device=device)
     logits = []
@@ -1122,22 +1130,21 @@ def keep_export(model, tokenizer, folder, step, keep):
 
 def save_checkpoint(model, tokenizer, folder):
     """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory, LoRA merged."""
-    if any(isinstance(part, LoRALinear) for part in model.modules()):
-        model = merged(model)
-    if isinstance(model, ScalarHead):
-        with torch.device("meta"):
-            one_label = model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}
-            classifier = LlamaForSequenceClassification(LlamaConfig.from_dict(one_label))
-        classifier.model, classifier.score = model.model, model.score
-        model = classifier
-    part = os.path.join(folder, "export.part")
-    tensors = {name: in_one_piece(tensor) for name, tensor in model.state_dict().items()}
+    tensors = merged(model)
     if RANK > 0:
         return wait_for_all()
+    part = os.path.join(folder, "export.part")
+    with torch.device("meta"):  # the class that names the tensors and writes the files; its own weights are never made
+        if isinstance(model, ScalarHead):
+            one_label = model.config.to_dict() | {"num_labels": 1, "tie_word_embeddings": False}
+            plain = LlamaForSequenceClassification(LlamaConfig.from_dict(one_label))
+        else:
+            plain = LlamaForCausalLM(model.config)
+            plain.generation_config = model.generation_config
     try:
         os.makedirs(folder, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict=tensors)
+        plain.save_pretrained(part, state_dict=tensors)
         tokenizer.save_pretrained(part)
         for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):  # the config last: it says 'complete'
             os.replace(os.path.join(part, name), os.path.join(folder, name))
@@ -1252,7 +1259,7 @@ def place(model, args):
 
     Embedding, final norm and head stay whole in every process, and their gradients are summed by hand (`clip_gradients`).
     FSDP gathers what is used inside the forward pass of a module that it wraps, but the stages call `model.model` and
-    `lm_head` one after the other, decoding calls the layers alone, and embedding and lm_head may be the same tensor.
+    `lm_head` one after the other, decoding calls the parts of a layer, and embedding and lm_head may be the same tensor.
     """
     if args.gradient_checkpointing:
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -1261,7 +1268,7 @@ def place(model, args):
     if WORLD > 1:
         # float32 masters; with --dtype bfloat16 they are gathered in bf16, gradients are summed in float32, and activations
         # keep the precision that autocast gives them in one process
-        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else None  # None: as they are
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
         for layer in model.model.layers:
@@ -1329,9 +1336,11 @@ def gathered(model, wanted=True):
     layers = model.model.layers if WORLD > 1 and wanted else []
     for layer in layers:
         layer.unshard()
-    yield
-    for layer in layers:
-        layer.reshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
 
 
 def in_one_piece(x):
@@ -1429,7 +1438,7 @@ def rollout_bytes(config, rows, prompt, response, bf16=False):
     masks, or, when a quarter of the rows has ended, the copy of the other three quarters."""
     cache = (2 if bf16 else 4) * rows * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + response)
     groups = config.num_attention_heads // config.num_key_value_heads
-    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + groups * prompt)
+    prefill = 4 * rows * prompt * (3 * config.intermediate_size + 2 * config.hidden_size + (groups + 1) * prompt)
     return cache + max(prefill, 0.75 * cache)
 
 
@@ -1492,8 +1501,13 @@ def budget(stage, config, args):
         # logits, their log softmax and four more for the entropy stand side by side
         activations = activation_bytes(config, rows, length, rows * response, copies=6, **kept)
         rollout = rollout_bytes(config, -(-batch // processes), prompt, response, bf16)
-        if kept["device"] == "cpu" and processes == 1 and not bf16 and not lora_rank:  # see `packed`
-            rollout += 4 * (parameters(config)["layers"] + config.vocab_size * config.hidden_size)
+        layers, head = parameters(config)["layers"], config.vocab_size * config.hidden_size
+        if processes > 1 and not args.shard_rollout:  # the actor stands whole in each process
+            rollout += (2 if bf16 else base_bytes) * layers
+        if bf16:  # autocast keeps its casts of what is trained
+            rollout += 0 if lora_rank else 2 * (layers + head)
+        elif kept["device"] == "cpu" and processes == 1:  # see `packed`
+            rollout += 4 * (head + (0 if lora_rank else layers))
         flops = generation_flops(config, batch, prompt, response) + forward_flops(config, batch, length, batch * response)
         flops += 2 * forward_flops(config, batch, length, 0)  # critic and reward model
         for projected in (batch * response, 0):  # actor, critic

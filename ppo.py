@@ -239,9 +239,10 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     with autocast(args), gathered(actor, not args.shard_rollout):
         out = generate(actor, *left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device), args.max_new_tokens,
                        tokenizer.eos_token_id, temperature=temperature, generator=generator)
+    longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
     for name, own in vars(out).items():  # every process gets the answers of all
-        everyones = own.new_zeros(len(prompts), own.shape[1])
-        everyones[rows] = counts * own
+        everyones = own.new_zeros(len(prompts), longest)
+        everyones[rows, :own.shape[1]] = counts * own
         setattr(out, name, total(everyones))
     return [row[:n].tolist() for row, n in zip(out.tokens, out.mask.sum(1).long())], out
 

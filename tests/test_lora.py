@@ -84,16 +84,18 @@ def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
 def test_merged_equals_unmerged(tied):
     lora = train(add_lora(tiny(tied), 4, 16, TARGETS))
     state = {name: p.clone() for name, p in lora.state_dict().items()}
-    plain = merged(lora)
-    assert not any(isinstance(part, LoRALinear) for part in plain.modules())
+    plain = tiny(tied)
+    plain.load_state_dict(merged(lora))  # every tensor of a plain model, and no other
     assert (output(plain) - output(lora)).abs().max() < 1e-5
     assert all(torch.equal(p, state[name]) for name, p in lora.state_dict().items())
     half = train(add_lora(tiny(tied), 4, 16, TARGETS, "bfloat16"))
-    assert {p.dtype for p in merged(half).parameters()} == {torch.float32}
+    tensors = merged(half)
+    assert {p.dtype for p in tensors.values()} == {torch.float32}
+    assert (tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]) == tied
     assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
-    for layer, plain_layer in zip(half.model.layers, merged(half).model.layers):  # merged in float32, rounded nowhere
-        part = layer.mlp.up_proj
-        assert (plain_layer.mlp.up_proj.weight - (part.weight.double() + 4 * part.B.double() @ part.A.double())).abs().max() < 1e-6
+    for i, layer in enumerate(half.model.layers):  # merged in float32, rounded nowhere
+        part, plain_weight = layer.mlp.up_proj, tensors[f"model.layers.{i}.mlp.up_proj.weight"]
+        assert (plain_weight - (part.weight.double() + 4 * part.B.double() @ part.A.double())).abs().max() < 1e-6
 
 
 def test_agrees_with_peft():

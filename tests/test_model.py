@@ -1137,7 +1137,7 @@ def test_packed_matrices_are_the_same_and_are_given_back():
     parts = [nn.Linear(260, 512, bias=False), nn.Linear(260, 512), nn.Linear(260, 16, bias=False),
              nn.Linear(260, 512, bias=False, dtype=torch.bfloat16)]
     layers, x = with_linear(nn.ModuleList(parts)), torch.randn(16, 260)
-    copies = lambda: [getattr(part, "copy", None) is not None for part in layers]  # noqa: E731
+    copies = lambda: [getattr(part, "packed", None) is not None for part in layers]  # noqa: E731
     with torch.no_grad(), packed(layers, 16):
         assert copies() == [torch.backends.mkldnn.is_available(), False, False, False]
         for rows in (1, 2, 16, 300):
@@ -1159,7 +1159,7 @@ def test_generation_uses_packed_matrices_and_training_does_not():
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=2, initializer_range=0.1)
     llama, used = with_linear(LlamaForCausalLM(config).eval()), []
-    hook = llama.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda part, inputs: used.append(part.copy is not None))
+    hook = llama.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda part, inputs: used.append(part.packed is not None))
     prompts = make_prompts(5)
     for _ in range(2):
         result = generate(llama, *left_pad(prompts, 0), 6, -1, generator=torch.Generator().manual_seed(0))

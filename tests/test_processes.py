@@ -17,7 +17,8 @@ if __name__ != "__main__":
 
     from test_resume import EXPORTS, argv  # noqa: F401: its tiny LLaMA
 
-STAGES = [("sft", []), ("train_rm", []), ("ppo", []), ("ppo", ["--shard_rollout"])]
+LORA = ["--lora_rank", "2"]
+STAGES = [("sft", []), ("train_rm", []), ("ppo", []), ("ppo", ["--shard_rollout"]), ("ppo", LORA)]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -26,6 +27,14 @@ def script(stage, *options):
     sys.path.insert(0, os.path.dirname(HERE))
     import model
     model.torch.rand = lambda *size, generator=None, device=None: model.torch.full(size, 0.5, device=device)
+    logits_of = model.next_token_logits
+
+    def sometimes_ends(llama, input_ids, *rest):  # so that a process may be done before the other
+        logits = logits_of(llama, input_ids, *rest)
+        ends = model.torch.zeros_like(logits)
+        ends[input_ids[:, -1] % 4 == 0, llama.config.eos_token_id] = 50
+        return logits + ends
+    model.next_token_logits = sometimes_ends
     if "--die_at" in options:  # the process of the highest rank ends in the middle of the run
         at, log = int(options[options.index("--die_at") + 1]), model.Metrics.log
         options = [o for i, o in enumerate(options) if "--die_at" not in (o, options[i - 1])]
@@ -80,12 +89,12 @@ def short(argv, stage):  # noqa: F811
     return options + evaluated + ["--micro_batch_size", "2"]
 
 
-def alone(argv, stage, tmp_path_factory, made={}):  # noqa: F811
+def alone(argv, stage, tmp_path_factory, more=(), made={}):  # noqa: F811
     """Where one process ran the stage, once for all tests."""
-    if stage not in made:
-        made[stage] = tmp_path_factory.mktemp(stage)
-        check(launch(1, stage, short(argv, stage), made[stage]))
-    return made[stage]
+    if (stage, *more) not in made:
+        made[stage, *more] = tmp_path_factory.mktemp(stage)
+        check(launch(1, stage, short(argv, stage), made[stage, *more], *more))
+    return made[stage, *more]
 
 
 @pytest.mark.parametrize("stage, more", STAGES) if __name__ != "__main__" else lambda f: f
@@ -94,7 +103,7 @@ def test_two_processes_equal_one(argv, tmp_path, tmp_path_factory, stage, more):
     two = tmp_path / "two"
     done = check(launch(2, stage, short(argv, stage), two, "--gradient_checkpointing", *more))
     assert done.stdout.count(f"saved {two}") == 1  # only one of them speaks
-    same(stage, two, alone(argv, stage, tmp_path_factory))
+    same(stage, two, alone(argv, stage, tmp_path_factory, more if more == LORA else ()))
 
 
 RESUMED = [("sft", 1, 2), ("sft", 2, 1), ("train_rm", 2, 1), ("ppo", 1, 2)]
