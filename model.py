@@ -10,6 +10,7 @@ sft.py, train_rm.py and ppo.py, each of which reads on its own. At the end: how 
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import copy
@@ -1249,6 +1250,7 @@ def start_processes(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    atexit.register(dist.destroy_process_group)  # a thread of gloo that still runs at the end would abort the process
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
 

@@ -55,7 +55,7 @@ def table():
     import model
     settings = {(rank, n): settings_of("ppo", f"--lora_rank={rank}", f"--processes={n}") for rank in (0, 8) for n in (1, 8, 64)}
     columns = [f"{n} process{'es' * (n > 1)}{kind}" for kind in ("", ", LoRA") for n in (1, 8, 64)]
-    print(f"| GiB a process | {' | '.join(columns)} | FLOP an update |")
+    print(f"| GiB per process | {' | '.join(columns)} | FLOP per update |")
     print("| --- " * 8 + "|")
     for name, size in SIZES.items():
         config = LlamaConfig(**size)
@@ -107,7 +107,7 @@ def measure(stage, name, allocator):
         optimizer.zero_grad()
 
     def new(scalar):
-        llama = LlamaForCausalLM(config).eval()
+        llama = model.with_linear(LlamaForCausalLM(config).eval())
         return model.ScalarHead(llama.model) if scalar else llama
 
     if stage == "ppo":
