@@ -1,6 +1,6 @@
 """What the three stages share: reading data, tokens and the chat format, loading LLaMA, the scalar head, LoRA, generation, the
-run directory; then what a reader with one CPU can skip, many processes and the memory budget. The stages themselves are
-sft.py, train_rm.py and ppo.py, each of which reads on its own. At the end: how to use what they made.
+run directory; then what a first reading can skip, speed on a CPU, many processes and the memory budget. The stages themselves
+are sft.py, train_rm.py and ppo.py, each of which reads on its own. At the end: how to use what they made.
 
     python model.py runs/ppo                                  # a chat
 
@@ -58,93 +58,6 @@ transformers_logging.disable_progress_bar()
 
 # Which of how many processes this is, as torchrun sets it; without torchrun the first of one (see "Many processes")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-# glibc gives every large block back to the system as soon as it is freed, and the next one comes as pages that must first
-# be zeroed: a tenth of a training step on CPU. Keep them instead: one arena, no mmap, no trimming.
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-        libc.mallopt(option, value)
-
-
-def attention(module, query, key, value, mask, **options):
-    """transformers' call of PyTorch's fused attention; on CPU in float32 where a backward pass follows, since that in bf16 takes
-    up to nine times as long, in layers as LLaMA's. `query` (B, heads, T, d), `key`, `value` (B, kv heads, T, d)."""
-    if query.device.type == "cpu" and torch.is_grad_enabled() and value.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):
-            output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
-        return output.to(value.dtype), weights
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
-
-
-AttentionInterface.register("sdpa", attention)  # in place of transformers' own
-
-
-class OneDNNProduct(torch.autograd.Function):
-    """y = x W^T in float32 on CPU by oneDNN, which PyTorch itself calls for bf16 only; of loss L, dL/dx = dL/dy W and
-    dL/dW = (dL/dy)^T x over all rows. `x` (..., in), `weight` (out, in) -> (..., out)."""
-
-    @staticmethod
-    def product(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return OneDNNProduct.product(x, weight)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
-        return (OneDNNProduct.product(gradient, weight.t()) if of_x else None,
-                gradient.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None)  # by MKL, which is as fast here
-
-
-NOT_SMALL = 2**17  # weights of a matrix
-
-
-def for_onednn(weight):
-    """Whether products with this matrix are oneDNN's: float32 on CPU, and not small, since the call itself costs more than MKL's."""
-    return (weight.numel() >= NOT_SMALL and weight.device.type == "cpu" and weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
-
-
-def linear(x, weight, bias=None):
-    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster."""
-    if for_onednn(weight) and x.dtype == torch.float32 and bias is None and x.numel():
-        return OneDNNProduct.apply(x, weight) if torch.is_grad_enabled() else OneDNNProduct.product(x, weight)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, computed by `linear`, or with the copy of its weights that `packed` made."""
-
-    packed = None
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias) if self.packed is None else OneDNNProduct.product(x, self.packed)
-
-
-@contextlib.contextmanager
-def packed(model, rows):
-    """Inside, where no gradient is wanted: float32 matrices on CPU lie in memory a second time, in the order in which oneDNN multiplies
-    `rows` rows with them. It would else bring them into that order for every token, which costs it as much again."""
-    parts = [part for part in model.modules() if isinstance(part, Linear) and part.bias is None and for_onednn(part.weight)]
-    try:
-        for part in parts if WORLD == 1 and rows > 1 else []:  # FSDP takes the weights away; for one row it gains nothing
-            part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), rows)
-        yield
-    finally:
-        for part in parts:
-            part.packed = None
-
-
-def with_linear(model):
-    """Let every `nn.Linear` of a model that is not small compute by `linear` -> the model."""
-    for part in model.modules():
-        if type(part) is nn.Linear and part.weight.numel() >= NOT_SMALL:
-            part.__class__ = Linear
-    return model
 
 
 def stop(message, code=2):
@@ -797,7 +710,7 @@ def rotate(x, cos, sin):
 
 
 def rms_norm(x, norm):
-    """x / sqrt(mean(x^2) + eps) times the norm's weights, by PyTorch's own function."""
+    """x / sqrt(mean(x^2) + eps) times the norm's weights (Zhang and Sennrich 2019, eq. 4), by PyTorch's own function. `x` (..., d)."""
     return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
@@ -810,7 +723,9 @@ def is_sharded(layer):
 def next_token_logits(model, input_ids, position_ids, mask, cache, start):
     """LLaMA's forward pass for the n newest columns (B, n), with `start` others, padding included, before them -> logits (B, V)
     after the last, float32. Written out, since for one token a row it is all small calls, of which transformers' own makes more.
-    (So hooks on whole layers, attention or norms see nothing of generation; those on linear maps and MLPs do.)
+    (So hooks on whole layers, attention or norms see nothing of generation; those on linear maps and MLPs do.) Each layer:
+
+        x = norm(h)    h <- h + W_o attention(rotate(W_q x), rotate(W_k x), W_v x)    h <- h + MLP(norm(h))
 
     `cache` (layers, 2, B, kv heads, length, d) holds the keys and values of all positions, and gets those of the new ones. It is
     laid out once: growing it by concatenation would copy all of it for every token. `mask` (B, 1, n, start + n): 0 where a
@@ -933,6 +848,7 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
     with packed(model, len(input_ids)):
         steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator))
     rows, tokens, logprobs = (torch.cat(parts) for parts in zip(*steps))
+    # the step at which each of these tokens was written
     columns = torch.arange(len(steps)).repeat_interleave(torch.tensor([len(part) for part, *_ in steps])).to(rows.device)
     out = Generation(*(x.new_zeros(len(input_ids), len(steps)) for x in (tokens, logprobs, logprobs)))
     out.tokens[rows, columns], out.logprobs[rows, columns], out.mask[rows, columns] = tokens, logprobs, 1.0
@@ -1130,7 +1046,7 @@ def keep_export(model, tokenizer, folder, step, keep):
 
 
 def save_checkpoint(model, tokenizer, folder):
-    """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory, LoRA merged."""
+    """Export a `LlamaForCausalLM` or a `ScalarHead` with its tokenizer as a plain Hugging Face directory, in float32, LoRA merged."""
     tensors = merged(model)
     if RANK > 0:
         return wait_for_all()
@@ -1232,6 +1148,97 @@ def common_options(parser):
     group.add_argument("--processes", type=positive, default=1, help="of --dry_run: among so many processes the layers are shared out")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed on a CPU: nothing here changes what is computed, beyond the order of sums
+
+# glibc gives every large block back to the system as soon as it is freed, and the next one comes as pages that must first
+# be zeroed: a tenth of a training step on CPU. Keep them instead: one arena, no mmap, no trimming.
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+        libc.mallopt(option, value)
+
+
+def attention(module, query, key, value, mask, **options):
+    """transformers' call of PyTorch's fused attention; on CPU in float32 where a backward pass follows, since that in bf16 takes
+    up to nine times as long, in layers as LLaMA's. `query` (B, heads, T, d), `key`, `value` (B, kv heads, T, d)."""
+    if query.device.type == "cpu" and torch.is_grad_enabled() and value.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        return output.to(value.dtype), weights
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+AttentionInterface.register("sdpa", attention)  # in place of transformers' own
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """y = x W^T in float32 on CPU by oneDNN, which PyTorch itself calls for bf16 only; of loss L, dL/dx = dL/dy W and
+    dL/dW = (dL/dy)^T x over all rows. `x` (..., in), `weight` (out, in) -> (..., out)."""
+
+    @staticmethod
+    def product(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return OneDNNProduct.product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        return (OneDNNProduct.product(gradient, weight.t()) if of_x else None,
+                gradient.flatten(0, -2).t() @ x.flatten(0, -2) if of_weight else None)  # by MKL, which is as fast here
+
+
+NOT_SMALL = 2**17  # weights of a matrix
+
+
+def for_onednn(weight):
+    """Whether products with this matrix are oneDNN's: float32 on CPU, and not small, since the call itself costs more than MKL's."""
+    return (weight.numel() >= NOT_SMALL and weight.device.type == "cpu" and weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available())
+
+
+def linear(x, weight, bias=None):
+    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out). In float32 on CPU it is MKL's, and oneDNN's is faster."""
+    if for_onednn(weight) and x.dtype == torch.float32 and bias is None and x.numel():
+        return OneDNNProduct.apply(x, weight) if torch.is_grad_enabled() else OneDNNProduct.product(x, weight)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, computed by `linear`, or with the copy of its weights that `packed` made."""
+
+    packed = None
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias) if self.packed is None else OneDNNProduct.product(x, self.packed)
+
+
+@contextlib.contextmanager
+def packed(model, rows):
+    """Inside, where no gradient is wanted: float32 matrices on CPU lie in memory a second time, in the order in which oneDNN
+    multiplies `rows` rows with them. It would else bring them into that order anew for every token."""
+    parts = [part for part in model.modules() if isinstance(part, Linear) and part.bias is None and for_onednn(part.weight)]
+    try:
+        for part in parts if WORLD == 1 and rows > 1 else []:  # FSDP takes the weights away; for one row it gains nothing
+            part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight.detach(), rows)
+        yield
+    finally:
+        for part in parts:
+            part.packed = None
+
+
+def with_linear(model):
+    """Let every `nn.Linear` of a model that is not small compute by `linear` -> the model."""
+    for part in model.modules():
+        if type(part) is nn.Linear and part.weight.numel() >= NOT_SMALL:
+            part.__class__ = Linear
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

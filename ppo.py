@@ -676,7 +676,7 @@ def main(argv=None):
     draw_curves(args.out, [("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}),
                            ("gold score, held out", {"gold": "eval_gold"}),
                            ("KL to the SFT policy (nats per response)", {"KL": "kl"}), ("entropy (nats per token)", {"entropy": "entropy"}),
-                           ("share of ratios clipped", {"policy": "clip_fraction", "value": "value_clip_fraction"}),
+                           ("share of tokens clipped", {"policy": "clip_fraction", "value": "value_clip_fraction"}),
                            ("explained variance of the critic", {"explained variance": "explained_variance"}),
                            ("response length (tokens)", {"length": "response_length"}),
                            ("share of responses that ended", {"ended": "ended"})])

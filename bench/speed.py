@@ -383,8 +383,7 @@ def profile(work, folder):
     """The operators that take the most time in one of our PPO updates, or generations."""
     import torch
     step = (generate_parts if work["kind"] == "generate" else ppo_parts)(work, folder)[0]
-    for _ in range(WARM_UP):
-        step()
+    timed(step, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     return dict(table=profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))

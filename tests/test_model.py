@@ -1136,7 +1136,7 @@ def test_packed_matrices_are_the_same_and_are_given_back():
     torch.manual_seed(0)
     parts = [nn.Linear(260, 512, bias=False), nn.Linear(260, 512), nn.Linear(260, 16, bias=False),
              nn.Linear(260, 512, bias=False, dtype=torch.bfloat16)]
-    layers, x = with_linear(nn.ModuleList(parts)), torch.randn(16, 260)
+    layers = with_linear(nn.ModuleList(parts))
     copies = lambda: [getattr(part, "packed", None) is not None for part in layers]  # noqa: E731
     with torch.no_grad(), packed(layers, 16):
         assert copies() == [torch.backends.mkldnn.is_available(), False, False, False]
