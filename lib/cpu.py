@@ -1,0 +1,53 @@
+"""Speed on a CPU. Nothing here changes what is computed, beyond the order of sums."""
+
+import ctypes
+import sys
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(q, k, v, mask):
+    """PyTorch's fused attention. `q` (B, heads, T, h), `k`, `v` (B, kv heads, S, h), `mask` (B, 1,
+    T, S) to be added, or None: causal -> (B, heads, T, h).
+
+    In a whole pass in bf16 on a CPU it computes in float32: the backward pass of the bf16 kernel
+    takes up to nine times as long, in layers as LLaMA's.
+    """
+    slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and mask is None
+    if slow:
+        with torch.autocast("cpu", enabled=False):
+            seen = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True,
+                                                  enable_gqa=True)
+        return seen.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def linear(x, weight, bias=None):
+    """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out).
+
+    In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN, which
+    on some processors is twice as fast, backwards too. A product is a convolution with a window of
+    one pixel: one matrix is the image, a row per pixel, the other holds the filters. Much the
+    longer of the two is the image, since filters are copied into an order of oneDNN's own.
+    """
+    rows, out = x.numel() // x.shape[-1], weight.shape[0]
+    small = x.numel() * out < 2**22  # then calling oneDNN costs more than it gains
+    if (small or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
+        return F.linear(x, weight, bias)
+    x, shape = x.reshape(rows, -1), x.shape[:-1]
+    image, filters = (weight, x) if out > 8 * rows else (x, weight)
+    pixels = image[None, None].permute(0, 3, 1, 2)  # (1, in, 1, pixels), as it lies in memory
+    y = F.conv2d(pixels, filters[:, :, None, None])[0, :, 0]  # (filters, pixels)
+    y = (y if image is weight else y.t()).reshape(*shape, out)
+    return y.contiguous() if bias is None else y + bias
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory (mallopt(3)): by itself it gives every large block back to the
+    system, and the next one comes as pages that must first be zeroed."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)

@@ -1,0 +1,225 @@
+"""Data: files -> records -> tokens -> batches. README, 'Data', has the formats."""
+
+import gzip
+import json
+import re
+import runpy
+import sys
+import zlib
+
+import torch
+
+from lib.run import explain, first_line, stop, write_whole
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and records
+
+def read_values(path):
+    """The JSON values of a file: an array, or one per line, whatever its name; `.gz` of either."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        stop(f"{path}: no such file (python data_gen.py writes the built-in data sets to data/)")
+    except UnicodeDecodeError as error:
+        stop(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8")
+    except (OSError, EOFError, zlib.error) as error:
+        stop(f"{path}: cannot be read ({error})")
+    number = 0
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        values = []
+        for number, line in enumerate((line for line in text.split("\n") if line.strip()), 1):
+            values.append(json.loads(line))
+        return values
+    except (ValueError, RecursionError) as error:
+        where = f"record {number}: not JSON" if number else "not JSON"
+        stop(f"{path}: {where} ({first_line(error)}); a file holds an array of records, or one record "
+             "per line")
+
+
+def read_records(path, *fields):
+    """The records of a data file (see `read_values`).
+
+    `fields` names those that each record must have: "user_input" (a text, or a list of chat
+    messages with "role" and "content" that ends with the user's), "completion" (a text), "score" (a
+    finite number). Anything else ends the program with one line that names the file, the record
+    (counted from 1) and the field.
+    """
+    records = read_values(path)
+    if not records:
+        stop(f"{path}: holds no records")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            stop(f"{path}: record {number}: not a JSON object")
+        for field in fields:
+            if field not in record:
+                stop(f"{path}: record {number}: field '{field}' is missing")
+            if wrong := what_is_wrong(field, record[field]):
+                stop(f"{path}: record {number}: field '{field}' {wrong}")
+    return records
+
+
+def save(path, records):
+    """A data file as `read_records` reads it: a JSON array, or JSON Lines where it is named so; `.gz`
+    of either."""
+    lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
+    data = b"[\n" + b",\n".join(lines) + b"\n]\n"
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        data = b"\n".join(lines) + b"\n"
+    write_whole(path, gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
+    print(f"{path}: {len(records)} records")
+
+
+def half_character(text):
+    """JSON can hold half of a character that is written in two, such as "\\ud83d" of a cut
+    emoji."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return "holds half a character (a lone surrogate)"
+    return None
+
+
+def what_is_wrong(field, value):
+    """Why `value` cannot stand in `field` of a data record, in words; None when it can."""
+    if field == "score":
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if number and abs(value) <= sys.float_info.max else "must be a finite number"
+    if isinstance(value, str):
+        return half_character(value)
+    if field == "completion":
+        return "must be a text"
+    if not isinstance(value, list) or not value:
+        return "must be a text or a list of chat messages"
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return 'has a message that is not {"role": ..., "content": text}'
+        if wrong := half_character(message["content"]):
+            return wrong
+        if message.get("role") not in ("system", "user", "assistant"):
+            return (f"has a message with role {message.get('role')!r}; roles are system, user and "
+                    "assistant")
+    return None if value[-1]["role"] == "user" else "must end with a message of the user"
+
+
+def load_judge(option, path):
+    """The function `score(user_input, completion)` -> float of a Python file, such as
+    data_gen.py."""
+    with explain(f"{option} {path}: not a Python file with a function score(user_input, completion)"):
+        score = runpy.run_path(path)["score"]
+        if not callable(score):
+            raise TypeError("score is not a function")
+    return score
+
+
+# ------------------------------------------------------------------------------------------------
+# Text to tokens
+
+def encode_text(tokenizer, text):
+    """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
+    token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode_prompt(tokenizer, user_input):
+    """The tokens of a prompt in the chat format, up to where the assistant's answer begins.
+
+    `user_input` is a text or a list of chat messages. The chat template writes control tokens
+    around what people said; the same characters inside what they said are kept text, by a mark that
+    only lives while the template is filled in.
+    """
+    messages = user_input
+    if isinstance(user_input, str):
+        messages = [{"role": "user", "content": user_input}]
+    # transformers' all_special_tokens has only those with a role, such as eos_token: of LLaMA 3's,
+    # <|start_header_id|> has none
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(special, key=len, reverse=True)
+    control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    mark = next(chr(c) for c in range(0xE000, 0xF900)
+                if not any(chr(c) in message["content"] for message in messages))
+    marked = [{**message, "content": control.sub(lambda found: found[0][0] + mark + found[0][1:],
+                                                 message["content"])} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
+        stop(f"the checkpoint's chat template refuses this dialogue ({first_line(error)}): "
+             f"{str(messages)[:200]}")
+    tokens = []
+    for i, part in enumerate(control.split(text)):
+        if i % 2:
+            tokens.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            tokens += encode_text(tokenizer, part.replace(mark, ""))
+    return tokens
+
+
+def encode_prompts(user_inputs, tokenizer, room, name):
+    """The tokens of each prompt. Those longer than `room` lose their beginning; that is said."""
+    prompts = [encode_prompt(tokenizer, user_input) for user_input in user_inputs]
+    if cut := sum(len(prompt) > room for prompt in prompts):
+        print(f"{name}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
+    return [prompt[-room:] for prompt in prompts]
+
+
+def encode_records(records, tokenizer, max_length, name):
+    """[(prompt, completion, number of the record)] in tokens; a completion ends with
+    end-of-sequence.
+
+    What is longer than `max_length` tokens loses the beginning of its prompt; a completion that
+    leaves no room for a prompt is dropped. Both are counted, and said.
+    """
+    examples, cut = [], 0
+    for number, record in enumerate(records, 1):
+        prompt = encode_prompt(tokenizer, record["user_input"])
+        completion = encode_text(tokenizer, record["completion"]) + [tokenizer.eos_token_id]
+        room = max_length - len(completion)
+        if room > 0:
+            cut += len(prompt) > room
+            examples.append((prompt[-room:], completion, number))
+    if cut or len(examples) < len(records):
+        print(f"{name}: of {len(records)} records, {cut} prompts cut on the left and "
+              f"{len(records) - len(examples)} completions dropped to fit {max_length} tokens")
+    if not examples:
+        stop(f"{name}: no completion fits {max_length} tokens")
+    return examples
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+def collate(examples, pad_token_id, device="cpu"):
+    """[(prompt, completion, ...)] in tokens -> `input_ids` (B, L): prompt, completion, padding; and
+    `is_completion` (B, L): True on the completion.
+
+    Padding stands only on the right, where causal attention does not look: no mask is needed.
+    """
+    length = max(len(prompt) + len(completion) for prompt, completion, *_ in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    is_completion = torch.zeros(len(examples), length, dtype=torch.bool)
+    for i, (prompt, completion, *_) in enumerate(examples):
+        input_ids[i, :len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
+        is_completion[i, len(prompt):len(prompt) + len(completion)] = True
+    return input_ids.to(device), is_completion.to(device)
+
+
+def left_pad(prompts, pad_token_id, device="cpu"):
+    """Lists of tokens -> `input_ids`, `attention_mask` (B, P), padded on the left, for
+    `generate`."""
+    length = max(map(len, prompts))
+    rows = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def length_batches(lengths, batch_size, generator):
+    """Shuffled batches of indices with similar lengths in a batch, so that little is padded:
+    shuffle, sort within stretches of 16 batches, cut, shuffle the batches. Every index occurs once;
+    the last batch may be smaller."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    stretch = 16 * batch_size
+    order = [i for start in range(0, len(order), stretch)
+             for i in sorted(order[start:start + stretch], key=lambda i: lengths[i])]
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,163 @@
+"""Many processes: torchrun --nproc_per_node=8 sft.py ...
+
+All of them run the same script on the same data, and draw the same batches. Each takes its share of
+the rows of a batch; losses, divided by the sizes of the whole batch, and gradients are summed over
+the processes. With one process none of this does anything.
+"""
+
+import atexit
+import contextlib
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# Which of how many processes this is, as torchrun sets it; without torchrun the first of one
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(args):
+    """Find the other processes that torchrun started. Only the first, rank 0, prints and writes
+    files.
+
+    An error in one ends its process, upon which torchrun ends all. Half an hour without a word from
+    one is an error.
+    """
+    if WORLD == 1 or dist.is_initialized():
+        return
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=30))
+    atexit.register(dist.destroy_process_group)  # a thread of gloo left running would abort the process
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
+
+
+def place(model, args):
+    """The model on --device; with many processes each holds an equal part of all weights, gradients
+    and optimizer state (FSDP2), and a layer is whole only while it computes. Embedding, last norm
+    and head are gathered with the forward pass of the whole model, and stay so until its backward
+    pass: the stages project hidden states after that forward pass."""
+    for layer in model.model.layers:
+        layer.recompute = args.gradient_checkpointing
+    if WORLD > 1:
+        # float32 masters; with --dtype bfloat16 the layers are gathered in bf16, gradients are
+        # summed in float32, and activations keep the precision that autocast gives them in one
+        # process
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else None  # None: as they are
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        for module in [*model.model.layers, model]:
+            policy = MixedPrecisionPolicy(param_dtype=None if module is model else dtype,
+                                          reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+            module.set_gradient_divide_factor(1.0)  # the sum, where FSDP by itself takes the mean
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    return model.to(args.device)
+
+
+def is_sharded(model):
+    """Whether this process holds only its part of the layers now."""
+    return isinstance(next(model.model.layers.parameters()), DTensor)
+
+
+def shards(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def release(model):
+    """Let go of what a forward pass left gathered: the parameters are then those that learn."""
+    for module in shards(model):
+        module.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model, wanted=True):
+    """Inside, every process holds the model whole: decoding passes through it once per token, and
+    would gather as often."""
+    layers = [layer for layer in shards(model) if layer is not model and wanted]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
+
+def my_parts(rows, size):
+    """This process's micro-batches of the batch `rows`, [(part, weight)]: every WORLD-th row,
+    `size` at a time.
+
+    A pass through the model needs all processes, so each has the same number of parts. One that has
+    no row left repeats a row of another with weight 0; all else has weight 1.
+    """
+    rows = list(rows)
+    mine, passes = rows[RANK::WORLD], -(-len(rows) // (WORLD * size))
+    parts = [mine[i * size:(i + 1) * size] for i in range(passes)]
+    return [(part, 1) if part else (rows[:1], 0) for part in parts]
+
+
+def total(x):
+    """The sum over all processes of a number or a tensor. Where each fills in its rows of zeros,
+    the sum is the whole."""
+    if WORLD == 1:
+        return x
+    device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
+    if torch.is_tensor(x):
+        summed = x.detach().to(device, copy=True)
+    else:
+        summed = torch.tensor(x, device=device, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.to(x.device) if torch.is_tensor(x) else summed.item()
+
+
+def largest(x):
+    """The largest over all processes of a number, or of anything else that can be compared."""
+    if WORLD == 1:
+        return x
+    everyones = [None] * WORLD
+    dist.all_gather_object(everyones, x)
+    return max(everyones)
+
+
+def wait_for_all():
+    """Go on when all processes have come here."""
+    total(0)
+
+
+def clip_gradients(model, max_norm):
+    """Scale the gradient down to length `max_norm` if it is longer -> its length before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def named_wholes(model):
+    """(name, tensor) of each parameter in one piece, for rank 0 to save. Every process takes part;
+    the others get None in place of what is sharded."""
+    release(model)
+    for name, parameter in model.named_parameters():
+        yield name, in_one_piece(parameter.detach())
+
+
+def in_one_piece(x):
+    """A tensor with all its parts, on the CPU of rank 0; one that is not sharded as it is."""
+    if not isinstance(x, DTensor):
+        return x
+    x = x.full_tensor()
+    return x.cpu() if RANK == 0 else None
+
+
+def as_held(x, p):
+    """A whole tensor as the parameter `p` is held: this process's part of it if `p` is sharded. The
+    reverse of `in_one_piece`."""
+    if not isinstance(p, DTensor):
+        return x
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

@@ -1,0 +1,143 @@
+"""What an unhealthy run looks like, told in one line with its likely cause and the option to
+turn."""
+
+import math
+
+from tqdm import tqdm
+
+from lib.run import stop
+
+
+def check_finite(step, loss, grad_norm, path, records):
+    """End the run of sft.py or train_rm.py before a step that is not finite is taken. `records`:
+    the numbers of those in the batch."""
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        stop(f"{path}: the loss is {loss}, the gradient {grad_norm} at step {step}, on records "
+             f"{sorted(records)}: look at these, or lower --lr", code=1)
+
+
+def finite(value, name, folder):
+    """End a run of ppo.py at a value that is not finite, the last good checkpoint left as it is."""
+    if not math.isfinite(value):
+        stop(f"{name} is {value}; what was saved last in {folder} stays. Lower --lr or --critic_lr, or "
+             "look at the score and the KL in metrics.csv", code=1)
+
+
+class LossWatch:
+    """Names the record behind a loss that is far above what is usual: mostly the data is wrong.
+
+    `usual` and `spread`: running mean and mean absolute deviation of the batches' losses, kept over
+    a --resume by `state`.
+    """
+
+    def __init__(self, path, usual=None, spread=None):
+        self.path, self.usual, self.spread = path, usual, spread
+
+    def state(self):
+        return dict(usual=self.usual, spread=self.spread)
+
+    def see(self, step, loss, worst):
+        """`worst`: (loss per token, number) of the batch's worst record. The first 20 steps teach
+        what is usual."""
+        if step > 20 and loss > self.usual + 10 * self.spread:
+            tqdm.write(f"warning: step {step}: loss {loss:.2f} where {self.usual:.2f} is usual; the "
+                       f"worst is record {worst[1]} of {self.path} ({worst[0]:.2f})")
+        if self.usual is None:
+            self.usual, self.spread = loss, 0.1 * loss
+        else:
+            distance = abs(loss - self.usual)
+            self.usual = 0.95 * self.usual + 0.05 * loss
+            self.spread = 0.95 * self.spread + 0.05 * distance
+
+
+# When a PPO run counts as unhealthy. In brackets the worst that the demo shows, with which all is
+# well; other healthy runs need the room between the two.
+KL_ERRORS = 5.0      # standard errors below 0 over 10 updates: under 1 run in 50 by chance
+KL_A_TOKEN = 0.5     # nats [0.21]: every token, on average, 1.6 times as likely as for the SFT model
+KL_A_RESPONSE = 5.0  # nats [1.9]: short responses, such as the demo's, may move further per token
+CLIPPED = 0.3        # [0.05] only ratios that went too far where the advantage wants them count, about
+                     # half of those out of range
+ENTROPY_LEFT = 0.2   # share of the first entropy [0.8]; a better policy is surer, but not five times
+CRITIC_YOUNG = 20    # updates (or half of a shorter run) in which a critic may be worse than the mean
+ENDED = 0.5          # share of the responses [1.0]
+GOLD_LOST = 0.05     # share of the best gold score; two evaluations in a row, for one may be bad luck
+
+
+def unhealthy(rows, first, updates):
+    """What looks wrong in a PPO run of so many `updates` -> {short name: likely cause, and the
+    knob}.
+
+    `rows`: those of metrics.csv so far, dicts, the newest last; `first`: the SFT model's
+    evaluation, {} if there is none.
+    """
+    row, wrong = rows[-1], {}
+
+    def recent(name, n=10):  # mean of the last n updates, which says more than one
+        values = [r[name] for r in rows[-n:]]
+        return sum(values) / len(values)
+
+    # 0: batches of 1, or no move yet
+    kl_error = math.sqrt(sum(r["kl_error"] ** 2 for r in rows[-10:])) / len(rows[-10:])
+    if kl_error and recent("kl") < -KL_ERRORS * kl_error - 1e-3:  # 1e-3: rounding
+        wrong["negative KL"] = (
+            f"the KL is {recent('kl'):.3f} +- {kl_error:.3f}, which no true KL is: the log "
+            "probabilities are not those of the distribution that was sampled from; look at "
+            "--temperature, and at what you changed in generation")
+    if row["kl"] > max(KL_A_RESPONSE, KL_A_TOKEN * row["response_length"]):
+        wrong["KL running away"] = (
+            f"the KL is {row['kl']:.1f} nats per response: the policy leaves the SFT model behind; "
+            "raise --kl_coef or lower --lr")
+    if row["clip_fraction"] > CLIPPED:
+        wrong["clipping"] = (
+            f"{row['clip_fraction']:.0%} of the tokens are clipped, so most ratios left the clip "
+            "range: the steps are too large; lower --lr or --ppo_epochs")
+    if row["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]:
+        wrong["entropy"] = (
+            f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats per token: "
+            "the policy hardly explores any more; raise --kl_coef or --entropy_coef, or lower --lr")
+    if len(rows) > min(CRITIC_YOUNG, updates / 2) and recent("explained_variance") < 0:
+        wrong["critic"] = (
+            f"after {len(rows)} updates the critic explains less than the mean return would "
+            f"(explained variance {recent('explained_variance'):.2f}): raise --critic_lr, or "
+            "--batch_size")
+    if len(rows) >= 5 and recent("ended", 5) < ENDED:
+        wrong["cut responses"] = (
+            f"{1 - recent('ended', 5):.0%} of the responses are cut at the limit: raise "
+            "--max_new_tokens, or train the SFT model longer, until it ends its answers")
+    judged = [r for r in [first, *rows] if "eval_gold" in r]
+    if judged and judged[-1] is row:
+        best = max(judged, key=lambda r: r["eval_gold"])
+        enough = best["eval_gold"] - GOLD_LOST * max(1.0, abs(best["eval_gold"]))
+        if all(r["eval_score"] > best["eval_score"] and r["eval_gold"] < enough for r in judged[-2:]):
+            wrong["over-optimization"] = (
+                "the reward model's score rises while the gold score falls, from "
+                f"{best['eval_gold']:.2f} to {row['eval_gold']:.2f} (Gao et al. 2023): raise "
+                "--kl_coef, stop here, or train the reward model on more data")
+    return wrong
+
+
+class Warned:
+    """Says each of these warnings once, also over a --resume."""
+
+    def __init__(self, rows, first, updates):
+        self.first, self.updates = first, updates
+        self.said = {name for n in range(1, len(rows) + 1)
+                     for name in unhealthy(rows[:n], first, updates)}
+
+    def look(self, rows):
+        for name, text in unhealthy(rows, self.first, self.updates).items():
+            if name not in self.said:
+                tqdm.write(f"warning: update {len(rows)}: {text}")
+                self.said.add(name)
+
+
+def show(update, result, first, records, completions, first_completions):
+    """What an evaluation found, beside the SFT model, and three of its answers."""
+    tqdm.write(f"update {update}: " + ", ".join(
+        f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {first[name]:.3f})"
+        for name, value in result.items()))
+    for record, before, now in list(zip(records, first_completions, completions))[:3]:
+        asked = record["user_input"]
+        asked = asked if isinstance(asked, str) else asked[-1]["content"]
+        tqdm.write(f"    prompt  {asked[:100]!r}\n    SFT     {before[:100]!r}\n"
+                   f"    now     {now[:100]!r}")

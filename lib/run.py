@@ -1,0 +1,439 @@
+"""What every run needs and no lesson: settings, the run directory, saved state and resuming,
+signals.
+
+    runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
+    runs/sft/last/         the state to resume from     runs/sft/*            the exported model
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from lib import cpu
+from lib.distributed import RANK, WORLD, as_held, in_one_piece, largest, named_wholes, wait_for_all
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors: one line that says what is wrong and where
+
+def stop(message, code=2):
+    """End the program with one line on standard error. Exit code 2: the input is wrong; 1: the run
+    went wrong."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not print: a progress bar may be on the line
+    raise SystemExit(code)
+
+
+def first_line(error):
+    """The first line of an error's message: an error here is told in one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
+@contextlib.contextmanager
+def explain(what, advice="", code=2):
+    """Whatever a library raises inside ends the program with the line `what (its message)advice`.
+    For files from outside: the libraries that read them raise anything for a damaged one."""
+    try:
+        yield
+    except OSError as error:
+        stop(f"{what} ({error.strerror or first_line(error)}){advice}", code)
+    except Exception as error:
+        stop(f"{what} ({first_line(error)}){advice}", code)
+
+
+def door(main):
+    """Around a script's `main`: Ctrl-C where no step is being finished is told in one line too."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            tqdm.write("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+    return wrapped
+
+
+def write_whole(path, data):
+    """Write bytes to `path` so that the file appears whole or not at all: beside it, then
+    renamed."""
+    with explain(f"{path}: cannot be written"):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(path + ".part", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".part", path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".part")
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings: a table per script, a line each (name, the demo's value, a real model's, what it is)
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
+def whole(text):
+    """argparse type: a whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def usable_device(text):
+    """argparse type: a device on which PyTorch computes. "cuda" with many processes: to each its
+    own."""
+    if WORLD > 1 and text == "cuda":
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
+    if torch.device(text).type == "mps":
+        print("mps: nothing here was ever run on it; bfloat16 and many processes are not supported")
+    return text
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMMON = [
+    "LoRA (Hu et al. 2021): a few weights learn beside frozen ones",
+    ("lora_rank", 0, 0, "rank of the adapters; 0: without, every weight is trained", whole),
+    ("lora_alpha", 16, 16, "the adapters' output is scaled by this over the rank"),
+    ("lora_targets", *2 * ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
+     "matrices of each layer that get one"),
+    ("base_dtype", *2 * ["float32"], "of the frozen weights", ["float32", "bfloat16"]),
+    "the run",
+    ("seed", 0, 0, "seed of every random choice", int),
+    ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32", ["float32", "bfloat16"]),
+    ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
+     "memory, a third more time"),
+    ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
+    ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
+    ("keep", 0, 0, "export the model with each saved state too, and keep the newest so many", whole),
+    ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
+    ("processes", 1, 1, "for --dry_run: among so many processes the model is shared out"),
+    ("resume", False, False, "go on with an interrupted run in --out"),
+    ("overwrite", False, False, "replace an earlier run in --out"),
+]
+# What --resume may change: nothing in the result depends on it
+FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
+        "processes", "gradient_checkpointing", "shard_rollout"}
+
+
+def parse(script, doc, table, argv, real_if):
+    """The settings of a run, from a script's table and the command line, printed a line each, those
+    that the user changed first -> (args, whether it is the demo).
+
+    A row of `table`: (name, the demo's value, a real model's value, what it is[, type or choices]);
+    a text alone starts a group of the --help. The values of a real model apply if an option named
+    in `real_if` is given. Without a type, that of the values counts; a whole number is then at
+    least 1.
+    """
+    parser = argparse.ArgumentParser(prog=script, description=doc.split("\n\n")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group, rows = parser, [row for row in table + COMMON if not isinstance(row, str)]
+    for row in table + COMMON:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+            continue
+        name, demo, real, what, *kind = row
+        value = real if demo is None else demo
+        if isinstance(value, bool):
+            group.add_argument(f"--{name}", action="store_true", help=what)
+            continue
+        default = f"default {demo}" if demo == real else f"demo {demo}, real model {real}"
+        options = dict(choices=kind[0]) if kind and isinstance(kind[0], list) else dict(
+            type=kind[0] if kind else positive if isinstance(value, int) else type(value or ""))
+        about = what if value is None else f"{what} ({default})"
+        group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
+    args = parser.parse_args(argv)
+    is_demo = all(getattr(args, name) is None for name in real_if)
+    changed = [row[0] for row in rows if getattr(args, row[0]) not in (None, False)]
+    for name, demo, real, *_ in rows:
+        if getattr(args, name) is None:
+            setattr(args, name, demo if is_demo else real)
+    args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
+    if RANK == 0:
+        print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
+        for name in changed + [row[0] for row in rows if row[0] not in changed]:
+            print(f"  {'*' if name in changed else ' '} {name:<24}{getattr(args, name)}", flush=True)
+    return args, is_demo
+
+
+def autocast(args):
+    """bf16 matrix products where --dtype says so; what is sensitive (norms, losses, softmax) stays
+    float32."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16,
+                          enabled=args.dtype == "bfloat16")
+
+
+def set_lr(optimizer, peak, step, steps, shape="cosine", floor=0.0):
+    """Set and return the learning rate of step `step` (from 0) of `steps`.
+
+    "cosine": a linear warm-up over the first 3 % of the steps, then half a cosine from `peak` down
+    to the share `floor` of it (Loshchilov and Hutter 2017, eq. 5). "linear": from `peak` down to 0.
+    """
+    warmup = math.ceil(0.03 * steps)
+    if shape == "linear":
+        lr = peak * (1 - step / steps)
+    elif step < warmup:
+        lr = peak * (step + 1) / warmup
+    else:
+        turn = math.pi * (step - warmup) / max(1, steps - warmup)
+        lr = peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(turn)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+# ------------------------------------------------------------------------------------------------
+# The run directory
+
+class Run:
+    """A run in `args.out`: its metrics, its saved state, its progress bar.
+
+    Made before anything is loaded: it refuses a folder that holds another run. `begin` once all
+    input is read: only then does an earlier run in the folder end.
+    """
+
+    def __init__(self, args, name):
+        self.args, self.folder, self.name, self.state = args, args.out, name, None
+        self.last = os.path.join(args.out, "last")
+        holds = [name for name in ("metrics.csv", "config.json", "last")
+                 if os.path.exists(os.path.join(args.out, name))]
+        if args.resume and args.overwrite:
+            stop("--resume goes on with a run, --overwrite starts it over: give one of them")
+        if holds and not (args.resume or args.overwrite):
+            stop(f"{args.out}: holds an earlier run; --resume goes on with it, --overwrite replaces it, "
+                 "--out names another")
+        with explain(f"{args.out}: cannot be written"):
+            os.makedirs(args.out, exist_ok=True)
+        if torch.device(args.device).type == "cpu":
+            cpu.keep_freed_memory()
+        if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
+            self.state = self.read_state()
+        elif args.resume and "config.json" in holds:
+            stop(f"{self.last}: missing, so this run cannot go on; --overwrite starts it over")
+
+    def begin(self, columns, steps, trained, generators={}):
+        """Open metrics.csv, and put back what was saved -> the progress that `save` was given, or
+        {}.
+
+        `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
+        """
+        self.trained, self.generators = trained, generators
+        wait_for_all()  # until each process has seen what the folder held
+        path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
+        with explain(f"{path}: cannot be written"):
+            if RANK == 0 and self.state is None:  # config.json says that a folder holds a whole model
+                for name in ("config.json", "last/state.json"):
+                    if os.path.exists(os.path.join(self.folder, name)):
+                        os.remove(os.path.join(self.folder, name))
+                for name in [*self.exports(), self.last]:
+                    shutil.rmtree(name, ignore_errors=True)
+            elif RANK == 0:
+                os.truncate(path, self.state["metrics_bytes"])
+            self.file = open(path, "a" if self.state else "w", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns)
+        if self.state is None:
+            self.writer.writeheader()
+            self.file.flush()
+        progress = self.restore() if self.state else {}
+        self.step, self.steps = progress.get("step", 0), steps
+        self.signals = Signals()
+        self.bar = tqdm(total=steps, initial=self.step, desc=self.name, dynamic_ncols=True,
+                        disable=RANK > 0)
+        return progress
+
+    def log(self, **row):
+        """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
+        with explain(f"{self.file.name}: cannot be written", "; --resume goes on from the last saved "
+                     "state", code=1):
+            self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
+                                  for key, value in row.items()})
+            self.file.flush()
+
+    def end_step(self, postfix, export, **progress):
+        """Move the bar; save the state where it is due; end the run after a signal.
+        `export(folder)` writes the model as it is now, for --keep."""
+        self.step += 1
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update()
+        self.signals.agree()
+        if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
+            self.save(**progress)
+            if self.args.keep:
+                export(os.path.join(self.folder, f"step-{self.step}"))
+                for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
+                    shutil.rmtree(old)
+        if self.signals.caught:
+            self.signals.leave(self.folder)
+
+    def finish(self, *panels):
+        """The end of the last step: `curves.png`, a panel for each `(title, {label: column})`."""
+        self.bar.close()
+        self.signals.restore()
+        self.file.close()
+        if RANK == 0:
+            draw_curves(self.folder, panels)
+        print(f"saved {self.folder}")
+
+    def exports(self):
+        """The folders step-N, the newest last."""
+        found = glob.glob(os.path.join(glob.escape(self.folder), "step-*"))
+        return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
+
+    def save(self, **progress):
+        """Write `last/`: all that is needed to go on exactly as if nothing had happened. The
+        tensors go into a new file, then state.json, which names it, takes the place of the old one:
+        at every moment one of the two states is whole. `progress`: numbers, texts and lists."""
+        tensors = {}
+        for name, (model, optimizer) in self.trained.items():
+            learns = {key for key, p in model.named_parameters() if p.requires_grad}
+            tensors |= {f"{name}.{key}": x for key, x in named_wholes(model) if key in learns}
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}_optimizer.{index}.{field}": in_one_piece(x)
+                            for field, x in moments.items()}
+        if RANK > 0:
+            return
+        for name, generator in self.generators.items():
+            tensors[f"random.{name}"] = generator.get_state()
+        tensors["random.torch"] = torch.get_rng_state()
+        file = os.path.join(self.last, f"state-{self.step}.safetensors")
+        with explain(f"{self.last}: cannot be written", "; what was saved before stays", code=1):
+            os.fsync(self.file.fileno())
+            os.makedirs(self.last, exist_ok=True)
+            try:
+                save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, file + ".part")
+                with open(file + ".part", "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(file + ".part", file)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(file + ".part")
+        state = dict(file=os.path.basename(file), metrics_bytes=os.path.getsize(self.file.name),
+                     settings=vars(self.args), progress=dict(progress, step=self.step))
+        write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
+        for name in os.listdir(self.last):
+            if name not in (os.path.basename(file), "state.json"):
+                os.remove(os.path.join(self.last, name))
+
+    def read_state(self):
+        """What `save` wrote, if it is whole and of a run with these settings."""
+        path = os.path.join(self.last, "state.json")
+        over = "; --overwrite starts the run over"
+        with explain(f"{path}: damaged", over):
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            before, tensors = state["settings"], os.path.join(self.last, state["file"])
+            state["progress"]["step"]
+        for name, value in json.loads(json.dumps(vars(self.args))).items():
+            if name not in FREE and before.get(name) != value:
+                stop(f"--{name} {value} contradicts the run in {self.folder}, which has "
+                     f"{before.get(name)}; give it that, or --overwrite")
+        with explain(f"{tensors}: missing or damaged", over):
+            state["tensors"] = load_file(tensors)
+        return state
+
+    def restore(self):
+        """Put the tensors of the saved state back where they came from -> the progress."""
+        tensors = self.state.pop("tensors")
+        with explain(f"{self.last}: not a state of this run", "; --overwrite starts it over"):
+            for name, (model, optimizer) in self.trained.items():
+                with torch.no_grad():
+                    for key, p in model.named_parameters():
+                        if p.requires_grad:  # not LoRA's frozen weights
+                            p.copy_(as_held(tensors[f"{name}.{key}"], p))
+                moments = {}
+                for key, x in tensors.items():
+                    if key.startswith(f"{name}_optimizer."):
+                        _, index, field = key.rsplit(".", 2)
+                        p = optimizer.param_groups[0]["params"][int(index)]
+                        moments.setdefault(int(index), {})[field] = as_held(x, p) if x.shape == p.shape else x
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            for name, generator in self.generators.items():
+                generator.set_state(tensors[f"random.{name}"])
+            torch.set_rng_state(tensors["random.torch"])
+        return self.state["progress"]
+
+
+class Signals:
+    """Ctrl-C and SIGTERM let the step finish: after `agree`, `caught` is the signal, 0 without one.
+    A second one ends the program at once."""
+
+    def __init__(self):
+        self.came = self.caught = 0
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there
+        self.before = {number: signal.signal(number, self.catch)
+                       for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+
+    def catch(self, number, frame):
+        self.came = number
+        self.restore()
+
+    def agree(self):
+        """Signals reach each process at another moment, and all have to end after the same step."""
+        self.caught = largest(self.came)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, folder):
+        """The end of an interrupted run, its state being saved: exit code 128 + the signal's
+        number."""
+        self.restore()
+        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume goes on",
+                   file=sys.stderr)
+        raise SystemExit(128 + self.caught)
+
+
+def draw_curves(folder, panels):
+    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})` that has values,
+    over the first column."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves.png: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    step = next(iter(rows[0]))
+    panels = [(title, lines) for title, lines in panels
+              if any(row[column] for row in rows for column in lines.values())]
+    columns = min(4, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 3 * height), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels):
+        for label, column in lines.items():
+            points = [(float(row[step]), float(row[column])) for row in rows if row[column]]
+            if points:
+                axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel=step)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, "curves.png"), dpi=110)
+    plt.close(figure)
