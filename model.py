@@ -4,7 +4,7 @@
     tokenizer = load_tokenizer("runs/ppo")
     llama = load_llama("runs/ppo", tokenizer)
 
-    python model.py            # the self-test: generate, token for token, against the model without a cache
+    python model.py         # the self-test: generate against the model without a cache
 
 One forward pass serves training and decoding. It gives hidden states `(B, T, d)`; whoever wants
 logits or values projects the positions that it needs: `llama.lm_head(hidden[...])`. The parameters
@@ -29,11 +29,12 @@ from lib.checkpoints import load_tokenizer  # noqa: F401: half of what one loads
 from lib.distributed import RANK, WORLD, is_sharded, named_wholes, total, wait_for_all
 from lib.run import explain, stop
 
-DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
+DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                  rms_norm_eps=1e-5, initializer_range=0.06, tie_word_embeddings=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # LLaMA (Touvron et al. 2023). B rows, T tokens each, hidden size d, heads of size h
 
 def rotate(x, cos, sin):
@@ -94,7 +95,7 @@ class Block(nn.Module):
     """h <- h + attention(norm(h)),  h <- h + MLP(norm(h)); norm is RMSNorm (Zhang and Sennrich
     2019, eq. 4)."""
 
-    recompute = False  # gradient checkpointing: keep the input alone, and compute the rest again in the backward pass
+    recompute = False  # gradient checkpointing: keep the input, compute the rest again backwards
 
     def __init__(self, config):
         super().__init__()
@@ -108,7 +109,8 @@ class Block(nn.Module):
 
     def forward(self, hidden, *context):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, hidden, *context, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.compute, hidden, *context, use_reentrant=False,
+                              preserve_rng_state=False)
         return self.compute(hidden, *context)
 
 
@@ -120,8 +122,8 @@ class Cache:
     def __init__(self, config, batch, length, dtype, device):
         # zeros: what is not written yet is read all the same, under the mask, and 0 times nan would
         # be nan
-        self.tensor = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, config.head_dim,
-                                  dtype=dtype, device=device)
+        self.tensor = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads,
+                                  length, config.head_dim, dtype=dtype, device=device)
         self.used = 0
 
     def keep(self, rows):
@@ -138,7 +140,7 @@ class LlamaBackbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        with torch.device("cpu"):  # computed, not loaded, and so never on the meta device; float32 whatever the weights are
+        with torch.device("cpu"):  # computed, not loaded, so never on meta; float32 in any case
             self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, input_ids, positions=None, mask=None, cache=None):
@@ -197,8 +199,9 @@ class ScalarHead(nn.Module):
         self.model, self.config = backbone, backbone.config
         self.config.score_mean = getattr(self.config, "score_mean", 0.0)
         self.score = nn.Linear(self.config.hidden_size, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.config.hidden_size + 1))  # as lm-human-preferences
-        self.register_buffer("before", None, persistent=False)  # with LoRA: the head that it began with (see add_lora)
+        # as lm-human-preferences
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.config.hidden_size + 1))
+        self.register_buffer("before", None, persistent=False)  # with LoRA: what the head began as
         self.on = True  # False inside `adapters_off`
 
     def forward(self, input_ids):
@@ -209,7 +212,7 @@ class ScalarHead(nn.Module):
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The shift between a state and its token
 
 def states_of(hidden, is_completion):
@@ -226,7 +229,7 @@ def tokens_of(input_ids, is_completion):
     return input_ids[:, 1:][is_completion[:, 1:]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Loading and saving
 
 def load_llama(path, tokenizer, dtype=torch.float32):
@@ -243,12 +246,8 @@ def load_llama(path, tokenizer, dtype=torch.float32):
         fill(llama, tensors, path, dtype)
         llama.tie()
     if len(tokenizer) > llama.config.vocab_size:
-        stop(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only {llama.config.vocab_size}: "
-             "they do not belong together")
-    for config in (llama.config, llama.generation_config):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if config is not None:
-                setattr(config, name, getattr(tokenizer, name))
+        stop(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
+             f"{llama.config.vocab_size}: they do not belong together")
     return llama.eval()
 
 
@@ -278,7 +277,8 @@ def fill(model, tensors, path, dtype):
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     names = {name for name, _ in model.named_parameters()}
-    for wrong, why in ((names - tensors.keys(), "missing"), (tensors.keys() - names, "of no use here")):
+    missing, unused = names - tensors.keys(), tensors.keys() - names
+    for wrong, why in ((missing, "missing"), (unused, "of no use here")):
         if wrong:
             stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
     with explain(f"{path}: its tensors are not those of its configuration"):
@@ -293,18 +293,20 @@ def save_checkpoint(model, tokenizer, folder):
     float32, LoRA merged. With many processes all take part, and rank 0 writes."""
     tensors = merged(model)
     if RANK == 0:
-        checkpoints.write(folder, model.config, tensors, tokenizer, getattr(model, "generation_config", None),
-                          scalar=isinstance(model, ScalarHead))
+        checkpoints.write(folder, model.config, tensors, tokenizer,
+                          getattr(model, "generation_config", None), isinstance(model, ScalarHead))
     wait_for_all()  # the next stage may load it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # LoRA: LLaMA stays as it is, and small matrices beside its own learn
 
 class LoRALinear(nn.Module):
     """A linear map W with an adapter of rank r beside it (Hu et al. 2021, section 4.1, eq. 3):
 
-        y = W x + alpha / r  B A x          W (out, in) frozen;  A (r, in) Gaussian and B (out, r) zero at the start
+        y = W x + alpha / r  B A x
+
+    W (out, in) is frozen; A (r, in) is Gaussian and B (out, r) zero at the start.
 
     So y begins as W x exactly. A and B are float32; W may be bfloat16, and its product is then
     bfloat16 too.
@@ -340,13 +342,18 @@ def add_lora(model, rank, alpha, targets, base_dtype="float32"):
             parameter.requires_grad_(False).data = parameter.data.to(getattr(torch, base_dtype))
     if isinstance(model, ScalarHead):
         model.before = model.score.weight.detach().clone()
-    names = {name.rsplit(".", 1)[-1]: name for name, part in model.model.layers[0].named_modules() if isinstance(part, nn.Linear)}
+    linears = [name for name, part in model.model.layers[0].named_modules()
+               if isinstance(part, nn.Linear)]
+    names = {name.rsplit(".", 1)[-1]: name for name in linears}
     for target in targets.split(","):
         if target not in names:
-            stop(f"--lora_targets: {target!r} is not a linear map of a layer; there are {','.join(sorted(names))}")
+            stop(f"--lora_targets: {target!r} is not a linear map of a layer; there are "
+                 f"{','.join(sorted(names))}")
         for layer in model.model.layers:
-            layer.set_submodule(names[target], LoRALinear(layer.get_submodule(names[target]), rank, alpha))
-    frozen, learns = sum(p.nbytes for p in model.parameters() if not p.requires_grad), sum(p.numel() for p in trainable(model))
+            linear = layer.get_submodule(names[target])
+            layer.set_submodule(names[target], LoRALinear(linear, rank, alpha))
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    learns = sum(p.numel() for p in trainable(model))
     print(f"LoRA: {frozen / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, "
           f"{16 * learns / 1e6:.1f} MB with gradient and Adam", flush=True)
     return model
@@ -361,7 +368,8 @@ def trainable(model):
 def adapters_off(model):
     """Inside, the model computes what it did before LoRA, exactly; one without LoRA what it always
     does."""
-    parts = [part for part in model.modules() if isinstance(part, (LoRALinear, ScalarHead)) and part.on]
+    parts = [part for part in model.modules()
+             if isinstance(part, (LoRALinear, ScalarHead)) and part.on]
     for part in parts:
         part.on = False
     try:
@@ -383,7 +391,7 @@ def merged(model):
     return {name: tensor.float() for name, tensor in tensors.items()} if RANK == 0 else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Generation
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -395,7 +403,8 @@ def sample(logits, temperature, top_k, top_p, generator):
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     logits = logits / temperature
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
         too_far = ordered.cumsum(-1) - ordered >= top_p  # the set was complete before this token
@@ -411,56 +420,70 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
+           top_p=1.0, generator=None):
     """Yields for each step the rows still being written (n,), their new tokens (n,) and log
     probabilities (n,).
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which is yielded.
     """
-    (batch, length), device, blocked = input_ids.shape, input_ids.device, -1e30  # -inf would give nan where all is blocked
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
-    in_step = is_sharded(model)  # then every pass needs all processes, also those whose own rows have ended
+    (batch, length), device = input_ids.shape, input_ids.device
+    dtype = model.lm_head.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    in_step = is_sharded(model)  # every pass needs all processes, also those whose rows have ended
     ends = torch.as_tensor(eos_token_id, device=device).view(1, -1)
+    blocked = -1e30  # -inf would give nan where all is blocked
     padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     cache = Cache(model.config, batch, length + max_new_tokens, dtype, device)
     # the first pass reads the prompts, and must not look ahead; each later one reads the token
     # written last
-    mask = padding[..., :length] + torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
+    ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
+    mask = padding[..., :length] + ahead
     new, positions = input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    rows, alive, living = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device), batch
+    rows, living = torch.arange(batch, device=device), batch
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        with torch.inference_mode(WORLD == 1), torch.no_grad():  # the first saves a tenth of a step on CPU, but is not for FSDP
+        # inference mode saves a tenth of a step on CPU, but is not for FSDP
+        with torch.inference_mode(WORLD == 1), torch.no_grad():
             logits = model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
         tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
-        yield (rows, tokens, logprobs) if living == len(rows) else (rows[alive], tokens[alive], logprobs[alive])
+        if living == len(rows):
+            yield rows, tokens, logprobs
+        else:
+            yield rows[alive], tokens[alive], logprobs[alive]
         alive = alive & (tokens[:, None] != ends).all(-1)
         living = int(alive.sum())
         if (total(living) if in_step else living) == 0:
             return
         positions = positions[:, -1:] + 1
-        if 0 < living <= 0.75 * len(rows):  # dropping ended rows copies the cache, so wait until a quarter of them can go
+        # dropping ended rows copies the cache, so wait until a quarter of the rows can go
+        if 0 < living <= 0.75 * len(rows):
             cache.keep(alive)
-            rows, tokens, positions, padding, alive = (x[alive] for x in (rows, tokens, positions, padding, alive))
+            rows, tokens, positions = rows[alive], tokens[alive], positions[alive]
+            padding, alive = padding[alive], alive[alive]
         new, mask = tokens[:, None], padding[..., :cache.used + 1]
 
 
 @dataclass
 class Generation:
     tokens: torch.Tensor    # (B, N) what was sampled; 0 after the end of a row
-    logprobs: torch.Tensor  # (B, N) float32, log probability under the distribution that the token was sampled from
-    mask: torch.Tensor      # (B, N) 1 on what was sampled, up to and including end-of-sequence; 0 after it
+    logprobs: torch.Tensor  # (B, N) float32, under the distribution that it was sampled from
+    mask: torch.Tensor      # (B, N) 1 on what was sampled, end-of-sequence included; 0 after it
 
 
-def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0,
+             top_k=0, top_p=1.0, generator=None):
     """Sample a response to each prompt -> `Generation`, N being the length of the longest response.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left, each answered as if it stood
     alone. With temperature alone (no top_k, top_p), `logprobs` are what a training pass gives for
     the same tokens at that temperature, up to rounding.
     """
-    steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, generator))
+    steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature,
+                        top_k, top_p, generator))
     tokens = input_ids.new_zeros(len(input_ids), len(steps))
     out = Generation(tokens, tokens.float(), tokens.float())
     for n, (rows, new, logprobs) in enumerate(steps):
@@ -482,7 +505,7 @@ def self_test():
         text = list(prompt)
         while len(text) < len(prompt) + 20 and not (len(text) > len(prompt) and text[-1] in (7, 8)):
             text.append(llama.lm_head(llama(torch.tensor([text]))[0, -1]).argmax().item())
-        assert row[used.bool()].tolist() == text[len(prompt):], "generate and the model without a cache differ"
+        assert row[used.bool()].tolist() == text[len(prompt):], (prompt, row, text)
     print("generate gives, token for token, what the model without a cache does")
 
 

@@ -54,8 +54,8 @@ SETTINGS = [
     "what goes in and out",
     ("sft",               "runs/sft", "runs/sft", "the SFT model: actor and reference begin as it"),
     ("rm",                "runs/rm", "runs/rm", "the reward model"),
-    ("critic",            "rm",     "rm",   "where the critic begins: as the reward model, or as the "
-                                            "SFT model with a new head", ["rm", "sft"]),
+    ("critic",            "rm",     "rm",   "the critic begins as the reward model, or as the SFT "
+                                            "model with a new head", ["rm", "sft"]),
     ("prompts",           "data/rlhf_training_data.json", None, "prompts to practise on"),
     ("eval_prompts",      "data/rlhf_training_data_eval.json", None, "held out, answered greedily"),
     ("demonstrations",    "data/actor_training_data.json", None, "for the PTX term"),
@@ -74,31 +74,31 @@ SETTINGS = [
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
      float),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
-    ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the reward "
-                                            "model's"),
+    ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the "
+                                            "reward model's"),
     ("whiten_rewards",    False,    False,  "scale the rewards about their mean to deviation 1"),
-    ("gamma",             1.0,      1.0,    "discount of later rewards; 1: a response is one whole"),
+    ("gamma",             1.0,      1.0,    "discount of later rewards; 1: none"),
     ("lam",               0.95,     0.95,   "lambda of GAE: 0 trusts the critic, 1 the rewards"),
     ("no_whiten_advantages", False, False,  "leave the advantages as they are"),
     "training",
     ("ppo_epochs",        2,        4,      "passes over each round's experience"),
     ("minibatch_size",    32,       16,     "responses per optimizer step"),
-    ("micro_batch_size",  32,       4,      "responses of the longest kind per forward pass (decoding "
-                                            "has all of the batch): bounds the memory"),
+    ("micro_batch_size",  32,       4,      "of the longest responses, per forward pass: bounds "
+                                            "the memory (but decoding has the whole batch)"),
     ("lr",                2e-4,     1e-6,   "learning rate of the actor; falls to 0 in a line"),
     ("critic_lr",         1e-3,     5e-6,   "learning rate of the critic, likewise"),
     ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
     ("value_clip",        0.2,      0.2,    "how far the value may move, in score units"),
     ("entropy_coef",      0.0,      0.0,    "weight of the entropy bonus"),
     ("ptx_coef",          0.1,      0.0,    "weight of the cross entropy on demonstrations"),
-    ("target_kl",         None,     None,   "nats per token: end an update when old and new policy are "
-                                            "this far apart", float),
+    ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
+                                            "far from the one that sampled", float),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
     "looking",
-    ("eval_every",        20,       20,     "updates between evaluations, when the model is saved too"),
+    ("eval_every",        20,       20,     "updates between evaluations, each with an export"),
     ("eval_number",       300,      64,     "held-out prompts to evaluate on"),
-    ("shard_rollout",     False,    False,  "many processes: gather layer by layer for each token: slow, "
-                                            "for an actor that one GPU cannot hold"),
+    ("shard_rollout",     False,    False,  "many processes: gather layer by layer for each token; "
+                                            "slow, for an actor that one GPU cannot hold"),
 ]
 
 
@@ -107,7 +107,8 @@ SETTINGS = [
 # to and including its end-of-sequence, and 0 after it. What stands outside the mask, be it inf or
 # nan, never changes a result.
 
-LARGEST_LOG = 20.0  # a log ratio is cut to +-20 before exp: e^20 is far outside every clip range and far from overflow
+# a log ratio is cut to +-20 before exp: e^20 is far outside every clip range, and far from overflow
+LARGEST_LOG = 20.0
 
 
 def inside(x, mask):
@@ -118,7 +119,8 @@ def inside(x, mask):
 def tempered_log_softmax(logits, temperature):
     """log softmax(logits / temperature) in float32. Dividing by 1 would be a pass over the largest
     tensor for nothing."""
-    return torch.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, dim=-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def logprobs_from_logits(logits, tokens, temperature=1.0):
@@ -134,7 +136,8 @@ def entropy_from_logits(logits, temperature=1.0):
     """H = - sum_v p_v log p_v with p = softmax(logits / temperature). `logits` (..., V) -> (...)
     float32, nats."""
     logprobs = tempered_log_softmax(logits, temperature)
-    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # a word ruled out, at -inf, adds 0 and not nan
+    # a word ruled out, at -inf, adds 0 and not nan
+    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
 
 
 def masked_mean(x, mask):
@@ -160,8 +163,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Per-token estimate of KL(pi || ref), in nats, from tokens sampled from pi (Schulman 2020,
     "Approximating KL divergence").
 
-    With d = log pi - log ref:   k1 = d (unbiased, may be negative);   k2 = d^2 / 2 (biased, less variance);
-    k3 = e^-d - 1 + d (unbiased and never negative). `logprobs`, `ref_logprobs` (B, T) -> (B, T) float32.
+    With d = log pi - log ref:   k1 = d (unbiased, may be negative);   k2 = d^2 / 2 (biased, less
+    variance);   k3 = e^-d - 1 + d (unbiased, never negative). All (B, T), the result float32.
     """
     d = logprobs.float() - ref_logprobs.float()
     if kind == "k1":
@@ -187,7 +190,8 @@ def token_rewards(scores, kl, mask, kl_coef):
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), backwards over the response:
 
-        delta_t = r_t + gamma V_{t+1} - V_t           A_t = delta_t + gamma lam A_{t+1}         V = A = 0 after the end
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1}        V = A = 0 after the end
 
     `rewards`, `values`, `mask` (B, T) -> advantages, returns G = advantages + values, both (B, T)
     float32, 0 outside the mask. lam = 0 gives the one-step TD error, lam = 1 the discounted sum of
@@ -216,22 +220,25 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     ratio = torch.exp(log_ratio.clamp(-LARGEST_LOG, LARGEST_LOG))
     advantages = inside(advantages, mask).detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    return -masked_mean(torch.min(unclipped, clipped), mask), masked_mean((clipped < unclipped).float(), mask)
+    clip_fraction = masked_mean((clipped < unclipped).float(), mask)
+    return -masked_mean(torch.min(unclipped, clipped), mask), clip_fraction
 
 
 def value_loss(values, old_values, returns, mask, clip):
     """Half the larger of two squared errors: of V, and of V kept within +-clip of what it was at
     the rollout.
 
-        L = 1/2 mean  max((V - G)^2, (V_old + clamp(V - V_old, -clip, clip) - G)^2)          G: the returns
+        L = 1/2 mean  max((V - G)^2, (V_old + clamp(V - V_old, -clip, clip) - G)^2)
 
     As in OpenAI's lm-human-preferences. All (B, T); the gradient flows through `values` only ->
     loss, clip_fraction.
     """
-    values, old_values, returns = inside(values, mask), inside(old_values, mask).detach(), inside(returns, mask).detach()
+    values, returns = inside(values, mask), inside(returns, mask).detach()
+    old_values = inside(old_values, mask).detach()
     clipped = values.clamp(old_values - clip, old_values + clip)
     error, clipped_error = (values - returns).square(), (clipped - returns).square()
-    return 0.5 * masked_mean(torch.max(error, clipped_error), mask), masked_mean((clipped_error > error).float(), mask)
+    clip_fraction = masked_mean((clipped_error > error).float(), mask)
+    return 0.5 * masked_mean(torch.max(error, clipped_error), mask), clip_fraction
 
 
 def ptx_loss(logits, labels):
@@ -244,7 +251,8 @@ def ptx_loss(logits, labels):
     """
     targets = labels[:, 1:]
     counts = targets != -100
-    return F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum") / counts.sum().clamp(min=1)
+    loss = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
+    return loss / counts.sum().clamp(min=1)
 
 
 class AdaptiveKL:
@@ -269,7 +277,8 @@ class AdaptiveKL:
 
 def to_rows(flat, mask):
     """(N,) values, one text after the other -> (B, T) with zeros outside the mask."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device).masked_scatter(mask.bool(), flat)
+    rows = torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device)
+    return rows.masked_scatter(mask.bool(), flat)
 
 
 def response_logits(actor, input_ids, is_completion):
@@ -297,7 +306,7 @@ def micro_batches(rows, lengths, size):
     rows = sorted(rows, key=lambda i: lengths[i])
     if WORLD > 1:  # all processes need the same number of parts: `size` rows each
         return my_parts(rows, size)
-    parts, most = [[]], size * max(lengths)
+    parts, most = [[]] if rows else [], size * max(lengths, default=0)
     for i in rows:
         if (len(parts[-1]) + 1) * lengths[i] > most:
             parts.append([])
@@ -314,8 +323,9 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
         seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
     with autocast(args), gathered(actor, not args.shard_rollout):
-        out = generate(actor, *left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device),
-                       args.max_new_tokens, tokenizer.eos_token_id, temperature, generator=generator)
+        padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
+        out = generate(actor, *padded, args.max_new_tokens, tokenizer.eos_token_id, temperature,
+                       generator=generator)
     longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
     for name, own in vars(out).items():  # every process gets the answers of all
         everyones = own.new_zeros(len(prompts), longest)
@@ -344,8 +354,8 @@ def score_responses(reward_model, texts, tokenizer, args):
 
 
 @torch.no_grad()
-def make_experience(actor, critic, reward_model, ref, prompts, minibatches, tokenizer, args, kl_coef,
-                    generator):
+def make_experience(actor, critic, reward_model, ref, prompts, minibatches, tokenizer, args,
+                    kl_coef, generator):
     """Answer the prompts, and turn what the other three models say of the answers into advantages
     and returns.
 
@@ -376,12 +386,13 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
             ref_logprobs[rows] = weight * response_logprobs(logits, *batch, args)
             values[rows] = weight * response_values(critic, *batch)
     old_logprobs = out.logprobs if exact else total(old_logprobs)
-    ref_logprobs, values = total(ref_logprobs), total(values)  # every process has the whole batch now
+    ref_logprobs, values = total(ref_logprobs), total(values)  # now every process has them all
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
     rewards = token_rewards(scores, kl, mask, kl_coef)
-    if args.whiten_rewards:  # about their mean, which stays: moving it would pay for long or for short
-        # responses (lm-human-preferences; Huang et al. 2024)
+    if args.whiten_rewards:
+        # about their mean, which stays: moving it would pay for long or for short responses
+        # (lm-human-preferences; Huang et al. 2024)
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     # over the whole rollout batch, as Huang et al. 2024's code; lm-human-preferences: per minibatch
@@ -390,7 +401,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
                       old_values=values, advantages=whitened, returns=returns)
 
     log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
-    unexplained, variance = (x[mask.bool()].var(unbiased=False) for x in (returns - values, returns))
+    unexplained, variance = (x[mask.bool()].var(unbiased=False)
+                             for x in (returns - values, returns))
 
     def mean_score(which):  # of the reward model, whether it counts or not
         return model_scores[which].mean().item() if which.any() else None
@@ -410,8 +422,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 # ------------------------------------------------------------------------------------------------
 # The update: gradient steps on the experience
 
-def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience, rows, demonstrations,
-                    tokenizer, args):
+def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience, rows,
+                    demonstrations, tokenizer, args):
     """One optimizer step of actor and critic on these rows of the experience, and of the actor on
     demonstrations too if there is a ptx_coef -> the statistics of the minibatch.
 
@@ -435,7 +447,7 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
             logprobs = response_logprobs(logits, input_ids, is_completion, mask, args)
             with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
                 entropy = to_rows(entropy_from_logits(logits, args.temperature), mask)
-            del logits  # the largest tensor of the step: what the backward pass needs, it holds itself
+            del logits  # the largest tensor of the step; the backward pass holds what it needs
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
@@ -448,16 +460,17 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
         log_ratio = inside(logprobs.detach() - old_logprobs, mask)
         # KL(old || new), since the tokens are from the old policy
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
-        for name, value in dict(policy_loss=loss, value_loss=v_loss, entropy=entropy,
-                                clip_fraction=clip_fraction, value_clip_fraction=value_clip_fraction,
-                                approx_kl=approx_kl).items():
+        for name, value in dict(
+                policy_loss=loss, value_loss=v_loss, entropy=entropy, clip_fraction=clip_fraction,
+                value_clip_fraction=value_clip_fraction, approx_kl=approx_kl).items():
             s[name] += (value.detach() * share).item()
-        s["largest_ratio"] = max(s["largest_ratio"], log_ratio.clamp(max=LARGEST_LOG).exp().max().item())
+        largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp().item()
+        s["largest_ratio"] = max(s["largest_ratio"], largest_ratio)
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
     lengths = [len(prompt) + len(completion) for prompt, completion, _ in demonstrations]
-    for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size) if lengths else []:
+    for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size):
         examples = [demonstrations[i] for i in part]
         input_ids, is_completion = collate(examples, tokenizer.pad_token_id, args.device)
         start = min(len(prompt) for prompt, _, _ in examples) - 1  # no row has a target before it
@@ -508,7 +521,8 @@ def deal(size, number, seed):
     """`number` indices below `size` in random order, each once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-number // max(1, size))
-    return torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])[:number].tolist()
+    order = [torch.randperm(size, generator=generator) for _ in range(rounds)]
+    return torch.cat(order)[:number].tolist()
 
 
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
@@ -516,7 +530,8 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
     gold judge."""
     completions, scores = [], []
     for start in range(0, len(prompts), args.batch_size):
-        texts, _ = answer(actor, prompts[start:start + args.batch_size], tokenizer, args, temperature=0)
+        batch = prompts[start:start + args.batch_size]
+        texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
         model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
         scores += torch.where(ended, model_scores, args.no_eos_score).tolist()
         completions += [tokenizer.decode(response, skip_special_tokens=True).strip()
@@ -549,8 +564,8 @@ def main(argv=None):
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokenizer = load_tokenizer(args.sft)
     if load_tokenizer(args.rm).get_vocab() != tokenizer.get_vocab():
-        stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from this SFT "
-             "model")
+        stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from "
+             "this SFT model")
 
     def learning(model):
         return place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -573,13 +588,13 @@ def main(argv=None):
     context = actor.config.max_position_embeddings
     limit = min(args.max_prompt_length, context - args.max_new_tokens)
     if limit < 1:
-        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's context "
-             f"is {context} tokens")
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
+             f"context is {context} tokens")
 
     def read_prompts(path, number=None):
         records = read_records(path, "user_input")[:number]
-        return records, encode_prompts([record["user_input"] for record in records], tokenizer, limit,
-                                       path)
+        asked = [record["user_input"] for record in records]
+        return records, encode_prompts(asked, tokenizer, limit, path)
 
     _, prompts = read_prompts(args.prompts)
     eval_records, eval_prompts = [], []
@@ -599,8 +614,8 @@ def main(argv=None):
         try:
             gold(record["user_input"], "")
         except ValueError as error:
-            stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); without "
-                 "a judge: --gold ''")
+            stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); "
+                 "without a judge: --gold ''")
 
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
     # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
@@ -614,8 +629,8 @@ def main(argv=None):
     progress = run.begin(
         ["update", "score", "score_ended", "score_cut", "ended", "kl", "kl_error", "kl_coef",
          "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
-         "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio", "response_length",
-         "lr", "tokens_per_s", "eval_score", "eval_gold"],
+         "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio",
+         "response_length", "lr", "tokens_per_s", "eval_score", "eval_gold"],
         args.updates, {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)},
         {"sampling": generator})
 
@@ -626,8 +641,8 @@ def main(argv=None):
 
     if progress:
         kl_control.coef = progress["kl_coef"]
-        first_texts, first, last, history = (progress[name]
-                                             for name in ("first_texts", "first", "last", "history"))
+        first_texts, first, last, history = (
+            progress[name] for name in ("first_texts", "first", "last", "history"))
     else:
         first_texts, first = held_out()
         last, history = first, []
@@ -651,8 +666,8 @@ def main(argv=None):
         passes = []
         for rows in minibatches:
             records = [demonstrations[next(dealt)] for _ in rows if demonstrations]
-            passes.append(train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience,
-                                          rows, records, tokenizer, args))
+            passes.append(train_minibatch(actor, critic, actor_optimizer, critic_optimizer,
+                                          experience, rows, records, tokenizer, args))
             # the policy is far enough from the one that sampled (Spinning Up; Huang et al. 2022)
             if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
                 break
@@ -660,7 +675,8 @@ def main(argv=None):
         row["largest_ratio"] = max(p["largest_ratio"] for p in passes)
         if args.kl_target:
             kl_control.update(row["kl"], B)
-        row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
 
         if update % args.eval_every == 0 or update == args.updates:
             texts, last = held_out()
@@ -680,7 +696,8 @@ def main(argv=None):
     for name, value in last.items():
         print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")
     print(f"KL to the SFT policy: {history[-1]['kl']:.2f} nats per response")
-    run.finish(("score of the reward model", {"samples": "score", "held out, greedy": "eval_score"}),
+    run.finish(("score of the reward model",
+                {"samples": "score", "held out, greedy": "eval_score"}),
                ("gold score, held out", {"gold": "eval_gold"}),
                ("KL to the SFT policy (nats per response)", {"KL": "kl"}),
                ("entropy (nats per token)", {"entropy": "entropy"}),

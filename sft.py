@@ -1,6 +1,6 @@
 """Stage 1: supervised fine-tuning. LLaMA learns to answer as the demonstrations do.
 
-    python sft.py                          # the demo: a tiny LLaMA from scratch on the built-in data
+    python sft.py                # the demo: a tiny LLaMA from scratch on the built-in data
     python sft.py --model path/to/llama --data my.json --eval_data my_eval.json
     torchrun --nproc_per_node=8 sft.py --model ...         # on 8 GPUs, which share one model
 
@@ -33,8 +33,8 @@ from model import (add_lora, load_llama, load_tokenizer, save_checkpoint, states
 SETTINGS = [
     # name                demo    real    what it is
     "what goes in and out",
-    ("model",             None,   None,   "LLaMA to start from: a Hugging Face or Meta directory, a hub "
-                                          "name, a .gguf file; none: the demo's, from scratch"),
+    ("model",             None,   None,   "LLaMA to start from: a Hugging Face or Meta directory, "
+                                          "a hub name, a .gguf file; none: from scratch"),
     ("tokenizer",         None,   None,   "where its tokenizer is, if not with the model"),
     ("data",              "data/actor_training_data.json", None, "demonstrations"),
     ("eval_data",         "data/actor_training_data_eval.json", None, "held-out demonstrations"),
@@ -44,10 +44,10 @@ SETTINGS = [
     ("batch_size",        32,     128,    "demonstrations per optimizer step"),
     ("micro_batch_size",  32,     8,      "demonstrations per forward pass: bounds the memory, and "
                                           "changes nothing else"),
-    ("lr",                1e-3,   2e-5,   "peak learning rate of AdamW; a warm-up, then a cosine to 0"),
+    ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
     ("weight_decay",      0.1,    0.0,    "of AdamW"),
-    ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the beginning "
-                                          "of its prompt"),
+    ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the "
+                                          "beginning of its prompt"),
 ]
 
 
@@ -89,7 +89,8 @@ def main(argv=None):
     max_length = min(args.max_length, model.config.max_position_embeddings)
 
     def read(path):
-        return encode_records(read_records(path, "user_input", "completion"), tokenizer, max_length, path)
+        records = read_records(path, "user_input", "completion")
+        return encode_records(records, tokenizer, max_length, path)
 
     train, held_out = read(args.data), read(args.eval_data) if args.eval_data else []
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95),
@@ -133,10 +134,10 @@ def main(argv=None):
         eval_loss = None
         if held_out and (step + 1) % steps_per_epoch == 0:
             eval_loss = evaluate(model, held_out, args, tokenizer.pad_token_id)
-            tqdm.write(f"epoch {(step + 1) // steps_per_epoch}: held-out loss {eval_loss:.4f} per token, "
-                       f"perplexity {math.exp(eval_loss):.2f}")
-        run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss, lr=lr,
-                grad_norm=grad_norm, tokens_per_s=speed)
+            tqdm.write(f"epoch {(step + 1) // steps_per_epoch}: held-out loss {eval_loss:.4f} per "
+                       f"token, perplexity {math.exp(eval_loss):.2f}")
+        run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
+                lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
         run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s",
                      lambda folder: save_checkpoint(model, tokenizer, folder), watch=watch.state())
 

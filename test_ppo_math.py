@@ -19,12 +19,14 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
-from model import sample
+import model as llama
+from model import LlamaBackbone, ScalarHead, sample
 from ppo import (AdaptiveKL, entropy_from_logits, gae, kl_estimate, logprobs_from_logits, masked_mean, masked_whiten,
                  policy_loss, ptx_loss, token_rewards, value_loss)
-from sft import lr_factor
-from train_rm import constant_direction, pair_statistics, ranking_loss, regression_loss
+from lib.run import set_lr
+from train_rm import normalize_, pair_statistics, ranking_loss, regression_loss
 
 GARBAGE = [1e30, math.inf, -math.inf, math.nan]
 LENGTHS = [1, 6, 3, 4]  # a ragged batch: a response of one token, one that fills its row, two in between
@@ -626,7 +628,7 @@ def test_colossalchat_stepped_the_scheduler_once_in_100_batches():
     for steps, expected in ((199, [1.0] * 100 + [0.0] * 99), (99, [1.0] * 99)):
         theirs = [(1 + math.cos(math.pi * (n // 100) / max(1, steps // 100))) / 2 for n in range(steps)]
         ours = [lr_factor(n, steps) for n in range(steps)]
-        falling = ours[ours.index(1.0):]
+        falling = ours[ours.index(max(ours)):]
         assert theirs == pytest.approx(expected)
         assert all(0 < before - after < 0.02 for before, after in zip(falling[1:], falling[2:])) and ours[-1] < 0.001
 
@@ -704,12 +706,44 @@ def test_pair_statistics():
     assert all(len(x) == 0 for x in pair_statistics(torch.zeros(3), torch.ones(3)))
 
 
-def test_constant_direction():
-    hidden = random(200, 4)
-    hidden[:, 2] = 3  # the same in every hidden state, among three coordinates that vary around 0
-    assert_near(constant_direction(hidden), [0, 0, 1 / 3, 0], 1e-4)
-    # least squares in one dimension: the v with the least mean (v h - 1)^2 is mean h / mean h^2
-    assert_near(constant_direction(torch.tensor([[1.0], [2.0], [4.0], [-1.0]])), [(6 / 4) / (22 / 4)])
+def test_normalized_scores_have_mean_0_and_deviation_1():
+    """Also a second time: what was folded in before is folded in with the rest."""
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model, tokens = ScalarHead(LlamaBackbone(config)), torch.randint(50, (20, 3), generator=torch.Generator().manual_seed(0))
+    for shift, scale in ((0.0, 1.0), (5.0, 0.01)):
+        model.config.score_mean = model.config.score_mean + shift
+        with torch.no_grad():
+            model.score.weight *= scale
+            before = model(tokens)[:, -1]
+            mean, deviation = normalize_(model, before)
+            after = model(tokens)[:, -1]
+        m = math.fsum(before.tolist()) / 20
+        d = math.sqrt(math.fsum((x - m) ** 2 for x in before.tolist()) / 20)
+        assert (mean, deviation) == pytest.approx((m, d), rel=1e-4)
+        assert_near(after, [(x - m) / d for x in before.tolist()], 1e-4)
+
+
+def test_scores_that_are_all_equal_cannot_be_normalized():
+    with pytest.raises(SystemExit) as stopped:
+        normalize_(None, torch.tensor([2.0, 2.0]))
+    assert stopped.value.code == 1
+
+
+def test_the_shift_between_a_state_and_its_token():
+    """Position by position: the token at t was chosen in the state at t - 1."""
+    is_completion = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
+    tokens, hidden = torch.arange(12).view(2, 6), random(2, 6, 3)
+    where = [(b, t) for b in range(2) for t in range(6) if is_completion[b, t]]
+    assert llama.tokens_of(tokens, is_completion).tolist() == [tokens[b, t] for b, t in where]
+    assert torch.equal(llama.states_of(hidden, is_completion), torch.stack([hidden[b, t - 1] for b, t in where]))
+    assert torch.equal(llama.states_of(hidden[..., 0], is_completion), torch.stack([hidden[b, t - 1, 0] for b, t in where]))
+
+
+def lr_factor(step, steps, *shape):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=7.0)
+    lr = set_lr(optimizer, 3.0, step, steps, *shape)
+    assert optimizer.param_groups[0]["lr"] == lr
+    return lr / 3.0
 
 
 @pytest.mark.parametrize("steps, warmup", [(200, 6), (1000, 30), (104, 4), (10, 1), (2, 1), (1, 1)])
@@ -721,3 +755,15 @@ def test_lr_factor(steps, warmup):
         assert falling[0] == 1 and falling[-1] == pytest.approx(0, abs=1e-12) and falling == sorted(falling, reverse=True)
         assert [a + b for a, b in zip(falling, reversed(falling))] == pytest.approx([1] * len(falling))
     assert lr_factor(4 + 25, 104) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)  # a quarter of the way down
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.25])
+def test_lr_factor_down_to_a_floor(floor):
+    """What is left of the cosine lies between the floor and 1."""
+    for step in range(4, 105):
+        assert lr_factor(step, 104, "cosine", floor) == pytest.approx(floor + (1 - floor) * lr_factor(step, 104))
+
+
+def test_lr_factor_of_ppo():
+    """In equal parts from 1 down to 0, which it would reach at the step after the last."""
+    assert [lr_factor(step, 5, "linear") for step in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records
-from lib.distributed import WORLD, clip_gradients, my_parts, place, release, start_processes, total
+from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
+                             start_processes, total)
 from lib.health import check_finite
 from lib.run import Run, autocast, door, parse, set_lr, stop
 from model import (ScalarHead, add_lora, load_llama, load_tokenizer, save_checkpoint, trainable)
@@ -41,20 +42,20 @@ SETTINGS = [
     ("model",             "runs/sft", None, "the SFT model to start from, or any LLaMA"),
     ("tokenizer",         None,     None,   "where its tokenizer is, if not with the model"),
     ("data",              "data/reward_training_data.json", None, "scored completions"),
-    ("eval_data",         "data/reward_training_data_eval.json", None, "held-out scored completions"),
+    ("eval_data",         "data/reward_training_data_eval.json", None, "held out, likewise"),
     ("demonstrations",    "data/actor_training_data.json", None,
      "on which the scores get mean 0 and deviation 1"),
     ("out",               "runs/rm", "runs/rm", "run directory"),
     "training",
     ("loss",              "ranking", "ranking", "what to learn", ["ranking", "regression"]),
     ("epochs",            3,        1,      "passes over the prompts"),
-    ("batch_size",        4,        64,     "prompts per optimizer step, with all their completions"),
-    ("micro_batch_size",  4,        2,      "prompts per forward pass: bounds the memory, and changes "
-                                            "nothing else"),
-    ("lr",                5e-4,     9e-6,   "peak learning rate of AdamW; a warm-up, then a cosine to "
-                                            "a tenth"),
-    ("max_length",        256,      512,    "tokens per text; a longer one loses the beginning of its "
-                                            "prompt"),
+    ("batch_size",        4,        64,     "prompts per optimizer step, with all completions"),
+    ("micro_batch_size",  4,        2,      "prompts per forward pass: bounds the memory, and "
+                                            "changes nothing else"),
+    ("lr",                5e-4,     9e-6,   "peak of AdamW's learning rate; warm-up, then a cosine "
+                                            "to a tenth"),
+    ("max_length",        256,      512,    "tokens per text; a longer one loses the beginning of "
+                                            "its prompt"),
     ("eval_every",        250,      50,     "optimizer steps between evaluations"),
 ]
 
@@ -99,8 +100,8 @@ def normalize_(reward_model, scores):
     Hugging Face's classification head has no bias -> mean, deviation."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
-        stop(f"the demonstrations all have the score {mean}, so their deviation cannot be made 1: the "
-             "reward model has learned nothing", code=1)
+        stop(f"the demonstrations all have the score {mean}, so their deviation cannot be made 1: "
+             "the reward model has learned nothing", code=1)
     release(reward_model)
     with torch.no_grad():
         reward_model.score.weight /= deviation
@@ -122,8 +123,11 @@ def score_texts(reward_model, examples, args, pad_token_id):
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     scores = torch.zeros(len(examples), device=args.device)  # each process fills in its rows
     with torch.no_grad(), autocast(args):
-        for rows, weight in my_parts(order, 4 * args.micro_batch_size):  # no gradients: room for more
-            input_ids, is_completion = collate([examples[i] for i in rows], pad_token_id, args.device)
+        # 4 times the size, since there are no gradients; in the bar, since it can take minutes
+        for rows, weight in tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
+                                 disable=RANK > 0):
+            input_ids, is_completion = collate([examples[i] for i in rows], pad_token_id,
+                                               args.device)
             scores[rows] = weight * last_token(reward_model(input_ids), is_completion)
     return total(scores)
 
@@ -177,8 +181,8 @@ def main(argv=None):
         labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
         useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
         if not useful and (args.loss == "ranking" or path != args.data):
-            stop(f"{path}: no prompt has two completions with different scores, so there is nothing to "
-                 "rank")
+            stop(f"{path}: no prompt has two completions with different scores, so there is "
+                 "nothing to rank")
         if args.loss == "ranking" and len(useful) < len(groups):
             print(f"{path}: of {len(groups)} prompts, {len(groups) - len(useful)} left out: no two "
                   "completions with different scores")
@@ -197,8 +201,9 @@ def main(argv=None):
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    run.begin(["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr",
-               "grad_norm", "tokens_per_s"], steps, {"reward_model": (reward_model, optimizer)})
+    run.begin(["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error",
+               "lr", "grad_norm", "tokens_per_s"], steps,
+              {"reward_model": (reward_model, optimizer)})
 
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
@@ -243,10 +248,11 @@ def main(argv=None):
 
     mean, deviation = normalize_(reward_model, score_texts(
         reward_model, demonstrations, args, tokenizer.pad_token_id))
-    print(f"normalized: on the demonstrations, mean {mean:.3f} and deviation {deviation:.3f} became 0 "
-          "and 1")
+    print(f"normalized: on the demonstrations, mean {mean:.3f} and deviation {deviation:.3f} "
+          "became 0 and 1")
     if held_out:
-        accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args, tokenizer.pad_token_id)
+        accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args,
+                                               tokenizer.pad_token_id)
         print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores "
               f"{margin:.2f}; by how far the labels of a pair lie apart:")
         for upto, gap_accuracy, pairs in by_gap:

@@ -14,7 +14,7 @@ import shutil
 
 import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification, LlamaTokenizer, PreTrainedTokenizerFast)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
@@ -71,28 +71,32 @@ def read_config(path):
     with explain(f"{path}: no configuration of a LLaMA can be read from it"), quiet():
         config = AutoConfig.from_pretrained(path)
     if config.model_type != "llama":
-        stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented here")
+        stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented "
+             "here")
     return config
 
 
 def read_hugging_face(path, dtype, scalar):
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        stop(f"{path}: neither a Hugging Face directory (no config.json) nor Meta's (no params.json)")
+        stop(f"{path}: neither a Hugging Face directory (no config.json) nor Meta's (no "
+             "params.json)")
     if os.path.isfile(path):
         stop(f"{path}: a file, but not .gguf: name the directory of the checkpoint")
     config = read_config(path)
     kind = LlamaForSequenceClassification if scalar else LlamaForCausalLM
     with explain(f"{path}: cannot be loaded as a LLaMA checkpoint"), quiet():
-        model, info = kind.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True,
-                                           ignore_mismatched_sizes=True)
-    if wrong := sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"]):
-        stop(f"{path}: {len(wrong)} of the model's tensors are missing or of the wrong shape, such as "
-             f"{wrong[0]}")
+        model, info = kind.from_pretrained(path, config=config, dtype=dtype,
+                                           output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        stop(f"{path}: {len(wrong)} of the model's tensors are missing or of the wrong shape, such "
+             f"as {wrong[0]}")
     if unused := sorted(info["unexpected_keys"]):
-        stop(f"{path}: {len(unused)} of its tensors have no place in this model, such as {unused[0]}")
+        stop(f"{path}: {len(unused)} of its tensors have no place in this model, such as "
+             f"{unused[0]}")
     if scalar and config.num_labels != 1:
         stop(f"{path}: a reward model has one label, this one has {config.num_labels}")
-    return config, model.state_dict(), model.generation_config
+    return config, model.state_dict(), getattr(model, "generation_config", None)
 
 
 META_NAMES = {
@@ -120,7 +124,9 @@ def renamed(tensors, names, config):
         block, part, kind = re.fullmatch(r"(?:(?:layers|blk)\.(\d+)\.)?(.+)\.(\w+)", name).groups()
         part = names.get(part, part)
         if part.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if part.endswith("q_proj") else config.num_key_value_heads
+            heads = config.num_attention_heads
+            if part.endswith("k_proj"):
+                heads = config.num_key_value_heads
             pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
             tensor = pairs.transpose(1, 2).reshape(tensor.shape)
         result[f"model.layers.{block}.{part}.{kind}" if block else f"{part}.{kind}"] = tensor
@@ -137,10 +143,11 @@ def read_meta(path, device="cpu"):
     with explain(not_a_llama):
         with open(os.path.join(path, "params.json"), encoding="utf-8") as file:
             params = json.load(file)
-        dim, heads, theta = params["dim"], params["n_heads"], float(params.get("rope_theta", 10000.0))
-        sizes = dict(hidden_size=dim, num_hidden_layers=params["n_layers"], num_attention_heads=heads,
-                     num_key_value_heads=params.get("n_kv_heads") or heads,
-                     rms_norm_eps=params["norm_eps"])
+        dim, heads = params["dim"], params["n_heads"]
+        theta = float(params.get("rope_theta", 10000.0))
+        sizes = dict(hidden_size=dim, num_hidden_layers=params["n_layers"],
+                     num_attention_heads=heads, rms_norm_eps=params["norm_eps"],
+                     num_key_value_heads=params.get("n_kv_heads") or heads)
     files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
     for i in range(max(1, len(files))):
         if (file := os.path.join(path, f"consolidated.{i:02d}.pth")) not in files:
@@ -148,15 +155,16 @@ def read_meta(path, device="cpu"):
     shards = []
     for file in files:
         with explain(f"{file}: damaged, or not a file of weights"):
-            shards.append(torch.load(file, map_location=device, weights_only=True, mmap=device == "cpu"))
+            shards.append(torch.load(file, map_location=device, weights_only=True,
+                                     mmap=device == "cpu"))
     with explain(f"{path}: the shards do not fit together"):
         whole = dim // shards[0]["layers.0.attention.wq.weight"].shape[0]
         if len(shards) > whole:
-            stop(f"{path}: {len(shards)} shards found, but its model has {whole}: some are of another "
-                 "model")
+            stop(f"{path}: {len(shards)} shards found, but its model has {whole}: some are of "
+                 "another model")
         if len(shards) < whole:
-            stop(f"{path}: {len(shards)} of {whole} shards found: consolidated.{len(shards):02d}.pth is "
-                 "missing")
+            stop(f"{path}: {len(shards)} of {whole} shards found: "
+                 f"consolidated.{len(shards):02d}.pth is missing")
         vocab_size, tensors = shards[0]["output.weight"].shape[0] * whole, {}
         for name in shards[0].keys() - {"rope.freqs"}:
             parts = [shard[name] for shard in shards]
@@ -232,8 +240,11 @@ def read_gguf(path):
     config = gguf_config(reader, path)
     import gguf
     with explain(f"{path}: damaged, or not a .gguf file"):
-        tensors = {tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-                   for tensor in reader.tensors if tensor.name != "rope_freqs.weight"}
+        tensors = {}
+        for tensor in reader.tensors:
+            if tensor.name != "rope_freqs.weight":
+                values = gguf.dequantize(tensor.data, tensor.tensor_type)
+                tensors[tensor.name] = torch.from_numpy(values.copy())
         return config, renamed(tensors, GGUF_NAMES, config)
 
 
@@ -243,10 +254,15 @@ def write(folder, config, tensors, tokenizer, generation_config=None, scalar=Fal
     `tensors`: {Hugging Face's name: tensor}; `scalar`: as a `LlamaForSequenceClassification`.
     """
     part = os.path.join(folder, "export.part")
+    for described in (config, generation_config):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if described is not None:
+                setattr(described, name, getattr(tokenizer, name))
     with torch.device("meta"):  # the class that writes the files; its own weights are never made
         if scalar:
             plain = LlamaForSequenceClassification(LlamaConfig.from_dict(config.to_dict() | dict(
-                num_labels=1, tie_word_embeddings=False, problem_type="regression")))
+                id2label={0: "score"}, label2id={"score": 0}, problem_type="regression",
+                tie_word_embeddings=False)))
         else:
             plain = LlamaForCausalLM(config)
             if generation_config is not None:
@@ -295,7 +311,8 @@ class Llama3Converter(TikTokenConverter):
 def space_as_sentencepiece(backend):
     """sentencepiece puts a space before every text; transformers leaves it out where there is
     one."""
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                               normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
 
 
@@ -344,14 +361,15 @@ def load_tokenizer(path):
     the end of sequence.
     """
     if path == "data/tokenizer" and not os.path.isdir(path):  # else it would be sought on the hub
-        stop(f"{path}: missing, and the demo's vocabulary with it; run python data_gen.py first, or name "
-             "a model")
+        stop(f"{path}: missing, and the demo's vocabulary with it; run python data_gen.py first, "
+             "or name a model")
     with explain(f"{path}: no tokenizer can be loaded from it"), quiet():
-        model_file = os.path.join(path, "tokenizer.model")
+        metas, theirs = (os.path.join(path, name)
+                         for name in ("tokenizer.model", "tokenizer_config.json"))
         if path.endswith(".gguf"):
             tokenizer = read_tokenizer_gguf(path)
-        elif os.path.exists(model_file) and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
-            tokenizer = read_tokenizer_model(model_file)
+        elif os.path.exists(metas) and not os.path.exists(theirs):
+            tokenizer = read_tokenizer_model(metas)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
@@ -359,8 +377,8 @@ def load_tokenizer(path):
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that is not its "
-             "eos_token")
+        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that is "
+             "not its eos_token")
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     # a token that the template writes is a control token, even where it is not flagged as one

@@ -32,16 +32,20 @@ def linear(x, weight, bias=None):
     longer of the two is the image, since filters are copied into an order of oneDNN's own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
-    small = x.numel() * out < 2**22  # then calling oneDNN costs more than it gains
+    # calling oneDNN costs more than it gains for a small matrix, or for few rows
+    small = weight.numel() < 2**17 or x.numel() * out < 2**22
     if (small or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
             or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
-    x, shape = x.reshape(rows, -1), x.shape[:-1]
-    image, filters = (weight, x) if out > 8 * rows else (x, weight)
+    swap, shape = out > 8 * rows, x.shape[:-1]
+    # oneDNN compiles a kernel for each new shape, which takes longer than most products: let there
+    # be few of them
+    x = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % (16 if swap else 64)))
+    image, filters = (weight, x) if swap else (x, weight)
     pixels = image[None, None].permute(0, 3, 1, 2)  # (1, in, 1, pixels), as it lies in memory
     y = F.conv2d(pixels, filters[:, :, None, None])[0, :, 0]  # (filters, pixels)
-    y = (y if image is weight else y.t()).reshape(*shape, out)
-    return y.contiguous() if bias is None else y + bias
+    y = (y if swap else y.t())[:rows].reshape(*shape, out)
+    return (y if bias is None else y + bias).contiguous()
 
 
 def keep_freed_memory():

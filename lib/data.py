@@ -36,8 +36,8 @@ def read_values(path):
         return values
     except (ValueError, RecursionError) as error:
         where = f"record {number}: not JSON" if number else "not JSON"
-        stop(f"{path}: {where} ({first_line(error)}); a file holds an array of records, or one record "
-             "per line")
+        stop(f"{path}: {where} ({first_line(error)}); a file holds an array of records, or one "
+             "record per line")
 
 
 def read_records(path, *fields):
@@ -63,8 +63,8 @@ def read_records(path, *fields):
 
 
 def save(path, records):
-    """A data file as `read_records` reads it: a JSON array, or JSON Lines where it is named so; `.gz`
-    of either."""
+    """A data file as `read_records` reads it: a JSON array, or JSON Lines where it is named so;
+    `.gz` of either."""
     lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
     data = b"[\n" + b",\n".join(lines) + b"\n]\n"
     if path.removesuffix(".gz").endswith(".jsonl"):
@@ -106,7 +106,8 @@ def what_is_wrong(field, value):
 def load_judge(option, path):
     """The function `score(user_input, completion)` -> float of a Python file, such as
     data_gen.py."""
-    with explain(f"{option} {path}: not a Python file with a function score(user_input, completion)"):
+    wanted = "score(user_input, completion)"
+    with explain(f"{option} {path}: not a Python file with a function {wanted}"):
         score = runpy.run_path(path)["score"]
         if not callable(score):
             raise TypeError("score is not a function")

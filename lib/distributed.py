@@ -34,7 +34,7 @@ def start_processes(args):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=30))
-    atexit.register(dist.destroy_process_group)  # a thread of gloo left running would abort the process
+    atexit.register(dist.destroy_process_group)  # else a thread of gloo aborts the process
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
 
@@ -55,7 +55,8 @@ def place(model, args):
         for module in [*model.model.layers, model]:
             policy = MixedPrecisionPolicy(param_dtype=None if module is model else dtype,
                                           reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+            fully_shard(module, mesh=mesh, mp_policy=policy,
+                        reshard_after_forward=module is not model)
             module.set_gradient_divide_factor(1.0)  # the sum, where FSDP by itself takes the mean
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     return model.to(args.device)

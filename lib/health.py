@@ -19,8 +19,8 @@ def check_finite(step, loss, grad_norm, path, records):
 def finite(value, name, folder):
     """End a run of ppo.py at a value that is not finite, the last good checkpoint left as it is."""
     if not math.isfinite(value):
-        stop(f"{name} is {value}; what was saved last in {folder} stays. Lower --lr or --critic_lr, or "
-             "look at the score and the KL in metrics.csv", code=1)
+        stop(f"{name} is {value}; what was saved last in {folder} stays. Lower --lr or "
+             "--critic_lr, or look at the score and the KL in metrics.csv", code=1)
 
 
 class LossWatch:
@@ -40,8 +40,8 @@ class LossWatch:
         """`worst`: (loss per token, number) of the batch's worst record. The first 20 steps teach
         what is usual."""
         if step > 20 and loss > self.usual + 10 * self.spread:
-            tqdm.write(f"warning: step {step}: loss {loss:.2f} where {self.usual:.2f} is usual; the "
-                       f"worst is record {worst[1]} of {self.path} ({worst[0]:.2f})")
+            tqdm.write(f"warning: step {step}: loss {loss:.2f} where {self.usual:.2f} is usual; "
+                       f"the worst is record {worst[1]} of {self.path} ({worst[0]:.2f})")
         if self.usual is None:
             self.usual, self.spread = loss, 0.1 * loss
         else:
@@ -53,14 +53,14 @@ class LossWatch:
 # When a PPO run counts as unhealthy. In brackets the worst that the demo shows, with which all is
 # well; other healthy runs need the room between the two.
 KL_ERRORS = 5.0      # standard errors below 0 over 10 updates: under 1 run in 50 by chance
-KL_A_TOKEN = 0.5     # nats [0.21]: every token, on average, 1.6 times as likely as for the SFT model
+KL_A_TOKEN = 0.5     # nats [0.21]: a token, on average, 1.6 times as likely as for the SFT model
 KL_A_RESPONSE = 5.0  # nats [1.9]: short responses, such as the demo's, may move further per token
-CLIPPED = 0.3        # [0.05] only ratios that went too far where the advantage wants them count, about
-                     # half of those out of range
-ENTROPY_LEFT = 0.2   # share of the first entropy [0.8]; a better policy is surer, but not five times
-CRITIC_YOUNG = 20    # updates (or half of a shorter run) in which a critic may be worse than the mean
+CLIPPED = 0.3        # [0.05] only ratios that went too far where the advantage wants them count,
+                     # about half of those out of range
+ENTROPY_LEFT = 0.2   # share of the first entropy [0.8]; a better policy is surer, not five times
+CRITIC_YOUNG = 20    # updates (or half of a shorter run) in which a critic may be worse than a mean
 ENDED = 0.5          # share of the responses [1.0]
-GOLD_LOST = 0.05     # share of the best gold score; two evaluations in a row, for one may be bad luck
+GOLD_LOST = 0.05     # share of the best gold score; twice in a row, for once may be bad luck
 
 
 def unhealthy(rows, first, updates):
@@ -93,8 +93,9 @@ def unhealthy(rows, first, updates):
             "range: the steps are too large; lower --lr or --ppo_epochs")
     if row["entropy"] < ENTROPY_LEFT * rows[0]["entropy"]:
         wrong["entropy"] = (
-            f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats per token: "
-            "the policy hardly explores any more; raise --kl_coef or --entropy_coef, or lower --lr")
+            f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats per "
+            "token: the policy hardly explores any more; raise --kl_coef or --entropy_coef, or "
+            "lower --lr")
     if len(rows) > min(CRITIC_YOUNG, updates / 2) and recent("explained_variance") < 0:
         wrong["critic"] = (
             f"after {len(rows)} updates the critic explains less than the mean return would "
@@ -108,7 +109,8 @@ def unhealthy(rows, first, updates):
     if judged and judged[-1] is row:
         best = max(judged, key=lambda r: r["eval_gold"])
         enough = best["eval_gold"] - GOLD_LOST * max(1.0, abs(best["eval_gold"]))
-        if all(r["eval_score"] > best["eval_score"] and r["eval_gold"] < enough for r in judged[-2:]):
+        if all(r["eval_score"] > best["eval_score"] and r["eval_gold"] < enough
+               for r in judged[-2:]):
             wrong["over-optimization"] = (
                 "the reward model's score rises while the gold score falls, from "
                 f"{best['eval_gold']:.2f} to {row['eval_gold']:.2f} (Gao et al. 2023): raise "

@@ -96,6 +96,11 @@ def whole(text):
     return 0 if text == "0" else positive(text)
 
 
+def any_whole(text):
+    """argparse type: a whole number, also one below 0."""
+    return int(text)
+
+
 def usable_device(text):
     """argparse type: a device on which PyTorch computes. "cuda" with many processes: to each its
     own."""
@@ -119,13 +124,14 @@ COMMON = [
      "matrices of each layer that get one"),
     ("base_dtype", *2 * ["float32"], "of the frozen weights", ["float32", "bfloat16"]),
     "the run",
-    ("seed", 0, 0, "seed of every random choice", int),
-    ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32", ["float32", "bfloat16"]),
+    ("seed", 0, 0, "seed of every random choice", any_whole),
+    ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32",
+     ["float32", "bfloat16"]),
     ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
      "memory, a third more time"),
     ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
     ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
-    ("keep", 0, 0, "export the model with each saved state too, and keep the newest so many", whole),
+    ("keep", 0, 0, "export the model with each saved state, and keep the newest so many", whole),
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
     ("processes", 1, 1, "for --dry_run: among so many processes the model is shared out"),
     ("resume", False, False, "go on with an interrupted run in --out"),
@@ -158,8 +164,9 @@ def parse(script, doc, table, argv, real_if):
             group.add_argument(f"--{name}", action="store_true", help=what)
             continue
         default = f"default {demo}" if demo == real else f"demo {demo}, real model {real}"
-        options = dict(choices=kind[0]) if kind and isinstance(kind[0], list) else dict(
-            type=kind[0] if kind else positive if isinstance(value, int) else type(value or ""))
+        kind = kind[0] if kind else str if value is None else type(value)
+        options = dict(choices=kind) if isinstance(kind, list) else dict(
+            type=positive if kind is int else kind)
         about = what if value is None else f"{what} ({default})"
         group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
     args = parser.parse_args(argv)
@@ -172,7 +179,8 @@ def parse(script, doc, table, argv, real_if):
     if RANK == 0:
         print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
         for name in changed + [row[0] for row in rows if row[0] not in changed]:
-            print(f"  {'*' if name in changed else ' '} {name:<24}{getattr(args, name)}", flush=True)
+            mark = "*" if name in changed else " "
+            print(f"  {mark} {name:<24}{getattr(args, name)}", flush=True)
     return args, is_demo
 
 
@@ -220,8 +228,8 @@ class Run:
         if args.resume and args.overwrite:
             stop("--resume goes on with a run, --overwrite starts it over: give one of them")
         if holds and not (args.resume or args.overwrite):
-            stop(f"{args.out}: holds an earlier run; --resume goes on with it, --overwrite replaces it, "
-                 "--out names another")
+            stop(f"{args.out}: holds an earlier run; --resume goes on with it, --overwrite "
+                 "replaces it, --out names another")
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
@@ -241,7 +249,7 @@ class Run:
         wait_for_all()  # until each process has seen what the folder held
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
-            if RANK == 0 and self.state is None:  # config.json says that a folder holds a whole model
+            if RANK == 0 and self.state is None:  # config.json would say that the model is whole
                 for name in ("config.json", "last/state.json"):
                     if os.path.exists(os.path.join(self.folder, name)):
                         os.remove(os.path.join(self.folder, name))
@@ -263,8 +271,8 @@ class Run:
 
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
-        with explain(f"{self.file.name}: cannot be written", "; --resume goes on from the last saved "
-                     "state", code=1):
+        with explain(f"{self.file.name}: cannot be written",
+                     "; --resume goes on from the last saved state", code=1):
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
@@ -365,7 +373,8 @@ class Run:
                     if key.startswith(f"{name}_optimizer."):
                         _, index, field = key.rsplit(".", 2)
                         p = optimizer.param_groups[0]["params"][int(index)]
-                        moments.setdefault(int(index), {})[field] = as_held(x, p) if x.shape == p.shape else x
+                        x = as_held(x, p) if x.shape == p.shape else x  # but the number of steps
+                        moments.setdefault(int(index), {})[field] = x
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": moments, "param_groups": groups})
             for name, generator in self.generators.items():

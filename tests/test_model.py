@@ -29,14 +29,16 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from torch import nn
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification)
 
 import data_gen
-from model import (CHAT_TEMPLATE, LLAMA3_SPECIAL, ScalarHead, collate, encode_prompt, encode_records, encode_text, generate,
-                   left_pad, length_batches, linear, load_llama, load_scalar_head, load_tokenizer, packed, read_meta, read_records, sample,
-                   save_checkpoint, similar, with_linear, write_whole)
+from lib.checkpoints import CHAT_TEMPLATE, LLAMA3_SPECIAL, read_meta
+from lib.cpu import linear
+from lib.data import (collate, encode_prompt, encode_records, encode_text, left_pad, length_batches, read_records)
+from lib.run import write_whole
+from model import (LlamaBackbone, Llama, ScalarHead, generate, load_llama, load_scalar_head, load_tokenizer, random_llama, sample,
+                   save_checkpoint)
 from train_rm import last_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -323,8 +325,10 @@ def random_tokens(vocab, length, seed=1):
 
 
 def logits_of(model, tokens):
+    """(T, V) in float64, of ours or of transformers'."""
     with torch.no_grad():
-        return model(tokens[None]).logits[0].double()
+        out = model(tokens[None])
+        return (model.lm_head(out) if isinstance(model, Llama) else out.logits)[0].double()
 
 
 def assert_close(a, b, tolerance):
@@ -495,7 +499,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, sentencepiece_model, params)
     tokens = random_tokens(len(weights["tok_embeddings.weight"]), 60)
     expected = logits_of(model, tokens)
     assert torch.equal(logits_of(load_llama(out, again), tokens), expected)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(out), tokens), expected)
+    assert_close(logits_of(AutoModelForCausalLM.from_pretrained(out), tokens), expected, 1e-4)
     text = "the quick  fox\n\n 12 你好 </s>"
     assert encode_text(again, text) == encode_text(tokenizer, text)
     assert encode_prompt(again, text) == encode_prompt(tokenizer, text)
@@ -525,7 +529,7 @@ def test_a_name_of_the_hub(tmp_path, tokenizer, variable):
     write_hugging_face(cache / "models--some-lab--tiny-llama" / "snapshots" / snapshot, weights, tokenizer)
     code = ("import sys, torch; from model import load_llama, load_tokenizer; tokenizer = load_tokenizer('some-lab/tiny-llama')\n"
             "model = load_llama('some-lab/tiny-llama', tokenizer)\n"
-            "torch.save((model(torch.load(sys.argv[1])[None]).logits[0].detach(), tokenizer('the fox').input_ids), sys.argv[2])\n"
+            "torch.save((model.lm_head(model(torch.load(sys.argv[1])[None]))[0].detach(), tokenizer('the fox').input_ids), sys.argv[2])\n"
             "load_llama('some-lab/another-llama', tokenizer)")
     torch.save(tokens, tmp_path / "tokens")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))}
@@ -571,7 +575,7 @@ def gguf_file(tmp_path, pieces):
 
 def test_paths_that_are_no_checkpoint(tmp_path, tokenizer, capfd):
     (tmp_path / "empty").mkdir()
-    for path, reason in [(tmp_path / "nothing" / "here", "cannot be loaded"), (tmp_path / "empty", "no config.json"),
+    for path, reason in [(tmp_path / "nothing" / "here", "no configuration"), (tmp_path / "empty", "no config.json"),
                          (tmp_path / "no.gguf", "no such file"), (write(tmp_path / "notes.txt", "hello"), "not .gguf")]:
         line = refused(capfd, load_llama, str(path), tokenizer)
         assert f"error: {path}: " in line and reason in line
@@ -635,9 +639,11 @@ def test_a_corrupt_params_json(meta, tokenizer, capfd, change):
 
 def test_meta_shards_with_missing_or_misshapen_tensors(meta, tokenizer, capfd):
     whole = torch.load(meta / "consolidated.00.pth")
-    for name in ["layers.1.feed_forward.w2.weight", "output.weight", "layers.0.attention.wq.weight", "norm.weight"]:
+    # without the first two not even the sizes are known; of the others Hugging Face's name is said
+    for name, said in [("output.weight", "output.weight"), ("layers.0.attention.wq.weight", "layers.0.attention.wq.weight"),
+                       ("layers.1.feed_forward.w2.weight", "model.layers.1.mlp.down_proj.weight"), ("norm.weight", "model.norm.weight")]:
         torch.save({key: tensor for key, tensor in whole.items() if key != name}, meta / "consolidated.00.pth")
-        assert name in refused(capfd, load_llama, str(meta), tokenizer)
+        assert said in refused(capfd, load_llama, str(meta), tokenizer)
     torch.save(whole | {"layers.1.feed_forward.w2.weight": torch.zeros(DIM, 7)}, meta / "consolidated.00.pth")
     assert refused(capfd, load_llama, str(meta), tokenizer).startswith(f"error: {meta}")
     torch.save([1, 2], meta / "consolidated.00.pth")
@@ -719,7 +725,7 @@ def test_gguf_files_that_hold_something_else(tmp_path, tokenizer, pieces, capfd)
     weights = random_weights(400)
     del weights["layers.1.attention.wo.weight"]
     path = write_gguf(tmp_path / "holes.gguf", weights, pieces)
-    assert "layers.1.attention.wo.weight" in refused(capfd, load_llama, path, tokenizer)
+    assert "model.layers.1.self_attn.o_proj.weight" in refused(capfd, load_llama, path, tokenizer)
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, tokenizer, sentencepiece_model, pieces, capfd):
@@ -947,7 +953,7 @@ def test_encode_records_with_nothing_left(tokenizer, capfd):
 
 
 def test_collate():
-    input_ids, is_completion = collate([[5, 6, 7], [8], []], [[1], [2, 3, 4, 9], [4, 2]], 0)
+    input_ids, is_completion = collate([([5, 6, 7], [1]), ([8], [2, 3, 4, 9], "and more"), ([], [4, 2])], 0)
     assert input_ids.tolist() == [[5, 6, 7, 1, 0], [8, 2, 3, 4, 9], [4, 2, 0, 0, 0]] and input_ids.dtype == torch.long
     assert is_completion.long().tolist() == [[0, 0, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]] and is_completion.dtype == torch.bool
     assert last_token(input_ids, is_completion).tolist() == [1, 9, 2]
@@ -972,6 +978,152 @@ def test_length_batches_hold_every_index_once(number, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LLaMA written once: transformers' LlamaForCausalLM is what it must equal
+
+ROPES = {
+    "default": dict(rope_type="default", rope_theta=100.0),
+    "default, with a partial factor that transformers' LLaMA ignores too":
+        dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5),
+    "linear": dict(rope_type="linear", rope_theta=100.0, factor=4.0),
+    "dynamic": dict(rope_type="dynamic", rope_theta=100.0, factor=4.0),
+    "yarn": dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16),
+    "llama3": dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=16)}
+SHAPES = {
+    "MHA": dict(num_key_value_heads=4), "GQA": dict(num_key_value_heads=2), "MQA": dict(num_key_value_heads=1),
+    "tied": dict(tie_word_embeddings=True), "a head of another size": dict(head_dim=10, rms_norm_eps=0.3),
+    "attention bias": dict(attention_bias=True), "MLP bias": dict(mlp_bias=True), "gelu": dict(hidden_act="gelu"),
+    **{f"rope {name}": dict(rope_parameters=rope) for name, rope in ROPES.items()}}
+
+
+def twins(shape):
+    """The same random weights in transformers' LLaMA and in ours."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                initializer_range=0.4, max_position_embeddings=24, tie_word_embeddings=False) | shape)
+    theirs = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "norm" in name or "bias" in name:  # these begin at 1 and 0, which would hide a mistake
+                p.add_(0.5 * torch.randn_like(p))
+    ours = Llama(config)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_and_gradients_are_those_of_transformers(shape):
+    """Rows of 40 tokens, beyond the 24 positions after which dynamic rope changes, padded on the right and on the left."""
+    theirs, ours = twins(shape)
+    generator = torch.Generator().manual_seed(1)
+    input_ids, lengths = torch.randint(50, (3, 40), generator=generator), torch.tensor([40, 31, 17])
+    for side in ("right", "left"):
+        places = torch.arange(40)
+        seen = places < lengths[:, None] if side == "right" else places >= 40 - lengths[:, None]
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        expected = theirs(input_ids, attention_mask=seen.long(), position_ids=positions).logits
+        if side == "right":
+            found = ours.lm_head(ours(input_ids))  # padding on the right needs no mask and no positions
+        else:
+            blocked = ~seen[:, None, None, :] | (places[None, :] > places[:, None])
+            found = ours.lm_head(ours(input_ids, positions, torch.zeros(3, 1, 40, 40).masked_fill(blocked, -1e30)))
+        assert_close(found[seen], expected[seen], 1e-4)
+        weights = torch.randn(3, 40, 50, generator=generator) * seen[..., None]
+        for model, logits in ((theirs, expected), (ours, found)):
+            model.zero_grad()
+            (logits * weights).sum().backward()
+        gradients = dict(ours.named_parameters())
+        assert len(gradients) == len(dict(theirs.named_parameters()))
+        for name, p in theirs.named_parameters():
+            scale = p.grad.abs().max()
+            assert scale > 0 and (gradients[name].grad - p.grad).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("shape", [SHAPES["GQA"], SHAPES["rope llama3"]], ids=["GQA", "rope llama3"])
+def test_bf16_is_transformers_within_its_rounding(shape):
+    """Both are compared with float32: ours is off by no more than 1.5 times as much."""
+    theirs, ours = twins(shape)
+    input_ids = random_tokens(50, 20)
+    exact = logits_of(theirs, input_ids)
+    off = {model: (logits_of(model.to(torch.bfloat16), input_ids) - exact).square().mean().sqrt() for model in (theirs, ours)}
+    assert 0 < off[ours] < 1.5 * off[theirs]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    _, ours = twins(SHAPES["GQA"])
+    found = []
+    for recompute in (False, True):
+        for layer in ours.model.layers:
+            layer.recompute = recompute
+        ours.zero_grad()
+        ours.lm_head(ours(random_tokens(50, 20)[None])).square().sum().backward()
+        found.append([p.grad.clone() for p in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_the_self_test_of_the_model():
+    done = subprocess.run([sys.executable, "model.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "token for token" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rows, out", [((1,), 512), ((5,), 16500), ((2, 3), 16500), ((40,), 512), ((3, 50), 512), ((1, 70), 600)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_maps_and_their_gradients(rows, out, bias):
+    """Against the products and their derivatives in float64, in every combination of what needs a gradient."""
+    torch.manual_seed(0)
+    weight, x, of_y = torch.randn(out, 260), torch.randn(*rows, 260), torch.randn(*rows, out)
+    b = torch.randn(out) if bias else None
+    y = torch.einsum("...i,oi->...o", x.double(), weight.double()) + (b.double() if bias else 0)
+    of_x = torch.einsum("...o,oi->...i", of_y.double(), weight.double())
+    of_weight = torch.einsum("no,ni->oi", of_y.double().flatten(0, -2), x.double().flatten(0, -2))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        inputs = [t.clone().requires_grad_(needs) for t, needs in zip((x, weight), wanted)]
+        found = linear(*inputs, b)
+        assert found.is_contiguous()
+        assert_close(found.double(), y, 1e-3)
+        if any(wanted):
+            found.backward(of_y)
+        for t, expected, needs in zip(inputs, (of_x, of_weight), wanted):
+            assert (t.grad is not None) == needs
+            if needs:
+                assert_close(t.grad.double(), expected, 2e-3)
+
+
+def test_linear_of_no_rows_and_in_bf16():
+    weight = torch.randn(512, 260)
+    assert linear(torch.zeros(0, 260), weight).shape == (0, 512)
+    assert linear(torch.zeros(40, 260).bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.zeros(40, 260), weight).dtype == torch.bfloat16
+
+
+MODULES = ["lib.run", "lib.data", "lib.checkpoints", "lib.distributed", "lib.health", "lib.cpu", "model", "sft", "train_rm", "ppo",
+           "data_gen"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_has_no_side_effect(module):
+    """What transformers, PyTorch, warnings and logging would do is the same before and after."""
+    code = ("import importlib, logging, signal, sys, warnings, torch, transformers\n"
+            "from torch import nn\n"
+            "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+            "from transformers.models.llama import modeling_llama\n"
+            "from transformers.utils import logging as theirs\n"
+            "def state():\n"
+            "    return (dict(ALL_ATTENTION_FUNCTIONS), nn.Linear.forward, modeling_llama.LlamaAttention.forward,\n"
+            "            modeling_llama.LlamaModel.forward, list(warnings.filters), logging.getLogger().level,\n"
+            "            theirs.get_verbosity(), theirs.is_progress_bar_enabled(), torch.get_num_threads(),\n"
+            "            torch.is_grad_enabled(), torch.get_default_dtype(), torch.initial_seed(),\n"
+            "            signal.getsignal(signal.SIGINT), sys.stdout, torch.backends.mkldnn.enabled)\n"
+            "torch.manual_seed(7)\n"
+            "before = state()\n"
+            f"importlib.import_module({module!r})\n"
+            "assert state() == before, (before, state())\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 VOCAB = 24
@@ -983,7 +1135,7 @@ def speaker():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False)
-    return LlamaForCausalLM(config).eval()
+    return random_llama(config)
 
 
 def make_prompts(number, seed=0, longest=12):
@@ -1036,28 +1188,6 @@ def test_logprobs_are_those_of_a_training_pass(speaker, temperature):
         assert_close(logprobs, training_logprobs(speaker, prompt, tokens, temperature), 1e-4)
 
 
-@pytest.mark.parametrize("shape", [
-    dict(num_attention_heads=4, num_key_value_heads=4), dict(num_attention_heads=4, num_key_value_heads=1),
-    dict(num_attention_heads=4, num_key_value_heads=2, head_dim=10, rms_norm_eps=0.3),
-    dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
-    dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, hidden_act="gelu",
-         rope_parameters=dict(rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                              original_max_position_embeddings=16))])
-def test_generation_is_the_same_model_in_every_shape(shape):
-    """Decoding writes LLaMA's layers out; transformers' own pass, one prompt alone, is what it must equal."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.4, **shape)
-    llama = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, p in llama.named_parameters():
-            if "norm" in name or "bias" in name:  # these begin at 1 and 0, which would hide a mistake
-                p.add_(0.5 * torch.randn_like(p))
-    prompts = make_prompts(7, seed=9, longest=40)
-    result = generate(llama, *left_pad(prompts, 0), 12, -1, generator=torch.Generator().manual_seed(0))
-    for prompt, (tokens, logprobs) in zip(prompts, rows_of(result)):
-        assert_close(logprobs, training_logprobs(llama, prompt, tokens, 1.0), 1e-4)
-
-
 def test_a_padded_batch_answers_each_prompt_as_if_it_stood_alone(speaker):
     prompts = make_prompts(10, seed=2)
     assert len({len(prompt) for prompt in prompts}) > 4
@@ -1078,101 +1208,11 @@ def test_positions_are_counted_from_the_first_token_of_each_prompt(speaker):
     input_ids, mask = left_pad(prompts, 0)
     generate(speaker, input_ids, mask, 5, -1, temperature=0)
     hook.remove()
-    steps, first = seen[-4:], [row for positions in seen[:-4] for row in positions]  # prompts of similar length in a pass
+    steps, first = seen[-4:], [row for positions in seen[:-4] for row in positions]
     assert len(first) == 6
     for row, prompt in enumerate(prompts):
         assert first[row][-len(prompt):].tolist() == list(range(len(prompt)))
         assert [positions[row].tolist() for positions in steps] == [[len(prompt) + step] for step in range(4)]
-
-
-def test_prompts_of_similar_length_go_through_together(speaker):
-    """A long prompt beside short ones costs them no padding, and changes nothing in what they get."""
-    prompts = [[7] * n for n in (3, 40, 4, 5, 12, 6)]
-    seen = []
-    hook = speaker.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[:2])))
-    tokens = generate(speaker, *left_pad(prompts, 0), 3, -1, temperature=0).tokens
-    hook.remove()
-    assert seen == [(4, 6), (1, 12), (1, 40), (6, 1), (6, 1)]
-    for prompt, row in zip(prompts, tokens):
-        assert torch.equal(generate(speaker, *left_pad([prompt], 0), 3, -1, temperature=0).tokens[0], row)
-    assert similar([1, 2, 2, 3, 6, 7]) == [slice(0, 3), slice(3, 5), slice(5, 6)] and similar([4]) == [slice(0, 1)]
-
-
-@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3)])
-def test_linear_maps_and_their_gradients(rows):
-    """Against the products and their derivatives in float64, in every combination of what needs a gradient."""
-    torch.manual_seed(0)
-    weight, x, of_y = torch.randn(512, 260), torch.randn(*rows, 260), torch.randn(*rows, 512)
-    y = torch.einsum("...i,oi->...o", x.double(), weight.double())
-    of_x = torch.einsum("...o,oi->...i", of_y.double(), weight.double())
-    of_weight = torch.einsum("no,ni->oi", of_y.double().flatten(0, -2), x.double().flatten(0, -2))
-    for wanted in ((True, True), (True, False), (False, True), (False, False)):
-        inputs = [t.clone().requires_grad_(needs) for t, needs in zip((x, weight), wanted)]
-        found = linear(*inputs)
-        assert_close(found.double(), y, 1e-3)
-        if any(wanted):
-            found.backward(of_y)
-        for t, expected, needs in zip(inputs, (of_x, of_weight), wanted):
-            assert (t.grad is not None) == needs
-            if needs:
-                assert_close(t.grad.double(), expected, 1e-3)
-
-
-def test_linear_is_torchs_own_where_onednn_is_not_meant():
-    torch.manual_seed(0)
-    weight, x = torch.randn(512, 260, requires_grad=True), torch.randn(4, 260)
-    if torch.backends.mkldnn.is_available():
-        assert "OneDNN" in type(linear(x, weight).grad_fn).__name__
-    others = [linear(x, weight, torch.zeros(512)), linear(x, weight[:100]), linear(x.bfloat16(), weight.bfloat16()), linear(x[:0], weight)]
-    with torch.autocast("cpu", torch.bfloat16):
-        others.append(linear(x, weight))
-    assert all("OneDNN" not in type(y.grad_fn).__name__ for y in others)
-    assert [y.dtype for y in others] == [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
-    assert others[3].shape == (0, 512)
-
-
-def test_packed_matrices_are_the_same_and_are_given_back():
-    """A copy for oneDNN of what is not small: float32, without bias, without autocast, for more than one row."""
-    torch.manual_seed(0)
-    parts = [nn.Linear(260, 512, bias=False), nn.Linear(260, 512), nn.Linear(260, 16, bias=False),
-             nn.Linear(260, 512, bias=False, dtype=torch.bfloat16)]
-    layers = with_linear(nn.ModuleList(parts))
-    copies = lambda: [getattr(part, "packed", None) is not None for part in layers]  # noqa: E731
-    with torch.no_grad(), packed(layers, 16):
-        assert copies() == [torch.backends.mkldnn.is_available(), False, False, False]
-        for rows in (1, 2, 16, 300):
-            x = torch.randn(rows, 260)
-            assert_close(layers[0](x).double(), x.double() @ layers[0].weight.double().T, 1e-3)
-    assert copies() == [False] * 4
-    with packed(layers, 1):
-        assert copies() == [False] * 4
-    with torch.autocast("cpu", torch.bfloat16), packed(layers, 16):
-        assert copies() == [False] * 4
-    with pytest.raises(KeyboardInterrupt), packed(layers, 16):
-        raise KeyboardInterrupt
-    assert copies() == [False] * 4
-
-
-def test_generation_uses_packed_matrices_and_training_does_not():
-    """Also after the weights have changed: the copy is of this generation only."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
-                         num_key_value_heads=2, initializer_range=0.1)
-    llama, used = with_linear(LlamaForCausalLM(config).eval()), []
-    hook = llama.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda part, inputs: used.append(part.packed is not None))
-    prompts = make_prompts(5)
-    for _ in range(2):
-        result = generate(llama, *left_pad(prompts, 0), 6, -1, generator=torch.Generator().manual_seed(0))
-        assert used and all(used) == torch.backends.mkldnn.is_available()
-        used.clear()
-        for prompt, (tokens, logprobs) in zip(prompts, rows_of(result)):
-            assert_close(logprobs, training_logprobs(llama, prompt, tokens, 1.0), 1e-4)
-        assert not any(used)
-        used.clear()
-        with torch.no_grad():
-            for p in llama.parameters():
-                p.add_(0.05 * torch.randn_like(p))
-    hook.remove()
 
 
 def test_logprobs_do_not_depend_on_the_padding(speaker):
@@ -1337,7 +1377,7 @@ def test_scalar_head_is_llama_for_sequence_classification(tmp_path, tokenizer, r
     prompts = [encode_prompt(tokenizer, text) for text in ("the fox", "the quick brown fox jumps over the dog", "你好", "a")]
     completions = [[*encode_text(tokenizer, text), tokenizer.eos_token_id]
                    for text in ("and then", "sleeps", "大", "the day is long, the dog is lazy")]
-    input_ids, is_completion = collate(prompts, completions, tokenizer.pad_token_id)
+    input_ids, is_completion = collate(list(zip(prompts, completions)), tokenizer.pad_token_id)
     with torch.no_grad():
         values = reward_model(input_ids)
         scores = last_token(values, is_completion)
@@ -1359,7 +1399,7 @@ def test_scalar_head_is_llama_for_sequence_classification(tmp_path, tokenizer, r
 def test_scalar_head_is_linear_in_the_last_hidden_state(tokenizer, reward_model):
     input_ids = random_tokens(400, 20)[None]
     with torch.no_grad():
-        hidden = reward_model.model(input_ids).last_hidden_state
+        hidden = reward_model.model(input_ids)
         assert_close(reward_model(input_ids)[0], hidden[0] @ reward_model.score.weight[0], 1e-5)
     assert 0.5 < reward_model.score.weight.std() * math.sqrt(129) < 1.5 and reward_model.score.bias is None
 
@@ -1437,7 +1477,7 @@ def test_a_bad_record_is_named(tmp_path, capfd, bad, words, name):
     ("data.json", "hello", ["not JSON"]),
     ("data.json", '[{"user_input": "hi"},\n{"user_input": }]', ["not JSON", "line 2"]),
     ("data.json", '[{"user_input": "hi"}', ["not JSON"]),
-    ("data.json", '{\n"user_input": "hi"\n}', ["record 1", "not JSON", "one record a line"]),
+    ("data.json", '{\n"user_input": "hi"\n}', ["record 1", "not JSON", "one record per line"]),
     ("data.json", '"hi"', ["record 1", "not a JSON object"]),
     ("data.json", "[]", ["no records"]),
     ("data.jsonl", "", ["no records"]),

@@ -25,25 +25,26 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def script(stage, *options):
     """What each process runs. Which random number a row gets depends on the rows beside it: here all get 1/2."""
     sys.path.insert(0, os.path.dirname(HERE))
+    import lib.run
     import model
+    from lib.distributed import RANK, WORLD
     model.torch.rand = lambda *size, generator=None, device=None: model.torch.full(size, 0.5, device=device)
-    logits_of = model.next_token_logits
+    sample = model.sample
 
-    def sometimes_ends(llama, input_ids, *rest):  # so that a process may be done before the other
-        logits = logits_of(llama, input_ids, *rest)
-        ends = model.torch.zeros_like(logits)
-        ends[input_ids[:, -1] % 2 == 0, llama.config.eos_token_id] = 50
-        return logits + ends
-    model.next_token_logits = sometimes_ends
+    def sometimes_ends(logits, *rest):  # so that a process may be done before the other; 2 is end-of-sequence
+        logits = logits.clone()
+        logits[logits.argmax(-1) % 3 == 0, 2] += 50
+        return sample(logits, *rest)
+    model.sample = sometimes_ends
     if "--die_at" in options:  # the process of the highest rank ends in the middle of the run
-        at, log = int(options[options.index("--die_at") + 1]), model.Metrics.log
+        at, log = int(options[options.index("--die_at") + 1]), lib.run.Run.log
         options = [o for i, o in enumerate(options) if "--die_at" not in (o, options[i - 1])]
 
         def log_or_die(self, **row):
-            if at in (row.get("step"), row.get("update")) and model.RANK == model.WORLD - 1:
-                model.stop("this process is out of luck", code=1)
+            if at in (row.get("step"), row.get("update")) and RANK == WORLD - 1:
+                lib.run.stop("this process is out of luck", code=1)
             log(self, **row)
-        model.Metrics.log = log_or_die
+        lib.run.Run.log = log_or_die
     importlib.import_module(stage).main(list(options))
 
 

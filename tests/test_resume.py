@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data_gen
+import lib.run
 import model
 import ppo
 import sft
@@ -181,13 +182,13 @@ def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypat
         saves.append(path)
         save_file(tensors, path)
 
-    save_file = model.save_file
-    monkeypatch.setattr(model, "save_file", full)
+    save_file = lib.run.save_file
+    monkeypatch.setattr(lib.run, "save_file", full)
     with pytest.raises(SystemExit) as ended:
         sft.main(options)
     assert ended.value.code == 1 and "No space left" in capsys.readouterr().err
     state = json.loads((tmp_path / "run" / "last" / "state.json").read_text())
-    assert state["step"] == 3
+    assert state["progress"]["step"] == 3
     assert sorted(os.listdir(tmp_path / "run" / "last")) == sorted(["state.json", state["file"]])
     monkeypatch.undo()
     sft.main(options + ["--resume"])

@@ -32,15 +32,16 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import data_gen
+import lib.run
 import model
 import ppo
 import sft
 import train_rm
-from model import (ScalarHead, collate, encode_prompt, encode_records, load_llama, load_scalar_head, load_tokenizer,
-                   read_records)
+from lib.data import collate, encode_prompt, encode_records, read_records
+from model import LlamaBackbone, ScalarHead, load_llama, load_scalar_head, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -58,6 +59,17 @@ def options(**values):
         if value is not None:
             argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return argv
+
+
+def parse(script, argv):
+    """The settings that a script has with these options."""
+    real_if = ["sft", "rm"] if script is ppo else ["model"]
+    return lib.run.parse(f"{script.__name__}.py", script.__doc__, script.SETTINGS, argv, real_if)[0]
+
+
+def with_demo(script, **values):
+    """The script's table of settings with other values for the demo."""
+    return [row if isinstance(row, str) else (row[0], values.get(row[0], row[1]), *row[2:]) for row in script.SETTINGS]
 
 
 def write_records(path, records):
@@ -162,7 +174,7 @@ def perturbed(module, size, seed):
 
 def slow_token_logprobs(llama, prompt, response, temperature=1.0):
     """log pi of each response token and the entropy where it was chosen: one row, no padding, a loop over tokens."""
-    logits = llama(torch.tensor([prompt + response])).logits[0].double() / temperature
+    logits = llama.lm_head(llama(torch.tensor([prompt + response])))[0].double() / temperature
     logprobs, entropies = [], []
     for t, token in enumerate(response):
         distribution = torch.log_softmax(logits[len(prompt) + t - 1], dim=0)
@@ -173,8 +185,8 @@ def slow_token_logprobs(llama, prompt, response, temperature=1.0):
 
 def slow_values(scalar, tokens):
     """The scalar head's number at each of `tokens`: one row, no padding."""
-    hidden = scalar.model(torch.tensor([tokens])).last_hidden_state[0]
-    return (hidden @ scalar.score.weight[0]).double()
+    hidden = scalar.model(torch.tensor([tokens]))[0]
+    return (hidden @ scalar.score.weight[0] - scalar.config.score_mean).double()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,8 +288,7 @@ def ppo_run(ppo_argv):
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing takes longer than training here. The runs above, made before any test, draw."""
-    for script in (sft, train_rm, ppo):
-        monkeypatch.setattr(script, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(lib.run, "draw_curves", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,11 +526,13 @@ def test_sft_metrics(sft_run, home):
     assert [row["epoch"] for row in sft_run.rows] == [epoch for epoch in range(1, 9) for _ in range(steps_an_epoch)]
     for row in sft_run.rows:
         assert (row["eval_loss"] is not None) == (row["step"] % steps_an_epoch == 0)
-        assert row["lr"] == pytest.approx(1e-2 * sft.lr_factor(int(row["step"]) - 1, len(sft_run.rows)), rel=1e-5)
         assert all(math.isfinite(value) for value in row.values() if value is not None)
         assert row["grad_norm"] > 0 and row["tokens_per_s"] > 0
+    rates, warmup = [row["lr"] for row in sft_run.rows], math.ceil(0.03 * len(sft_run.rows))
+    assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert max(rates) == pytest.approx(1e-2, rel=0.01) and rates[-1] < 1e-4
     # the last evaluation is that of the exported model
-    exported = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
+    exported = load_llama(sft_run.folder, home.tokenizer, torch.float64)
     with torch.no_grad():
         held_out = examples_of(home.demos_eval, home.tokenizer)
         losses = torch.cat([-slow_token_logprobs(exported, p, c)[0] for p, c, _ in held_out])
@@ -540,7 +553,7 @@ def assert_same_llama(folder, trained, tokenizer):
     assert loaded.config.eos_token_id == tokenizer.eos_token_id and loaded.config.pad_token_id == tokenizer.pad_token_id
     tokens = encode_prompt(tokenizer, "What is 3 plus 4?")
     with torch.no_grad():
-        theirs, ours = (llama(torch.tensor([tokens])).logits for llama in (loaded, trained))
+        theirs, ours = loaded(torch.tensor([tokens])).logits, trained.lm_head(trained(torch.tensor([tokens])))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     chat = [{"role": "user", "content": "What is 3 plus 4?"}]
     again = AutoTokenizer.from_pretrained(folder)
@@ -555,7 +568,7 @@ def test_completion_losses(sft_run, ragged, home):
     """Against a loop over tokens; none for a prompt token, none for padding, and one for end-of-sequence."""
     llama = load_llama(sft_run.folder, home.tokenizer)
     prompts, completions, _ = zip(*ragged.examples)
-    losses = sft.completion_losses(llama, *collate(prompts, completions, home.tokenizer.pad_token_id))
+    losses = sft.completion_losses(llama, *collate(ragged.examples, home.tokenizer.pad_token_id))
     slow = [-slow_token_logprobs(copy.deepcopy(llama).double(), p, c)[0] for p, c in zip(prompts, completions)]
     torch.testing.assert_close(losses.double(), torch.cat(slow), rtol=1e-4, atol=1e-4)
     assert len(losses) == sum(map(len, completions))
@@ -569,11 +582,11 @@ def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
     kept = []
 
     def keep(module, inputs, output):
-        output.last_hidden_state.retain_grad()
-        kept.append(output.last_hidden_state)
+        output.retain_grad()
+        kept.append(output)
 
     llama.model.register_forward_hook(keep)
-    sft.completion_losses(llama, *collate(prompts, completions, home.tokenizer.pad_token_id)).sum().backward()
+    sft.completion_losses(llama, *collate(ragged.examples, home.tokenizer.pad_token_id)).sum().backward()
     touched = kept[0].grad.abs().sum(-1).nonzero().tolist()
     ends = [(len(prompt), len(prompt) + len(completion)) for prompt, completion in zip(prompts, completions)]
     assert touched == [[row, t - 1] for row, (start, end) in enumerate(ends) for t in range(start, end)]
@@ -582,7 +595,7 @@ def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
 @pytest.fixture(scope="session")
 def sft_gradient(sft_run, ragged):
     """The gradient of the batch's mean loss a token, by loops; and what it is if each micro-batch uses its own mean."""
-    llama = AutoModelForCausalLM.from_pretrained(sft_run.folder, dtype=torch.float64)
+    llama = load_llama(sft_run.folder, load_tokenizer(sft_run.folder), torch.float64)
     in_order = sorted(ragged.examples, key=lambda example: len(example[0]) + len(example[1]))
     each = []  # (gradient, tokens) of the sum of each record's losses
     for prompt, completion, _ in in_order:
@@ -681,7 +694,8 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
     monkeypatch.setattr(sft, "completion_losses", poisoned)
     argv = suspicious({9: {"user_input": "What is 3 plus 4?", "completion": "7 & 8."}})
     line = error_line(capsys, lambda: sft.main(argv), code=1)
-    assert f"the {what} is nan at step 3, on records [8, 9, 10]" in line and "data.json" in line
+    assert re.search("the loss is nan" if what == "loss" else r"the loss is \d.*, the gradient nan", line)
+    assert "at step 3, on records [8, 9, 10]" in line and "data.json" in line
     assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 2
 
 
@@ -707,11 +721,12 @@ def slow_pairs(scores, labels, groups):
 
 
 def plain_scores(folder, examples):
-    """The scores of a folder's model in plain transformers, each completion alone."""
+    """The scores of a folder's model in plain transformers, each completion alone, less the mean in its config.json."""
     classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert type(classifier).__name__ == "LlamaForSequenceClassification" and classifier.config.num_labels == 1
     with torch.no_grad():
-        return [classifier(torch.tensor([prompt + completion])).logits.item() for prompt, completion, _ in examples]
+        return [classifier(torch.tensor([prompt + completion])).logits.item() - classifier.config.score_mean
+                for prompt, completion, _ in examples]
 
 
 def test_rm_learns_to_rank(rm_run, home):
@@ -734,11 +749,13 @@ def test_rm_export_in_plain_transformers(rm_run, home):
     examples = examples_of(home.demos, home.tokenizer)
     scores = torch.tensor(plain_scores(rm_run.folder, examples))
     assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
-    input_ids, is_completion = collate(*zip(*(example[:2] for example in examples[:16])), home.tokenizer.pad_token_id)
+    input_ids, is_completion = collate(examples[:16], home.tokenizer.pad_token_id)
+    classifier = AutoModelForSequenceClassification.from_pretrained(rm_run.folder).eval()
+    assert classifier.config.problem_type == "regression" and abs(classifier.config.score_mean) > 1e-3
     with torch.no_grad():
         ours = rm_run.exported[rm_run.folder](input_ids)
-        theirs = AutoModelForSequenceClassification.from_pretrained(rm_run.folder).eval()(
-            input_ids, attention_mask=(input_ids != home.tokenizer.pad_token_id).long()).logits[:, 0]
+        theirs = classifier(input_ids, attention_mask=(input_ids != home.tokenizer.pad_token_id).long()).logits[:, 0]
+        theirs -= classifier.config.score_mean
     ours = torch.stack([row[len(p) + len(c) - 1] for row, (p, c, _) in zip(ours, examples)])
     torch.testing.assert_close(ours, scores[:16], rtol=0, atol=1e-4)
     torch.testing.assert_close(theirs, scores[:16], rtol=0, atol=1e-4)
@@ -746,33 +763,32 @@ def test_rm_export_in_plain_transformers(rm_run, home):
 
 
 def test_normalization_keeps_the_ranking(rm_run, home):
-    """It is all but a shift and a division: well separated pairs stay as they were."""
+    """It is a shift and a division: every pair stays as it was."""
     records, examples = home.records["scored_eval"], examples_of(home.scored_eval, home.tokenizer)
     groups, labels = by_prompt(records), [record["score"] for record in records]
     backbone = load_scalar_head(rm_run.folder).model
     with torch.no_grad():
-        hidden = torch.stack([backbone(torch.tensor([p + c])).last_hidden_state[0, -1] for p, c, _ in examples])
+        hidden = torch.stack([backbone(torch.tensor([p + c]))[0, -1] for p, c, _ in examples])
     before, after = ((hidden @ head[0]) for head in rm_run.heads[-2:])
     assert not torch.equal(*rm_run.heads[-2:])
     accuracy = [sum(pair[0] for pair in slow_pairs(scores.tolist(), labels, groups)) for scores in (before, after)]
     pairs = len(slow_pairs(labels, labels, groups))
     assert accuracy[0] / pairs == pytest.approx(rm_run.rows[-1]["eval_accuracy"], abs=1e-3)
-    assert abs(accuracy[0] - accuracy[1]) / pairs < 0.02
-    apart = [(i, j) for group in groups for i, j in itertools.combinations(group, 2)
-             if abs(before[i] - before[j]) > before.std()]
+    assert accuracy[0] == accuracy[1]
+    apart = [(i, j) for group in groups for i, j in itertools.combinations(group, 2)]
     assert len(apart) > 50 and all((before[i] > before[j]) == (after[i] > after[j]) for i, j in apart)
 
 
 def test_each_completion_goes_through_the_model_once_an_epoch(home, rm_argv, few_scored, tmp_path, monkeypatch):
     """K completions make K (K - 1) / 2 pairs, and K rows."""
-    rows, forward, pad = Counter(), LlamaModel.forward, home.tokenizer.pad_token_id
+    rows, forward, pad = Counter(), LlamaBackbone.forward, home.tokenizer.pad_token_id
 
     def counted(self, input_ids, **given):
         if torch.is_grad_enabled():
             rows.update(tuple(token for token in row if token != pad) for row in input_ids.tolist())
         return forward(self, input_ids, **given)
 
-    monkeypatch.setattr(LlamaModel, "forward", counted)
+    monkeypatch.setattr(LlamaBackbone, "forward", counted)
     train_rm.main(rm_argv(data=few_scored.path, eval_data=None, epochs=2, out=tmp_path / "out"))
     assert rows == Counter({tuple(p + c): 2 for p, c, _ in examples_of(few_scored.path, home.tokenizer)})
 
@@ -780,7 +796,7 @@ def test_each_completion_goes_through_the_model_once_an_epoch(home, rm_argv, few
 def test_last_token():
     """The last token of the completion, not of the prompt and not of the padding, whatever tokens these are."""
     prompts, completions = [[5], [5, 6, 7, 0], [8, 9], [4, 4]], [[1, 2, 0, 2], [3], [2, 2, 2, 2, 2], [0]]
-    input_ids, is_completion = collate(prompts, completions, 0)
+    input_ids, is_completion = collate(list(zip(prompts, completions)), 0)
     values = torch.arange(input_ids.numel() * 3.0).view(*input_ids.shape, 3)
     ends = [len(p) + len(c) - 1 for p, c in zip(prompts, completions)]
     expected = torch.stack([row[end] for row, end in zip(values, ends)])
@@ -885,7 +901,7 @@ def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypat
 @pytest.fixture(scope="session")
 def ppo_args(ppo_argv):
     """The parsed options of a PPO run, with changes."""
-    return lambda **changes: ppo.parse(ppo_argv(**changes))[0]
+    return lambda **changes: parse(ppo, ppo_argv(**changes))
 
 
 @pytest.fixture(scope="session")
@@ -899,12 +915,13 @@ def four_models(home, sft_run, rm_run):
 
 
 def make_experience(four, home, args):
-    return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, home.tokenizer, args,
-                               args.kl_coef, torch.Generator().manual_seed(3))
+    minibatches = [list(range(start, len(four.prompts), 3)) for start in range(3)]
+    return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, minibatches, home.tokenizer,
+                               args, args.kl_coef, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(temperature=0.7, gamma=0.9, lam=0.8, kl_kind="k3", no_eos_penalty=3.0),
+    dict(), dict(temperature=0.7, gamma=0.9, lam=0.8, kl_kind="k3", no_eos_score=-3.0),
     dict(micro_batch_size=1, lam=1.0), dict(whiten_rewards=True, kl_coef=0.5, micro_batch_size=12)], ids=str)
 def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, changes):
     args = ppo_args(max_new_tokens=5, **changes)
@@ -912,14 +929,16 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
     mask, eos = experience["mask"], home.tokenizer.eos_token_id
     slow = SimpleNamespace(**{name: copy.deepcopy(getattr(four_models, name)).double()
                               for name in ("actor", "ref", "critic", "reward_model")})
-    assert experience["prompts"] == four_models.prompts and len(experience["responses"]) == len(four_models.prompts)
-    lengths = [len(response) for response in experience["responses"]]
+    assert [prompt for prompt, _ in experience["texts"]] == four_models.prompts
+    responses = [response for _, response in experience["texts"]]
+    lengths = [len(response) for response in responses]
+    assert experience["lengths"] == [len(p) + n for p, n in zip(four_models.prompts, lengths)]
     assert mask.tolist() == [[1.0] * length + [0.0] * (max(lengths) - length) for length in lengths]
-    assert all(eos not in response[:-1] for response in experience["responses"])
+    assert all(eos not in response[:-1] for response in responses)
 
-    rewards, values, scores, kls, penalized, objectives = [], [], [], [], [], []
+    rewards, values, scores, kls, counted, objectives = [], [], [], [], [], []
     with torch.no_grad():
-        for i, (prompt, response) in enumerate(zip(four_models.prompts, experience["responses"])):
+        for i, (prompt, response) in enumerate(zip(four_models.prompts, responses)):
             logprobs = slow_token_logprobs(slow.actor, prompt, response, args.temperature)[0].tolist()
             ref_logprobs = slow_token_logprobs(slow.ref, prompt, response, args.temperature)[0].tolist()
             at = slow_values(slow.critic, prompt + response).tolist()
@@ -929,9 +948,9 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
             assert experience["old_values"][i, :len(response)].tolist() == pytest.approx(values[i], abs=1e-4)
             log_ratios = [a - b for a, b in zip(logprobs, ref_logprobs)]
             kl = [math.exp(-d) - 1 + d if args.kl_kind == "k3" else d for d in log_ratios]
-            penalized.append(scores[i] - (args.no_eos_penalty if response[-1] != eos else 0))
+            counted.append(scores[i] if response[-1] == eos else args.no_eos_score)
             rewards.append([-args.kl_coef * k for k in kl])
-            rewards[i][-1] += penalized[i]
+            rewards[i][-1] += counted[i]
             kls.append(sum(log_ratios))
             objectives.append(sum(rewards[i]))
     flattened = [r for row in rewards for r in row]
@@ -961,10 +980,11 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
     number, all_returns = len(scores), [r for row in returns for r in row]
     mean_return = sum(all_returns) / len(all_returns)
     spread = sum((r - mean_return) ** 2 for r in all_returns) / len(all_returns)
-    ended = [response[-1] == eos for response in experience["responses"]]
+    ended = [response[-1] == eos for response in responses]
+    of_ended, of_cut = ([s for s, e in zip(scores, ended) if e == which] for which in (True, False))
     mean_kl = sum(kls) / number
     kl_error = math.sqrt(sum((kl - mean_kl) ** 2 for kl in kls) / (number - 1) / number)
-    expected = dict(score=sum(scores) / number, kl=mean_kl, kl_error=kl_error, objective=sum(objectives) / number,
+    expected = dict(score=sum(counted) / number, score_ended=sum(of_ended) / len(of_ended), score_cut=sum(of_cut) / len(of_cut), kl=mean_kl, kl_error=kl_error, objective=sum(objectives) / number,
                     explained_variance=1 - deviation ** 2 / spread,  # an advantage is a return minus its value
                     kl_coef=args.kl_coef, response_length=sum(lengths) / number, ended=sum(ended) / number)
     assert said == pytest.approx(expected, abs=1e-3)
@@ -975,7 +995,7 @@ def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
     """The statistics of a mini-batch by loops, each response alone, and the gradients of actor and critic."""
     terms = defaultdict(list)
     for i in rows:
-        prompt, response = experience["prompts"][i], experience["responses"][i]
+        prompt, response = experience["texts"][i]
         logprobs, entropies = slow_token_logprobs(actor, prompt, response, args.temperature)
         values = slow_values(critic, prompt + response)[len(prompt) - 1:-1]
         for t, (logprob, value) in enumerate(zip(logprobs, values)):
@@ -1067,16 +1087,14 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, ppo_args, f
 
 
 @pytest.mark.parametrize("size, n", [(10, 3), (5, 5), (7, 20), (1, 4)])
-def test_deck_deals_each_index_once_a_round(size, n):
-    deck, again, other = ppo.Deck(size, 0), ppo.Deck(size, 0), ppo.Deck(size, 1)
-    dealt = [deck.deal(n) for _ in range(3 * size)]
-    assert all(len(hand) == n for hand in dealt)
-    cards = sum(dealt, [])
+def test_each_index_is_dealt_once_a_round(size, n):
+    cards, again, other = ppo.deal(size, 3 * size * n, 0), ppo.deal(size, 3 * size * n, 0), ppo.deal(size, 3 * size * n, 1)
+    assert len(cards) == 3 * size * n and cards == again
+    assert ppo.deal(size, n, 0) == cards[:n]  # what comes first does not depend on how many there are
     rounds = [cards[start:start + size] for start in range(0, len(cards) - size + 1, size)]
     assert len(rounds) >= 3 and all(sorted(cards) == list(range(size)) for cards in rounds)
-    assert dealt == [again.deal(n) for _ in range(3 * size)]
     if size > 1:
-        assert len(set(map(tuple, rounds))) > 1 and cards != sum((other.deal(n) for _ in range(3 * size)), [])
+        assert len(set(map(tuple, rounds))) > 1 and cards != other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1135,7 +1153,8 @@ def test_ppo_evaluation(ppo_run, rm_run, home):
         while len(response) < 8 and response[-1:] != [home.tokenizer.eos_token_id]:
             with torch.no_grad():
                 response.append(actor(torch.tensor([prompt + response])).logits[0, -1].argmax().item())
-        scores += plain_scores(rm_run.folder, [(prompt, response, None)])
+        ended = response[-1] == home.tokenizer.eos_token_id
+        scores += plain_scores(rm_run.folder, [(prompt, response, None)]) if ended else [-1.0]
         text = home.tokenizer.decode(response, skip_special_tokens=True).strip()
         gold.append(data_gen.score(record["user_input"], text))
     assert ppo_run.rows[-1]["eval_score"] == pytest.approx(sum(scores) / 4, abs=1e-3)
@@ -1361,10 +1380,9 @@ def tiny_demo(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "DEMO_MODEL", TINY)
     less = functools.partial(data_gen.make_data, held_out=40, demonstrations=400, ranked=40, completions=4)
     monkeypatch.setattr(data_gen, "make_data", less)
-    monkeypatch.setattr(sft, "DEMO", sft.DEMO | dict(epochs=1))
-    monkeypatch.setattr(train_rm, "DEMO", train_rm.DEMO | dict(epochs=1))
     short = dict(updates=1, batch_size=4, minibatch_size=4, ppo_epochs=1, max_new_tokens=8, eval_number=4)
-    monkeypatch.setattr(ppo, "DEMO", ppo.DEMO | short)
+    for script, values in ((sft, dict(epochs=1)), (train_rm, dict(epochs=1)), (ppo, short)):
+        monkeypatch.setattr(script, "SETTINGS", with_demo(script, **values))
 
 
 def test_ppo_from_an_empty_directory(tiny_demo, tmp_path, capsys):
@@ -1403,5 +1421,5 @@ def test_only_missing_stages_run(tmp_path, monkeypatch, there):
     ran, results = [], {DATA: data_gen, SFT: sft, RM: train_rm}
     for result, script in results.items():
         monkeypatch.setattr(script, "main", lambda argv, result=result: ran.append((result, argv[:2])))
-    ppo.run_missing_stages(ppo.parse(["--seed", "7"])[0])
+    ppo.run_missing_stages(parse(ppo, ["--seed", "7"]))
     assert ran == [(result, ["--seed", "7"]) for result in results if result not in there]

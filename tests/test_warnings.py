@@ -11,7 +11,9 @@ import statistics
 
 import pytest
 
+import lib.run
 import ppo
+from lib import health
 from test_resume import argv  # noqa: F401: the fixture, a tiny pipeline
 
 HEALTHY = dict(score=0.5, kl=1.4, kl_error=0.1, clip_fraction=0.1, entropy=0.5, explained_variance=0.6, response_length=12.0, ended=0.98)
@@ -24,7 +26,7 @@ def run(number=30, **last):
 
 
 def warned(rows, updates=80):
-    return list(ppo.unhealthy(rows, SFT, updates))
+    return list(health.unhealthy(rows, SFT, updates))
 
 
 @pytest.mark.parametrize("name, values", [
@@ -32,7 +34,7 @@ def warned(rows, updates=80):
     ("entropy", dict(entropy=0.04)), ("critic", dict(explained_variance=-0.2)), ("cut responses", dict(ended=0.3))])
 def test_each_at_its_condition(name, values):
     assert warned(run(**values)) == [name]
-    message = ppo.unhealthy(run(**values), SFT, 80)[name]
+    message = health.unhealthy(run(**values), SFT, 80)[name]
     assert "--" in message and "\n" not in message  # names a knob, in one line
 
 
@@ -81,17 +83,17 @@ def test_overoptimization_from_the_start():
 
 def test_each_once_also_after_a_break(argv, tmp_path, monkeypatch, capsys):
     """The untrained model of this run ends next to no response. It is stopped after that was said, and goes on."""
-    check = ppo.unhealthy
+    check = health.unhealthy
 
     def stopped_at_7(rows, *given):
         if len(rows) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return check(rows, *given)
 
-    monkeypatch.setattr(ppo, "draw_curves", lambda *given: None)
+    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     options = argv["ppo"] + ["--out", str(tmp_path / "run"), "--updates", "12"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        patch.setattr(ppo, "unhealthy", stopped_at_7)
+        patch.setattr(health, "unhealthy", stopped_at_7)
         ppo.main(options)
     before = capsys.readouterr().out
     ppo.main(options + ["--resume"])
@@ -109,7 +111,7 @@ def test_standard_error_of_the_kl(argv, tmp_path, monkeypatch):
         return rewards(scores, kl, mask, kl_coef)
 
     monkeypatch.setattr(ppo, "token_rewards", keep)
-    monkeypatch.setattr(ppo, "draw_curves", lambda *given: None)
+    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     for size in (1, 5):
         seen.clear()
         ppo.main(argv["ppo"] + ["--out", str(tmp_path / str(size)), "--updates", "3", "--batch_size", str(size)])
