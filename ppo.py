@@ -38,9 +38,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import health
-from lib.data import collate, encode_prompts, encode_records, left_pad, load_judge, read_records
-from lib.distributed import (RANK, WORLD, clip_gradients, gathered, largest, my_parts, place,
-                             start_processes, total, wait_for_all)
+from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge,
+                      read_records)
+from lib.distributed import (RANK, WORLD, clip_gradients, gathered, largest, micro_batches,
+                             my_parts, place, start_processes, total, wait_for_all)
 from lib.run import Run, autocast, door, parse, set_lr, stop
 from model import (ScalarHead, adapters_off, add_lora, generate, load_llama, load_scalar_head,
                    load_tokenizer, save_checkpoint, states_of, tokens_of, trainable)
@@ -298,22 +299,6 @@ def response_values(critic, input_ids, is_completion, mask):
     return to_rows(states_of(critic(input_ids), is_completion), mask)
 
 
-def micro_batches(rows, lengths, size):
-    """Cut rows into parts, similar lengths together, so that little is padded -> [(part, weight)];
-    of many processes, the parts of this one (lib.distributed.my_parts). A part has at most as many
-    tokens, padding included, as `size` rows of the longest of `lengths`: many short responses go
-    through in one pass."""
-    rows = sorted(rows, key=lambda i: lengths[i])
-    if WORLD > 1:  # all processes need the same number of parts: `size` rows each
-        return my_parts(rows, size)
-    parts, most = [[]] if rows else [], size * max(lengths, default=0)
-    for i in rows:
-        if (len(parts[-1]) + 1) * lengths[i] > most:
-            parts.append([])
-        parts[-1].append(i)
-    return [(part, 1) for part in parts]
-
-
 @torch.no_grad()
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     """The actor's responses to tokenized prompts -> texts, and `Generation` (see
@@ -517,14 +502,6 @@ def run_missing_stages(args):
                         "--resume" if begun else "--overwrite"])
 
 
-def deal(size, number, seed):
-    """`number` indices below `size` in random order, each once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    rounds = -(-number // max(1, size))
-    order = [torch.randperm(size, generator=generator) for _ in range(rounds)]
-    return torch.cat(order)[:number].tolist()
-
-
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
     """Greedy answers to held-out prompts -> their texts, and the mean scores of reward model and
     gold judge."""
@@ -625,7 +602,9 @@ def main(argv=None):
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     B = args.batch_size
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
-    demonstration_order = deal(len(demonstrations), args.updates * args.ppo_epochs * B, args.seed)
+    demonstration_order = []
+    if demonstrations:
+        demonstration_order = deal(len(demonstrations), args.updates * args.ppo_epochs * B, args.seed)
     progress = run.begin(
         ["update", "score", "score_ended", "score_cut", "ended", "kl", "kl_error", "kl_coef",
          "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
@@ -655,7 +634,7 @@ def main(argv=None):
         lr = set_lr(actor_optimizer, args.lr, update - 1, args.updates, "linear")
         set_lr(critic_optimizer, args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
-        dealt = iter(demonstration_order[(update - 1) * len(batch) * args.ppo_epochs:])
+        dealt = iter(demonstration_order[(update - 1) * args.ppo_epochs * B:])
         minibatches = [rows.tolist() for _ in range(args.ppo_epochs)
                        for rows in torch.randperm(B).split(args.minibatch_size)]
         experience, row = make_experience(

@@ -108,6 +108,8 @@ def main(argv=None):
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step, steps)
+        # `part` is a micro-batch: it only bounds the memory. `weight` is 1; with many processes, 0
+        # for a row that one of them repeats since it has none left (lib.distributed.my_parts).
         # Every target token weighs the same, in whichever micro-batch it stands: divide by the
         # tokens of the whole batch. (Dividing each micro-batch by its own makes those of short ones
         # weigh more.)

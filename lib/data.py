@@ -224,3 +224,11 @@ def length_batches(lengths, batch_size, generator):
              for i in sorted(order[start:start + stretch], key=lambda i: lengths[i])]
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def deal(size, number, seed):
+    """`number` indices below `size` in random order, each once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-number // size)
+    order = [torch.randperm(size, generator=generator) for _ in range(rounds)]
+    return torch.cat(order)[:number].tolist()

@@ -5,7 +5,6 @@ the rows of a batch; losses, divided by the sizes of the whole batch, and gradie
 the processes. With one process none of this does anything.
 """
 
-import atexit
 import contextlib
 import datetime
 import os
@@ -27,16 +26,28 @@ def start_processes(args):
     An error in one ends its process, upon which torchrun ends all. Half an hour without a word from
     one is an error.
     """
-    if WORLD == 1 or dist.is_initialized():
+    if WORLD == 1 or started():
         return
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=30))
-    atexit.register(dist.destroy_process_group)  # else a thread of gloo aborts the process
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
+
+
+def started():
+    """Whether the processes have found each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def end_processes():
+    """Take leave of the others, when all have done their work: a thread of gloo that is still
+    running while Python ends would abort the process."""
+    if started():
+        wait_for_all()
+        dist.destroy_process_group()
 
 
 def place(model, args):
@@ -104,6 +115,22 @@ def my_parts(rows, size):
     mine, passes = rows[RANK::WORLD], -(-len(rows) // (WORLD * size))
     parts = [mine[i * size:(i + 1) * size] for i in range(passes)]
     return [(part, 1) if part else (rows[:1], 0) for part in parts]
+
+
+def micro_batches(rows, lengths, size):
+    """Cut rows into parts, similar lengths together, so that little is padded -> [(part, weight)];
+    of many processes, the parts of this one (my_parts). A part has at most as many
+    tokens, padding included, as `size` rows of the longest of `lengths`: many short responses go
+    through in one pass."""
+    rows = sorted(rows, key=lambda i: lengths[i])
+    if WORLD > 1:  # all processes need the same number of parts: `size` rows each
+        return my_parts(rows, size)
+    parts, most = [[]] if rows else [], size * max(lengths, default=0)
+    for i in rows:
+        if (len(parts[-1]) + 1) * lengths[i] > most:
+            parts.append([])
+        parts[-1].append(i)
+    return [(part, 1) for part in parts]
 
 
 def total(x):

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib import cpu
-from lib.distributed import RANK, WORLD, as_held, in_one_piece, largest, named_wholes, wait_for_all
+from lib.distributed import (RANK, WORLD, as_held, end_processes, in_one_piece, largest,
+                             named_wholes, started, wait_for_all)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -54,14 +55,20 @@ def explain(what, advice="", code=2):
 
 
 def door(main):
-    """Around a script's `main`: Ctrl-C where no step is being finished is told in one line too."""
+    """Around a script's `main`: Ctrl-C where no step is being finished is told in one line too, and
+    of many processes the group is closed. (Not after an error: a process that fails must not
+    wait.)"""
     @functools.wraps(main)
     def wrapped(argv=None):
+        outermost = not started()  # ppo.py may call the main of other stages
         try:
-            return main(argv)
+            result = main(argv)
         except KeyboardInterrupt:
             tqdm.write("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        if outermost:
+            end_processes()
+        return result
     return wrapped
 
 
@@ -171,7 +178,8 @@ def parse(script, doc, table, argv, real_if):
         group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
     args = parser.parse_args(argv)
     is_demo = all(getattr(args, name) is None for name in real_if)
-    changed = [row[0] for row in rows if getattr(args, row[0]) not in (None, False)]
+    changed = [row[0] for row in rows
+               if getattr(args, row[0]) is not None and getattr(args, row[0]) is not False]
     for name, demo, real, *_ in rows:
         if getattr(args, name) is None:
             setattr(args, name, demo if is_demo else real)

@@ -40,7 +40,7 @@ import model
 import ppo
 import sft
 import train_rm
-from lib.data import collate, encode_prompt, encode_records, read_records
+from lib.data import collate, deal, encode_prompt, encode_records, read_records
 from model import LlamaBackbone, ScalarHead, load_llama, load_scalar_head, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1088,9 +1088,9 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, ppo_args, f
 
 @pytest.mark.parametrize("size, n", [(10, 3), (5, 5), (7, 20), (1, 4)])
 def test_each_index_is_dealt_once_a_round(size, n):
-    cards, again, other = ppo.deal(size, 3 * size * n, 0), ppo.deal(size, 3 * size * n, 0), ppo.deal(size, 3 * size * n, 1)
+    cards, again, other = deal(size, 3 * size * n, 0), deal(size, 3 * size * n, 0), deal(size, 3 * size * n, 1)
     assert len(cards) == 3 * size * n and cards == again
-    assert ppo.deal(size, n, 0) == cards[:n]  # what comes first does not depend on how many there are
+    assert deal(size, n, 0) == cards[:n]  # what comes first does not depend on how many there are
     rounds = [cards[start:start + size] for start in range(0, len(cards) - size + 1, size)]
     assert len(rounds) >= 3 and all(sorted(cards) == list(range(size)) for cards in rounds)
     if size > 1:
@@ -1159,6 +1159,45 @@ def test_ppo_evaluation(ppo_run, rm_run, home):
         gold.append(data_gen.score(record["user_input"], text))
     assert ppo_run.rows[-1]["eval_score"] == pytest.approx(sum(scores) / 4, abs=1e-3)
     assert ppo_run.rows[-1]["eval_gold"] == pytest.approx(sum(gold) / 4, abs=1e-3)
+
+
+PRECISIONS = {"float32": {}, "bf16": dict(dtype="bfloat16"), "LoRA": dict(lora_rank=4),
+              "LoRA, bf16": dict(lora_rank=4, dtype="bfloat16"), "LoRA, bf16 base": dict(lora_rank=4, base_dtype="bfloat16"),
+              "LoRA, bf16 and bf16 base": dict(lora_rank=4, dtype="bfloat16", base_dtype="bfloat16")}
+
+
+@pytest.mark.parametrize("changes", PRECISIONS.values(), ids=PRECISIONS)
+def test_before_any_step_every_ratio_is_1_and_the_kl_is_0(ppo_argv, tmp_path, monkeypatch, changes):
+    """With a step of next to nothing: in every minibatch of the first pass, cut into micro-batches of different lengths. (approx_kl
+    is the mean of ratio - 1 - log ratio, which is above 0 wherever a ratio is not 1.)"""
+    passes, train_minibatch = [], ppo.train_minibatch
+    monkeypatch.setattr(ppo, "train_minibatch", lambda *given: passes.append(train_minibatch(*given)) or passes[-1])
+    usual = dict(updates=1, batch_size=12, minibatch_size=5, micro_batch_size=2, ppo_epochs=1, lr=1e-30, critic_lr=1e-30, ptx_coef=0,
+                 demonstrations=None, eval_prompts=None, gold=None, max_new_tokens=30, out=tmp_path)
+    run = run_stage(ppo, ppo_argv(**usual, **changes))
+    assert len(passes) == 3 and run.rows[0]["response_length"] > 3
+    for said in passes:
+        assert said["largest_ratio"] == pytest.approx(1, abs=1e-3) and said["approx_kl"] < 1e-7
+    assert abs(run.rows[0]["kl"]) < (1e-4 if not changes or changes == dict(lora_rank=4) else 1e-6)
+
+
+def test_a_cut_response_gets_a_fixed_score(home, ppo_args, four_models):
+    """Whatever the reward model says of it, which is logged; one that ended gets what the reward model says."""
+    args = ppo_args(max_new_tokens=5, no_eos_score=-7.0, kl_coef=0.0)
+    experience, said = make_experience(four_models, home, args)
+    eos = home.tokenizer.eos_token_id
+    ended = [response[-1] == eos for _, response in experience["texts"]]
+    with torch.no_grad():
+        scores = [slow_values(four_models.reward_model, p + r)[-1].item() for p, r in experience["texts"]]
+    expected = [score if e else -7.0 for score, e in zip(scores, ended)]
+    assert said["score"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    assert said["ended"] == pytest.approx(sum(ended) / len(ended))
+    last = [len(response) - 1 for _, response in experience["texts"]]
+    # gamma 1, no KL: with lambda 1 the return of every token is the score
+    experience, _ = make_experience(four_models, home, ppo_args(max_new_tokens=5, no_eos_score=-7.0, kl_coef=0.0, lam=1.0))
+    for i, (score, t) in enumerate(zip(expected, last)):
+        assert experience["returns"][i, :t + 1].tolist() == pytest.approx([score] * (t + 1), abs=1e-3)
+    assert 0 < sum(ended) < len(ended)
 
 
 def test_same_seed_same_metrics(ppo_run, ppo_argv, tmp_path):

@@ -1,0 +1,307 @@
+"""Chat with a checkpoint in the terminal, or compare the answers of several.
+
+    python -m tools.chat runs/ppo                       # a chat, the answers streamed
+    python -m tools.chat runs/ppo --prompt "What is 2 plus 3?"
+    echo "What is 2 plus 3?" | python -m tools.chat runs/ppo
+    python -m tools.chat runs/sft runs/ppo --reward runs/rm --prompt "What is 2 plus 3?"
+    python -m tools.chat runs/sft runs/ppo --reward runs/rm --out answers.md \\
+        --prompts data/rlhf_training_data_eval.json     # a table
+
+A checkpoint is whatever --model of the stages takes. Answers are greedy unless --temperature is
+given. The win rate is the share of prompts on which a checkpoint scores above the first one, ties
+counting half.
+"""
+
+import argparse
+import csv
+import io
+import math
+import re
+import sys
+
+import torch
+from tqdm import tqdm
+
+from lib.data import encode_prompt, encode_text, half_character, left_pad, read_records
+from lib.run import DEVICE, door, explain, positive, stop, usable_device, write_whole
+from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
+from tools.quantize import quantize, weight_bytes
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="checkpoint", help="several are compared")
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--prompt", help="answer this, and end (default: the terminal is a chat; "
+                       "what is piped in is one prompt)")
+    group.add_argument("--prompts", metavar="FILE", help="answer every record's user_input, in a "
+                       "table")
+    group.add_argument("--out", help="write the table of --prompts to this .md or .csv file "
+                       "(default: print it)")
+    group.add_argument("--reward", metavar="CHECKPOINT", help="a reward model, which scores the "
+                       "answers")
+    group = parser.add_argument_group("how it is answered")
+    group.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0: always "
+                       "the likeliest token (default 0)")
+    group.add_argument("--top_p", type=float, default=1.0, help="sample from the smallest set of "
+                       "tokens with this probability (default 1)")
+    group.add_argument("--max_new_tokens", type=positive, help="tokens per answer at most (default "
+                       "half of the context, at most 512)")
+    group.add_argument("--batch_size", type=positive, default=16, help="prompts of --prompts "
+                       "answered at once (default 16)")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--quantize", choices=["8bit", "4bit"], help="the linear maps of the "
+                       "layers; needs bitsandbytes")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the "
+                       "weights that are not quantized (default float32)")
+    group.add_argument("--device", type=usable_device, default=DEVICE, help="where to compute "
+                       f"(default {DEVICE})")
+    args = parser.parse_args(argv)
+    if not 0 <= args.temperature < math.inf:
+        stop("--temperature must be a number from 0")
+    if not 0 < args.top_p <= 1:
+        stop("--top_p must lie above 0 and not above 1")
+    if args.prompt is not None and args.prompts:
+        stop("--prompt or --prompts, not both")
+    if args.out and not (args.prompts and args.out.endswith((".md", ".csv"))):
+        stop("--out is for the table of --prompts, and ends with .md or .csv")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# One checkpoint
+
+def load(path, args):
+    """The tokenizer, the model, the most tokens that an answer may have, and a prompt."""
+    tokenizer = load_tokenizer(path)
+    llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
+    context = llama.config.max_position_embeddings
+    limit = args.max_new_tokens or min(512, context // 2)
+    if limit >= context:
+        stop(f"--max_new_tokens {limit}: the context of {path} is {context} tokens, and the prompt "
+             "needs some of them")
+    if args.quantize:
+        before = weight_bytes(llama)
+        llama = quantize(llama, args.quantize, args.device)
+        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, "
+              f"{weight_bytes(llama) / 1e6:.1f} MB in {args.quantize}", file=sys.stderr)
+    return tokenizer, llama.to(args.device), limit, context - limit
+
+
+def sampling(args):
+    """The options of `decode` and `generate`."""
+    return dict(temperature=args.temperature, top_p=args.top_p,
+                generator=torch.Generator(args.device).manual_seed(args.seed))
+
+
+def text_of(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def text_pieces(tokenizer, tokens):
+    """From tokens as they come, texts that join to what all of them decode to, and never end inside
+    a character: while the text ends with U+FFFD, which stands for bytes that make no character, the
+    rest of one may still come."""
+    seen, shown = [], ""
+    for token in tokens:
+        seen.append(token)
+        text = text_of(tokenizer, seen)
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown):]
+            shown = text
+    if rest := text_of(tokenizer, seen)[len(shown):]:
+        yield rest  # cut in the middle of a character
+
+
+def stream(tokenizer, llama, prompt, limit, args, how):
+    """Print the answer to `prompt` (tokens) while it is written -> its text, and whether Ctrl-C
+    stopped it."""
+    text, stopped = "", False
+    steps = decode(llama, *left_pad([prompt], tokenizer.pad_token_id, args.device), limit,
+                   tokenizer.eos_token_id, **how)
+    try:
+        for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, _ in steps)):
+            piece = piece if text else piece.lstrip()
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stopped = True
+    print("" if text or stopped else "(empty)", flush=True)
+    return text.strip(), stopped
+
+
+def chat(args):
+    """A dialogue in the terminal. When it outgrows the context, its oldest turns are forgotten."""
+    tokenizer, llama, limit, room = load(args.models[0], args)
+    how, history, told = sampling(args), [], False
+    print(f"{args.models[0]}: /reset starts over, Ctrl-C stops an answer, Ctrl-D ends")
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            continue
+        if said == "/reset":
+            history = []
+        if said in ("", "/reset"):
+            continue
+        if wrong := half_character(said):
+            print(f"(your message {wrong}: is the terminal set to UTF-8?)")
+            continue
+        history.append({"role": "user", "content": said})
+        while len(prompt := encode_prompt(tokenizer, history)) > room and len(history) > 1:
+            history = history[2:]
+            if not told:
+                print("(the conversation outgrows the context: its oldest turns are forgotten "
+                      "from now on)")
+                told = True
+        if len(prompt) > room:
+            print(f"(your message has {len(prompt)} tokens; there is room for {room})")
+            history = []
+            continue
+        answer, _ = stream(tokenizer, llama, prompt, limit, args, how)
+        history.append({"role": "assistant", "content": answer})
+
+
+# ------------------------------------------------------------------------------------------------
+# Several checkpoints
+
+def encode_whole(tokenizer, user_input, room, where):
+    """The tokens of a prompt, which here is not cut."""
+    tokens = encode_prompt(tokenizer, user_input)
+    if len(tokens) > room:
+        stop(f"{where}: {len(tokens)} tokens, where {room} fit beside an answer: shorten it, or "
+             "lower --max_new_tokens")
+    return tokens
+
+
+def answer_all(path, prompts, args):
+    """A checkpoint's answers to all prompts -> [(text, whether it ended before the limit)]."""
+    tokenizer, llama, limit, room = load(path, args)
+    tokens = [encode_whole(tokenizer, prompt, room,
+                           f"{args.prompts}: record {number}" if args.prompts else "the prompt")
+              for number, prompt in enumerate(prompts, 1)]
+    how, answers = sampling(args), [None] * len(prompts)
+    # similar lengths together: little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    for start in tqdm(range(0, len(order), args.batch_size), desc=path, unit="batch",
+                      disable=not args.prompts):
+        rows = order[start:start + args.batch_size]
+        padded = left_pad([tokens[i] for i in rows], tokenizer.pad_token_id, args.device)
+        out = generate(llama, *padded, limit, tokenizer.eos_token_id, **how)
+        for i, written, mask in zip(rows, out.tokens, out.mask):
+            written = written[mask.bool()].tolist()
+            answers[i] = text_of(tokenizer, written), written[-1] == tokenizer.eos_token_id
+    return answers
+
+
+@torch.no_grad()
+def score_all(prompts, answers, args):
+    """The reward model's scores of the answers, [[score of prompt 1, ...] per checkpoint].
+
+    The texts are put into the reward model's own tokens and chat format, whatever those of the
+    checkpoint are. An answer that was cut has no end-of-sequence token, and is scored at its last
+    one.
+    """
+    tokenizer = load_tokenizer(args.reward)
+    reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
+
+    def score(prompt, text, ended):
+        tokens = encode_prompt(tokenizer, prompt) + encode_text(tokenizer, text)
+        tokens += [tokenizer.eos_token_id] * ended
+        tokens = tokens[-reward_model.config.max_position_embeddings:]
+        return reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()
+
+    return [[score(prompt, *answer) for prompt, answer in zip(prompts, column)]
+            for column in answers]
+
+
+def compare(prompts, args):
+    """The same prompts through every checkpoint, one loaded after the other."""
+    answers = [answer_all(path, prompts, args) for path in args.models]
+    scores = score_all(prompts, answers, args) if args.reward else []
+    if args.prompts:
+        return write_table(prompts, answers, scores, args)
+    for n, (path, [(text, _)]) in enumerate(zip(args.models, answers)):
+        score = f", score {scores[n][0]:.3f}" if scores else ""
+        print(f"{path}{score}\n{text.strip() or '(empty)'}\n")
+
+
+def write_table(prompts, answers, scores, args):
+    """A row per prompt, printed or in --out; and always printed, a row per checkpoint."""
+    rows = [["prompt"]]
+    for path in args.models:
+        rows[0] += [path] + ([f"score of {path}"] if scores else [])
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        rows.append([prompt])
+        for n, column in enumerate(answers):
+            rows[-1] += [column[i][0].strip()] + ([f"{scores[n][i]:.3f}"] if scores else [])
+    summary = markdown_table(summary_rows(args.models, answers, scores))
+    if args.out and args.out.endswith(".csv"):
+        file = io.StringIO()
+        csv.writer(file).writerows(rows)
+        write_whole(args.out, file.getvalue().encode())
+    elif args.out:
+        write_whole(args.out, (summary + "\n" + markdown_table(rows)).encode())
+    else:
+        print(markdown_table(rows))
+    print(summary + (f"saved {args.out}" if args.out else ""))
+
+
+def summary_rows(paths, answers, scores):
+    """A row per checkpoint: mean score and win rate."""
+    rows = [["checkpoint", "answers", "cut at the limit"]]
+    rows[0] += ["mean score", f"win rate against {paths[0]}"] if scores else []
+    for n, (path, column) in enumerate(zip(paths, answers)):
+        rows.append([path, len(column), sum(not ended for _, ended in column)])
+        if scores:
+            wins = sum((s > first) + (s == first) / 2 for s, first in zip(scores[n], scores[0]))
+            rows[-1] += [f"{sum(scores[n]) / len(column):.3f}",
+                         f"{wins / len(column):.3f}" if n else "-"]
+    return rows
+
+
+def markdown_table(rows):
+    lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def markdown_cell(value):
+    """One cell of a table: what would be read as markup is escaped, a line break is <br>."""
+    lines = str(value).strip().splitlines() or ["(empty)"]
+    return "<br>".join(re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", line) for line in lines)
+
+
+@door
+def main(argv=None):
+    args = parse_args(argv)
+    if args.prompts:
+        return compare([record["user_input"] for record in
+                        read_records(args.prompts, "user_input")], args)
+    if args.prompt is None and not sys.stdin.isatty():
+        with explain("standard input: not UTF-8"):
+            args.prompt = sys.stdin.buffer.read().decode()
+    if args.prompt is None and (len(args.models) > 1 or args.reward):
+        stop("several checkpoints, or --reward, need a --prompt or --prompts to compare the "
+             "answers to")
+    if args.prompt is None:
+        return chat(args)
+    prompt = args.prompt.strip()
+    if wrong := half_character(prompt) or (None if prompt else "is empty"):
+        stop(f"the prompt {wrong}")
+    if len(args.models) > 1 or args.reward:
+        return compare([prompt], args)
+    tokenizer, llama, limit, room = load(args.models[0], args)
+    prompt = encode_whole(tokenizer, prompt, room, "the prompt")
+    if stream(tokenizer, llama, prompt, limit, args, sampling(args))[1]:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main()
