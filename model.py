@@ -64,6 +64,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, d, bias=bias)
 
     def forward(self, x, cos, sin, mask, past):
+        """`x` (B, T, d) -> (B, T, d). `past`: the layer's part of a `Cache`, keys and values
+        (B, kv heads, length, h), and how many tokens it holds with these; None: no cache."""
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)

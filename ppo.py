@@ -309,7 +309,7 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
     with autocast(args), gathered(actor, not args.shard_rollout):
         padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
-        out = generate(actor, *padded, args.max_new_tokens, tokenizer.eos_token_id, temperature,
+        out = generate(actor, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
                        generator=generator)
     longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
     for name, own in vars(out).items():  # every process gets the answers of all
@@ -333,7 +333,7 @@ def score_responses(reward_model, texts, tokenizer, args):
         with autocast(args), adapters_off(reward_model):
             values = reward_model(input_ids)
         scores[rows] = weight * values[range(len(rows)), [lengths[i] - 1 for i in rows]]
-    ended = torch.tensor([response[-1] == tokenizer.eos_token_id for _, response in texts],
+    ended = torch.tensor([response[-1] in tokenizer.end_ids for _, response in texts],
                          device=args.device)
     return total(scores), ended
 
@@ -604,7 +604,8 @@ def main(argv=None):
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
     demonstration_order = []
     if demonstrations:
-        demonstration_order = deal(len(demonstrations), args.updates * args.ppo_epochs * B, args.seed)
+        drawn = args.updates * args.ppo_epochs * B
+        demonstration_order = deal(len(demonstrations), drawn, args.seed)
     progress = run.begin(
         ["update", "score", "score_ended", "score_cut", "ended", "kl", "kl_error", "kl_coef",
          "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",

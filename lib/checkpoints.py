@@ -14,11 +14,13 @@ import shutil
 
 import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import (AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
-                          LlamaForSequenceClassification, LlamaTokenizer, PreTrainedTokenizerFast)
+from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, LlamaForSequenceClassification, LlamaTokenizer,
+                          PreTrainedTokenizerFast)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
+from lib.data import encode_completion
 from lib.run import explain, stop
 
 
@@ -254,10 +256,12 @@ def write(folder, config, tensors, tokenizer, generation_config=None, scalar=Fal
     `tensors`: {Hugging Face's name: tensor}; `scalar`: as a `LlamaForSequenceClassification`.
     """
     part = os.path.join(folder, "export.part")
+    ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.end_ids[0]
     for described in (config, generation_config):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if described is not None:
-                setattr(described, name, getattr(tokenizer, name))
+        if described is not None:
+            described.pad_token_id = tokenizer.pad_token_id
+            described.bos_token_id = tokenizer.bos_token_id
+            described.eos_token_id = ends
     with torch.device("meta"):  # the class that writes the files; its own weights are never made
         if scalar:
             plain = LlamaForSequenceClassification(LlamaConfig.from_dict(config.to_dict() | dict(
@@ -356,6 +360,7 @@ def read_tokenizer_gguf(path):
 def load_tokenizer(path):
     """The tokenizer of a checkpoint (see `read`), or of a folder that holds a `tokenizer.model`.
 
+    Its `end_ids` are the tokens that end an answer, first the one with which the template does so.
     It has a chat template, its own or CHAT_TEMPLATE, and a padding token that is not the
     end-of-sequence token: a reward model is read at the last token that is not padding, which is
     the end of sequence.
@@ -374,11 +379,6 @@ def load_tokenizer(path):
             tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         stop(f"{path}: the tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that is "
-             "not its eos_token")
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
     # a token that the template writes is a control token, even where it is not flagged as one
@@ -386,4 +386,26 @@ def load_tokenizer(path):
                  if not token.special and token.content in str(tokenizer.chat_template)]
     tokenizer.backend_tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unflagged])
+    tokenizer.end_ids = list(dict.fromkeys([
+        encode_completion(tokenizer, "a", "b")[1][-1], tokenizer.eos_token_id, *stated_ends(path)]))
+    if tokenizer.pad_token_id in (None, *tokenizer.end_ids):
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
+    if tokenizer.pad_token_id in (None, *tokenizer.end_ids):
+        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that does "
+             "not end an answer")
     return tokenizer
+
+
+def stated_ends(path):
+    """The end-of-sequence ids that a Hugging Face checkpoint states beside its tokenizer's, such as
+    LLaMA 3's three: those of generation_config.json, else of config.json. (Its class would make one
+    up.)"""
+    if path.endswith(".gguf") or is_meta(path):
+        return []
+    for read_ends in (lambda: GenerationConfig.from_pretrained(path).eos_token_id,
+                      lambda: LlamaConfig.get_config_dict(path)[0].get("eos_token_id")):
+        with contextlib.suppress(Exception), quiet():  # a folder of a tokenizer alone has neither
+            ids = read_ends()
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []

@@ -1,5 +1,6 @@
 """Data: files -> records -> tokens -> batches. README, 'Data', has the formats."""
 
+import functools
 import gzip
 import json
 import re
@@ -120,40 +121,112 @@ def load_judge(option, path):
 def encode_text(tokenizer, text):
     """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
     token."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # as text; each call of transformers sets it again
+    return backend.encode(text, add_special_tokens=False).ids
 
 
-def encode_prompt(tokenizer, user_input):
-    """The tokens of a prompt in the chat format, up to where the assistant's answer begins.
+def encode_after(tokenizer, before, text):
+    """The tokens that `text` has where it follows the plain text `before`. (Alone, it would get the
+    space that sentencepiece puts before every text.) Where a token would span the border, `text` is
+    cut off there, as it is when a model writes it."""
+    if not before:
+        return encode_text(tokenizer, text)
+    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
+    if both[:len(first)] != first:  # no token spans the border to this character
+        first, both = (encode_text(tokenizer, "\0" + part) for part in ("", text))
+    return both[len(first):]
 
-    `user_input` is a text or a list of chat messages. The chat template writes control tokens
-    around what people said; the same characters inside what they said are kept text, by a mark that
-    only lives while the template is filled in.
-    """
-    messages = user_input
-    if isinstance(user_input, str):
-        messages = [{"role": "user", "content": user_input}]
-    # transformers' all_special_tokens has only those with a role, such as eos_token: of LLaMA 3's,
-    # <|start_header_id|> has none
+
+@functools.lru_cache(maxsize=8)
+def control_pattern(tokenizer):
+    """Finds control tokens in a text. (transformers' all_special_tokens has only those with a role,
+    such as eos_token: of LLaMA 3's, <|start_header_id|> has none.)"""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted(special, key=len, reverse=True)
-    control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def as_messages(user_input):
+    return [{"role": "user", "content": user_input}] if isinstance(user_input, str) else user_input
+
+
+def encode_dialogue(tokenizer, messages):
+    """The tokens of a dialogue in the checkpoint's chat template, up to where the assistant is to
+    write, if it is its turn -> tokens, and {index of a message: where its answer begins in tokens}.
+
+    The template writes control tokens around what people said; the same characters inside what they
+    said are kept text, by a mark that only lives while the template is filled in. Each answer of
+    the assistant has the tokens that it has when it is written after its prompt.
+    """
+    control = control_pattern(tokenizer)
     mark = next(chr(c) for c in range(0xE000, 0xF900)
                 if not any(chr(c) in message["content"] for message in messages))
     marked = [{**message, "content": control.sub(lambda found: found[0][0] + mark + found[0][1:],
                                                  message["content"])} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
-        stop(f"the checkpoint's chat template refuses this dialogue ({first_line(error)}): "
-             f"{str(messages)[:200]}")
-    tokens = []
-    for i, part in enumerate(control.split(text)):
-        if i % 2:
-            tokens.append(tokenizer.convert_tokens_to_ids(part))
-        elif part:
-            tokens += encode_text(tokenizer, part.replace(mark, ""))
-    return tokens
+
+    def render(number, is_prompt):
+        try:
+            return tokenizer.apply_chat_template(marked[:number], tokenize=False,
+                                                 add_generation_prompt=is_prompt)
+        except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
+            stop(f"the checkpoint's chat template refuses this dialogue ({first_line(error)}): "
+                 f"{str(messages)[:200]}")
+
+    text = render(len(messages), messages[-1]["role"] != "assistant")
+    borders = {}  # place in the text: the answer that begins there
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and text.startswith(before := render(i, True)):
+            borders[len(before)] = i
+    found = list(control.finditer(text))
+    controls = {match.start() for match in found}
+    cuts = sorted({0, len(text), *borders, *controls, *(match.end() for match in found)})
+    tokens, answers, before = [], {}, ""  # before: the plain text since the last control token
+    for start, end in zip(cuts, cuts[1:]):
+        if start in borders:
+            answers[borders[start]] = len(tokens)
+        if start in controls:
+            tokens.append(tokenizer.convert_tokens_to_ids(text[start:end]))
+            before = ""
+        else:
+            part = text[start:end].replace(mark, "")
+            tokens += encode_after(tokenizer, before, part)
+            before += part
+    return tokens, answers
+
+
+def encode_prompt(tokenizer, user_input):
+    """The tokens of a prompt in the chat format, up to where the assistant's answer begins.
+    `user_input` is a text or a list of chat messages."""
+    return encode_dialogue(tokenizer, as_messages(user_input))[0]
+
+
+def encode_completion(tokenizer, user_input, completion):
+    """(prompt, completion) in tokens: together they are the dialogue in the chat format, up to the
+    token with which its template ends the assistant's turn."""
+    asked = as_messages(user_input)
+    tokens, answers = encode_dialogue(
+        tokenizer, [*asked, {"role": "assistant", "content": completion}])
+    if len(asked) not in answers:  # a template that writes an answer otherwise than it asks for it
+        return encode_prompt(tokenizer, asked), [*encode_text(tokenizer, completion),
+                                                 tokenizer.eos_token_id]
+    prompt, answer = tokens[:answers[len(asked)]], tokens[answers[len(asked)]:]
+    control = {tokenizer.convert_tokens_to_ids(token.content)
+               for token in tokenizer.added_tokens_decoder.values() if token.special}
+    end = next((i for i, token in enumerate(answer) if token in control), None)
+    return prompt, answer + [tokenizer.eos_token_id] if end is None else answer[:end + 1]
+
+
+def cut_left(tokenizer, user_input, prompt, room):
+    """A prompt without the beginning of its text, if it is longer than `room` tokens. What the
+    template writes before that text, such as BOS, stays."""
+    if len(prompt) <= room:
+        return prompt
+    first, *rest = as_messages(user_input)
+    others = [encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab"]
+    head = next((i for i, tokens in enumerate(zip(*others)) if tokens[0] != tokens[1]), 0)
+    head = head if head < room else 0
+    return prompt[:head] + prompt[len(prompt) - room + head:]
 
 
 def encode_prompts(user_inputs, tokenizer, room, name):
@@ -161,24 +234,30 @@ def encode_prompts(user_inputs, tokenizer, room, name):
     prompts = [encode_prompt(tokenizer, user_input) for user_input in user_inputs]
     if cut := sum(len(prompt) > room for prompt in prompts):
         print(f"{name}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
-    return [prompt[-room:] for prompt in prompts]
+    return [cut_left(tokenizer, user_input, prompt, room)
+            for user_input, prompt in zip(user_inputs, prompts)]
 
 
 def encode_records(records, tokenizer, max_length, name):
-    """[(prompt, completion, number of the record)] in tokens; a completion ends with
-    end-of-sequence.
+    """[(prompt, completion, number of the record)] in tokens; a completion ends with end-of-turn.
 
-    What is longer than `max_length` tokens loses the beginning of its prompt; a completion that
-    leaves no room for a prompt is dropped. Both are counted, and said.
+    What is longer than `max_length` tokens loses the beginning of its prompt, at the same place for
+    all completions of a prompt, which a reward model compares; a completion that leaves no room for
+    a prompt is dropped. Both are counted, and said.
     """
+    pairs = [encode_completion(tokenizer, record["user_input"], record["completion"])
+             for record in records]
+    keys = [json.dumps(record["user_input"], sort_keys=True) for record in records]
+    rooms = {}  # of each prompt: what the longest of its completions leaves
+    for key, (_, completion) in zip(keys, pairs):
+        if len(completion) < max_length:
+            rooms[key] = min(rooms.get(key, max_length), max_length - len(completion))
     examples, cut = [], 0
-    for number, record in enumerate(records, 1):
-        prompt = encode_prompt(tokenizer, record["user_input"])
-        completion = encode_text(tokenizer, record["completion"]) + [tokenizer.eos_token_id]
-        room = max_length - len(completion)
-        if room > 0:
-            cut += len(prompt) > room
-            examples.append((prompt[-room:], completion, number))
+    for number, (record, key, (prompt, completion)) in enumerate(zip(records, keys, pairs), 1):
+        if len(completion) < max_length:
+            cut += len(prompt) > rooms[key]
+            prompt = cut_left(tokenizer, record["user_input"], prompt, rooms[key])
+            examples.append((prompt, completion, number))
     if cut or len(examples) < len(records):
         print(f"{name}: of {len(records)} records, {cut} prompts cut on the left and "
               f"{len(records) - len(examples)} completions dropped to fit {max_length} tokens")

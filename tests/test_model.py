@@ -35,7 +35,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import data_gen
 from lib.checkpoints import CHAT_TEMPLATE, LLAMA3_SPECIAL, read_meta
 from lib.cpu import linear
-from lib.data import (collate, encode_prompt, encode_records, encode_text, left_pad, length_batches, read_records)
+from lib.data import (collate, encode_completion, encode_prompt, encode_records, encode_text, left_pad, length_batches, read_records)
 from lib.run import write_whole
 from model import (LlamaBackbone, Llama, ScalarHead, generate, load_llama, load_scalar_head, load_tokenizer, random_llama, sample,
                    save_checkpoint)
@@ -370,7 +370,7 @@ def test_meta_layout_gives_the_logits_of_the_plain_llama(tmp_path, sentencepiece
     tokens = random_tokens(len(weights["tok_embeddings.weight"]), 60)
     assert_close(logits_of(model, tokens), plain_llama(weights, tokens, kv_heads, frequencies, params["norm_eps"]), 1e-4)
     assert model.config.max_position_embeddings == length
-    assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == model.config.pad_token_id
+    assert tokenizer.end_ids == [tokenizer.eos_token_id] and tokenizer.pad_token_id != tokenizer.eos_token_id
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -504,8 +504,9 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, sentencepiece_model, params)
     assert encode_text(again, text) == encode_text(tokenizer, text)
     assert encode_prompt(again, text) == encode_prompt(tokenizer, text)
     assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        assert getattr(again, role) == getattr(tokenizer, role)
+        assert getattr(again, role) == getattr(tokenizer, role) == config[role]
     assert not [name for name in os.listdir(out) if "part" in name or name.endswith((".bin", ".pth", ".pt"))]
 
 
@@ -934,17 +935,106 @@ def test_encode_records_cuts_prompts_on_the_left_and_drops_what_cannot_fit(token
                {"user_input": "x", "completion": "the quick brown fox jumps over a lazy dog " * 3},
                {"user_input": "day", "completion": ""}]
     whole = [([1, *pieces.encode(f"User: {r['user_input']}\nAssistant:")], [*pieces.encode(r["completion"]), 2]) for r in records]
+    whole[3][1].insert(0, pieces.piece_to_id("▁"))  # the template writes a space before an answer, also before an empty one
     assert encode_records(records, tokenizer, 1000, "some.json") == [(*pair, i) for i, pair in enumerate(whole, 1)]
     assert capsys.readouterr().out == ""
     limit = len(whole[0][0]) + len(whole[0][1])  # the first just fits
     assert sum(map(len, whole[1])) > limit and len(whole[2][1]) > limit > sum(map(len, whole[3]))
     short = encode_records(records, tokenizer, limit, "some.json")
-    assert short == [(*whole[0], 1), (whole[1][0][len(whole[1][1]) - limit:], whole[1][1], 2), (*whole[3], 4)]
+    # the beginning of the text goes; what the template writes before it stays
+    kept, head = limit - len(whole[1][1]), [1, *pieces.encode("User:")]
+    cut_prompt = head + whole[1][0][len(head) - kept:]
+    assert len(cut_prompt) == kept and short == [(*whole[0], 1), (cut_prompt, whole[1][1], 2), (*whole[3], 4)]
     told = capsys.readouterr().out
     assert told == f"some.json: of 4 records, 1 prompts cut on the left and 1 completions dropped to fit {limit} tokens\n"
     prompt, completion, number = encode_records(records, tokenizer, len(whole[0][1]) + 1, "some.json")[0]  # room for one token
     assert (prompt, completion, number) == (whole[0][0][-1:], whole[0][1], 1)
     assert 1 not in [number for *_, number in encode_records(records, tokenizer, len(whole[0][1]), "some.json")]  # room for none
+
+
+def test_the_completions_of_a_prompt_are_cut_at_the_same_place(tokenizer):
+    """Also a dialogue's: a reward model compares like with like."""
+    asked = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "the day " * 9}]
+    for user_input in ("the quick brown fox " * 6, asked):
+        records = [{"user_input": user_input, "completion": text} for text in ("a", "and then the fox", "x", "the dog is lazy " * 30)]
+        examples = encode_records(records, tokenizer, 30, "some.json")
+        assert [number for *_, number in examples] == [1, 2, 3]  # the last leaves no room for any prompt, and cuts none
+        assert len({tuple(prompt) for prompt, _, _ in examples}) == 1 and max(len(p) + len(c) for p, c, _ in examples) == 30
+        assert examples[0][0][0] == tokenizer.bos_token_id
+
+
+TEMPLATES = {
+    "fallback": CHAT_TEMPLATE,
+    "LLaMA 2": "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+               "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "LLaMA 3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim "
+               "+ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "Zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "Vicuna": "{{ bos_token }}{% for m in messages %}{{ 'USER: ' + m['content'] + ' ' if m['role'] == 'user' else 'ASSISTANT: ' + m['content'] "
+              "+ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "ChatML": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"}
+ANSWERS = ["Paris", " Paris ", "\nParis\n", "  two  spaces", "", "12", "你好", "\n\n", "a </s> <|im_end|> <|eot_id|> b", "\tx", "🦊"]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def templated(request, sentencepiece_model, llama3_tokenizer, tmp_path_factory):
+    """(name, tokenizer): sentencepiece's for all templates but LLaMA 3's."""
+    folder = tmp_path_factory.mktemp("templated")
+    if request.param == "LLaMA 3":
+        tokenizer = llama3_tokenizer
+    else:
+        write(folder / "first" / "tokenizer.model", sentencepiece_model)
+        tokenizer = load_tokenizer(str(folder / "first"))
+        if request.param == "ChatML":
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATES[request.param]
+    tokenizer.save_pretrained(folder / "made")
+    return request.param, load_tokenizer(str(folder / "made"))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_completion_has_the_tokens_that_it_has_in_the_dialogue(templated, answer):
+    """Prompt and completion together are the whole dialogue, token for token, and so is the beginning of a longer one; as text
+    they are what the template alone writes."""
+    name, tokenizer = templated
+    asked, said = {"role": "user", "content": "the capital?"}, {"role": "assistant", "content": answer}
+    prompt, completion = encode_completion(tokenizer, "the capital?", answer)
+    assert prompt == encode_prompt(tokenizer, "the capital?")
+    end = {"LLaMA 3": "<|eot_id|>", "ChatML": "<|im_end|>"}.get(name, tokenizer.eos_token)
+    assert completion[-1] == tokenizer.convert_tokens_to_ids(end) == tokenizer.end_ids[0]
+    control = {tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", end)} - {None}
+    assert not control & set(completion[:-1])  # what the answer says is text
+    dialogue = encode_prompt(tokenizer, [asked, said, asked])
+    assert dialogue[:len(prompt + completion)] == prompt + completion
+    rest = encode_prompt(tokenizer, [asked, said, asked, said, asked])
+    assert rest[:len(dialogue)] == dialogue
+    text = tokenizer.apply_chat_template([asked, said], tokenize=False)
+    decoded = tokenizer.decode(prompt + completion, clean_up_tokenization_spaces=False)
+
+    def spaceless(text):  # sentencepiece has a space of its own before each text, so after each control token
+        return regex.sub(r"(^|</?s>|<\|im_\w+\|>) ", r"\1", text)
+
+    assert spaceless(decoded) == spaceless(text[:len(text.rstrip("\n")) if name in ("Zephyr", "ChatML") else None])
+
+
+def test_every_stated_end_ends_an_answer(tmp_path, llama3_tokenizer):
+    """LLaMA 3 states three in generation_config.json; the export keeps them."""
+    tokenizer = llama3_tokenizer
+    tokenizer.chat_template = TEMPLATES["LLaMA 3"]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    weights = random_weights(len(tokenizer))
+    write_hugging_face(tmp_path / "in", weights, tokenizer)
+    write(tmp_path / "in" / "generation_config.json", {"eos_token_id": ids})
+    tokenizer = load_tokenizer(str(tmp_path / "in"))
+    assert sorted(tokenizer.end_ids) == sorted(ids) and tokenizer.end_ids[0] == ids[2]
+    assert tokenizer.pad_token_id not in tokenizer.end_ids
+    llama = load_llama(str(tmp_path / "in"), tokenizer)
+    save_checkpoint(llama, tokenizer, str(tmp_path / "out"))
+    for name in ("config.json", "generation_config.json"):
+        assert sorted(json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]) == sorted(ids)
+    assert load_tokenizer(str(tmp_path / "out")).end_ids == tokenizer.end_ids
 
 
 def test_encode_records_with_nothing_left(tokenizer, capfd):
@@ -1261,6 +1351,19 @@ def test_sampled_rows_stop_and_keep_their_logprobs_when_others_are_dropped(speak
         assert eos not in tokens[:-1] and (tokens[-1] == eos or len(tokens) == 40)
         assert_close(logprobs, training_logprobs(speaker, prompt, tokens, temperature), 1e-4)
     assert result.tokens[result.mask == 0].eq(0).all() and result.logprobs[result.mask == 0].eq(0).all()
+
+
+def test_any_of_several_ends_ends_a_row(speaker):
+    prompts = make_prompts(30, seed=11)
+    ends = [3, 5, 9]
+    expected = []
+    for prompt in prompts:
+        row = slow_greedy(speaker, prompt, 25)
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        expected.append(row[:stop + 1])
+    assert {row[-1] for row in expected} >= set(ends[:2])  # more than one of them is said
+    result = generate(speaker, *left_pad(prompts, 0), 25, ends, temperature=0)
+    assert [tokens for tokens, _ in rows_of(result)] == expected
 
 
 def test_generation_ends_with_the_longest_response(speaker):
@@ -1582,7 +1685,8 @@ def test_a_failed_export_leaves_the_earlier_one_whole(tmp_path, tokenizer, rewar
         raise OSError(28, "No space left on device")
 
     names = sorted(os.listdir(out))
-    refused(capfd, save_checkpoint, load_llama(None, tokenizer), SimpleNamespace(save_pretrained=full), out)
+    full_disk = SimpleNamespace(save_pretrained=full, end_ids=[2], pad_token_id=0, bos_token_id=1)
+    refused(capfd, save_checkpoint, load_llama(None, tokenizer), full_disk, out)
     assert sorted(os.listdir(out)) == names
     assert torch.equal(logits_of(load_llama(out, load_tokenizer(out)), tokens), logits_of(model, tokens))
     other = load_llama(None, tokenizer)  # the next export replaces it
