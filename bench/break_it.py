@@ -1,11 +1,12 @@
-"""Break it on purpose: what each part of PPO is there for, seen by taking it away, on the demo and with several seeds.
+"""Break it on purpose: what each part of PPO is there for, seen by taking it away, on the demo and
+with several seeds.
 
     python bench/break_it.py                      # the table, and docs/overoptimization.png
     python bench/break_it.py --seeds 0 --updates 10
 
-The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every seed has its own data, SFT
-model and reward models. Runs lie in --out; one that is complete is not run again, so an interrupted table goes on where it
-stopped.
+The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every
+seed has its own data, SFT model and reward models. Runs lie in --out; one that is complete is not
+run again, so an interrupted table goes on where it stopped.
 """
 
 import argparse
@@ -20,7 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from ppo import DEMO, unhealthy  # noqa: E402
+from lib.health import unhealthy  # noqa: E402
+from ppo import SETTINGS  # noqa: E402
+
+# the demo's settings that have a value: with --rm given, those of a real model would apply
+DEMO = {row[0]: row[1] for row in SETTINGS
+        if not isinstance(row, str) and row[1] is not None and not isinstance(row[1], bool)}
 
 RUNS = {  # name: (options of ppo.py, which reward model)
     "as it is": ([], "rm"),
@@ -32,16 +38,18 @@ RUNS = {  # name: (options of ppo.py, which reward model)
     "reward model from a tenth of the data": ([], "rm_tenth"),
     "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
 }
-LAST = 5  # updates: what is measured on an update's 64 samples jumps from one to the next, so their mean over the last few counts
-COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold", "KL, nats per response": "kl",
-           "explained variance": "explained_variance", "entropy, nats per token": "entropy", "length, tokens": "response_length"}
+LAST = 5  # updates: what is measured on 64 samples jumps, so the mean over the last few counts
+COLUMNS = {"score, held out": "eval_score", "gold score": "eval_gold",
+           "KL, nats per response": "kl", "explained variance": "explained_variance",
+           "entropy, nats per token": "entropy", "length, tokens": "response_length"}
 
 
 def run(folder, script, options, log):
-    """One stage in a process of its own with one thread, in `folder`; --overwrite, since it was not complete."""
+    """One stage in a process of its own with one thread, in `folder`."""
     with open(os.path.join(folder, log + ".log"), "w") as file:
-        command = [sys.executable, os.path.join(ROOT, script), *options]
-        if subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+        done = subprocess.run([sys.executable, os.path.join(ROOT, script), *options], cwd=folder,
+                              stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
             raise SystemExit(f"error: {script} failed; see {folder}/{log}.log")
 
 
@@ -60,7 +68,8 @@ def prepare(folder, seed):
         json.dump([record for record in records if record["user_input"] in tenth], file)
     for name, options in (("rm", []), ("rm_tenth", ["--data", "tenth.json"])):
         if not os.path.exists(f"{folder}/runs/{name}/config.json"):
-            run(folder, "train_rm.py", ["--seed", str(seed), "--out", f"runs/{name}", "--overwrite", *options], name)
+            run(folder, "train_rm.py",
+                ["--seed", str(seed), "--out", f"runs/{name}", "--overwrite", *options], name)
 
 
 def metrics(folder):
@@ -76,27 +85,33 @@ def ppo(folder, seed, name, updates):
     options, reward_model = RUNS[name]
     out = "runs/" + name.replace(" ", "_")
     rows = metrics(f"{folder}/{out}")
-    if not rows or int(rows[-1]["update"]) != updates:  # a longer run is another one: its learning rate falls more slowly
-        settings = DEMO | dict(rm=f"runs/{reward_model}", updates=updates, eval_every=5, eval_number=100, seed=seed, out=out)
-        options = [f"--{option}={value}" for option, value in settings.items()] + options  # of two the last counts
+    # a longer run is another one: its learning rate falls more slowly
+    if not rows or int(rows[-1]["update"]) != updates:
+        settings = DEMO | dict(rm=f"runs/{reward_model}", updates=updates, eval_every=5,
+                               eval_number=100, seed=seed, out=out)
+        options = [f"--{option}={value}" for option, value in settings.items()] + options
         run(folder, "ppo.py", ["--overwrite", *options], out.replace("/", "_"))
         rows = metrics(f"{folder}/{out}")
     before, after = (float(row["eval_gold"]) for row in (rows[0], rows[-1]))
-    print(f"seed {seed}, {name}: gold score {before:.2f} -> {after:.2f}", file=sys.stderr, flush=True)
+    print(f"seed {seed}, {name}: gold score {before:.2f} -> {after:.2f}", file=sys.stderr,
+          flush=True)
     return rows
 
 
 def value(rows, column):
     """The held-out scores of the end, and the mean of everything else over the last updates."""
-    return statistics.mean(float(row[column]) for row in rows[-1 if column.startswith("eval_") else -LAST:])
+    last = 1 if column.startswith("eval_") else LAST
+    return statistics.mean(float(row[column]) for row in rows[-last:])
 
 
 def warnings(runs, updates):
     """What ppo.py warned of, and in how many of the runs."""
     counts = {}
     for rows in runs:
-        first, *rows = [{name: float(number) for name, number in row.items() if number} for row in rows]
-        for name in {name for n in range(1, len(rows) + 1) for name in unhealthy(rows[:n], first, updates)}:
+        first, *rows = [{name: float(number) for name, number in row.items() if number}
+                        for row in rows]
+        for name in {name for n in range(1, len(rows) + 1)
+                     for name in unhealthy(rows[:n], first, updates)}:
             counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{name} ({count} of {len(runs)})" for name, count in sorted(counts.items()))
 
@@ -107,20 +122,24 @@ def cell(values):
 
 
 def draw(results, path):
-    """Reward model's and gold score against the KL: over-optimization is where the one rises and the other falls."""
+    """Reward model's and gold score against the KL: over-optimization is where the one rises and
+    the other falls."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names = ["as it is", "no KL penalty", "reward model from a tenth of the data", "a tenth of the data and no KL penalty"]
+    names = ["as it is", "no KL penalty", "reward model from a tenth of the data",
+             "a tenth of the data and no KL penalty"]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True)
     for axis, name in zip(axes, names):
         twin = axis.twinx()
         for number, rows in enumerate(results[name]):
-            points = [(float(r["kl"] or 0), float(r["eval_score"]), float(r["eval_gold"])) for r in rows if r["eval_gold"]]
-            kl, score, gold = zip(*points)
-            axis.plot(kl, gold, "o-", color="tab:green", label="gold score" if not number else None, ms=3)
-            twin.plot(kl, score, "s--", color="tab:orange", label="reward model" if not number else None, ms=3)
-        axis.set(title=name, xlabel="KL to the SFT policy (nats per response)", ylabel="gold score (0 to 5)")
+            kl, score, gold = zip(*((float(row["kl"] or 0), float(row["eval_score"]),
+                                     float(row["eval_gold"])) for row in rows if row["eval_gold"]))
+            labels = ("gold score", "reward model") if number == 0 else (None, None)
+            axis.plot(kl, gold, "o-", color="tab:green", label=labels[0], ms=3)
+            twin.plot(kl, score, "s--", color="tab:orange", label=labels[1], ms=3)
+        axis.set(title=name, xlabel="KL to the SFT policy (nats per response)",
+                 ylabel="gold score (0 to 5)")
         twin.set_ylabel("score of the reward model")
         axis.legend(loc="lower left", fontsize=8)
         twin.legend(loc="lower right", fontsize=8)
@@ -131,8 +150,8 @@ def draw(results, path):
 def main():
     parser = argparse.ArgumentParser(description="Break PPO on purpose, and see what happens.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=40, help="PPO updates a run")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--updates", type=int, default=40, help="PPO updates per run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", default="runs/break_it", help="where the runs go")
     parser.add_argument("--picture", default=os.path.join(ROOT, "docs", "overoptimization.png"))
     args = parser.parse_args()
@@ -141,13 +160,16 @@ def main():
         list(pool.map(lambda seed: prepare(folders[seed], seed), args.seeds))
         jobs = [(seed, name) for seed in args.seeds for name in RUNS]
         done = list(pool.map(lambda job: ppo(folders[job[0]], *job, args.updates), jobs))
-    results = {name: [rows for (_, other), rows in zip(jobs, done) if other == name] for name in RUNS}
-    print("| run | " + " | ".join(COLUMNS) + " | what ppo.py warned of |\n|" + " --- |" * (len(COLUMNS) + 2))
-    score, gold = ([float(rows[0][column]) for rows in results["as it is"]] for column in ("eval_score", "eval_gold"))
+    results = {name: [rows for (_, other), rows in zip(jobs, done) if other == name]
+               for name in RUNS}
+    print("| run | " + " | ".join(COLUMNS) + " | what ppo.py warned of |")
+    print("|" + " --- |" * (len(COLUMNS) + 2))
+    score, gold = ([float(rows[0][column]) for rows in results["as it is"]]
+                   for column in ("eval_score", "eval_gold"))
     print(f"| the SFT model | {cell(score)} | {cell(gold)} |" + "  |" * (len(COLUMNS) - 1))
     for name, runs in results.items():
-        print(f"| {name} | " + " | ".join(cell([value(rows, column) for rows in runs]) for column in COLUMNS.values()) +
-              f" | {warnings(runs, args.updates)} |")
+        cells = [cell([value(rows, column) for rows in runs]) for column in COLUMNS.values()]
+        print(f"| {name} | {' | '.join(cells)} | {warnings(runs, args.updates)} |")
     draw(results, args.picture)
 
 

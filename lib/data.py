@@ -1,4 +1,4 @@
-"""Data: files -> records -> tokens -> batches. README, 'Data', has the formats."""
+"""Data: files -> records -> tokens -> batches. docs/data.md has the formats."""
 
 import functools
 import gzip

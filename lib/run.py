@@ -170,7 +170,9 @@ def parse(script, doc, table, argv, real_if):
         if isinstance(value, bool):
             group.add_argument(f"--{name}", action="store_true", help=what)
             continue
-        default = f"default {demo}" if demo == real else f"demo {demo}, real model {real}"
+        default = f"demo {demo}" if demo != real else f"default {demo}"
+        if demo != real and real is not None:
+            default += f", real model {real}"
         kind = kind[0] if kind else str if value is None else type(value)
         options = dict(choices=kind) if isinstance(kind, list) else dict(
             type=positive if kind is int else kind)

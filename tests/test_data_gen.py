@@ -3,12 +3,15 @@
 The built-in data of stage 0 is tested in test_stages.py.
 """
 
+import email.utils
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import pty
+import random
 import re
 import select
 import signal
@@ -27,6 +30,10 @@ import model
 import ppo
 import sft
 import train_rm
+from lib.data import encode_prompt, left_pad, read_records
+from tools import get_data, llm_data
+from tools import sample as sampling
+from tools.llm import retry_after
 
 ROOT = Path(__file__).parents[1]
 EN, ZH = "Name a kind of bird.", "请说出一种鸟。"
@@ -150,7 +157,7 @@ def test_import_leaves_out_what_is_no_pair_and_says_why(tmp_path, capsys):
 
 
 def test_neighbours_of_one_role_become_one_message():
-    messages = data_gen.dialogue("\n\nHuman: One.\n\nHuman: Two.\n\nAssistant: Three.", "chosen")
+    messages = get_data.dialogue("\n\nHuman: One.\n\nHuman: Two.\n\nAssistant: Three.")
     assert messages == [{"role": "user", "content": "One.\n\nTwo."}, {"role": "assistant", "content": "Three."}]
 
 
@@ -162,8 +169,8 @@ def test_neighbours_of_one_role_become_one_message():
     ('[{"question": "x"}]', "the fields question are those of no layout"),
     ('[{"instruction": "x"}, 7]', "record 2: not a JSON object"),
     ('[{"instruction": "x", "output": "y"}, {"instruction": "x"}]', "record 2: field 'output' is missing"),
-    ('[{"instruction": "x", "output": 3}]', "record 1: not what Alpaca demonstrations look like (field 'output' must be a text)"),
-    ('[{"instruction": "x", "output": "\\ud83d"}]', "record 1: 'completion' holds half a character"),
+    ('[{"instruction": "x", "output": 3}]', "record 1: read as Alpaca demonstrations, its 'completion' must be a text"),
+    ('[{"instruction": "x", "output": "\\ud83d"}]', "record 1: read as Alpaca demonstrations, its 'completion' holds half a character"),
     ('[{"instruction": " "}]', "no record is left"),
     ('[{"conversations": 3}]', "record 1: not what ShareGPT conversations look like"),
     (json.dumps([SHP | {"score_ratio": None}]), "field 'score_ratio' must be a number"),
@@ -200,7 +207,7 @@ def cached(home, repository, path, text):
 
 
 def test_download_from_the_cache(tmp_path):
-    folders = data_gen.HUB["hh"][1]
+    folders = get_data.HUB["hh"][1]
     for folder in folders:
         cached(tmp_path / "hub", "Anthropic/hh-rlhf", f"{folder}/train.jsonl.gz",
                lines({"chosen": f"\n\nHuman: {folder} {i}\n\nAssistant: Good.", "rejected": f"\n\nHuman: {folder} {i}\n\nAssistant: Bad."} for i in range(20)))
@@ -383,9 +390,9 @@ def test_retry_after_is_honoured(tmp_path, llm):
 
 
 def test_retry_after_dates():
-    soon = data_gen.email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 < data_gen.retry_after(soon) <= 30
-    assert [data_gen.retry_after(value) for value in (None, "7", "soon", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0, 7, 0, 0]
+    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 28 < retry_after(soon) <= 30
+    assert [retry_after(value) for value in (None, "7", "soon", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0, 7, 0, 0]
 
 
 def test_a_half_written_journal(tmp_path, llm):
@@ -466,7 +473,7 @@ def test_nobody_answers(tmp_path, capsys):
     ("0 分", 0), ("总分：4分", 4), ("Score: 7", None), ("Score: -1", None), ("2024", None), ("Good.", None), ("", None), ("Between 3 and 4", None),
     ("十分好", None), ("第一，正确；第二，简洁。", None)])
 def test_read_score(text, score):
-    assert data_gen.read_score(text) == score
+    assert llm_data.read_score(text) == score
 
 
 def test_judge_in_place_of_an_llm(tmp_path, capsys):
@@ -519,21 +526,24 @@ def test_commands_that_cannot_run(tmp_path, capsys, monkeypatch, argv, said):
 # ---------------------------------------------------------------------------------------------------------------------
 # self-instruct and prompts
 
-def slow_lcs(a, b):
-    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, x in enumerate(a, 1):
-        for j, y in enumerate(b, 1):
-            table[i][j] = table[i - 1][j - 1] + 1 if x == y else max(table[i - 1][j], table[i][j - 1])
-    return table[-1][-1]
+def naive_lcs(a, b):
+    """The length of the longest of all subsequences of `a` that is one of `b`."""
+    def is_within(part):
+        rest = iter(b)
+        return all(x in rest for x in part)
+    return max(n for n in range(len(a) + 1)
+               if any(map(is_within, itertools.combinations(a, n))))
 
 
 def test_rouge_l():
-    rng = data_gen.random.Random(0)
-    for _ in range(300):
-        a, b = ([rng.choice("abcde") for _ in range(rng.randrange(1, 80))] for _ in range(2))
-        assert data_gen.rouge_l(a, b) == pytest.approx(2 * slow_lcs(a, b) / (len(a) + len(b)))
-    assert data_gen.rouge_tokens("Name 3 birds, 请说出 OK!") == ["name", "3", "birds", "请", "说", "出", "ok"]
-    assert data_gen.rouge_l([], ["a"]) == 0
+    rng = random.Random(0)
+    for _ in range(100):
+        a = [rng.choice("abcde") for _ in range(rng.randrange(1, 10))]
+        b = [rng.choice("abcde") for _ in range(rng.randrange(1, 30))]
+        rouge = 2 * naive_lcs(a, b) / (len(a) + len(b))
+        assert llm_data.rouge_l(a, b) == llm_data.rouge_l(b, a) == pytest.approx(rouge)
+    assert llm_data.rouge_tokens("Name 3 birds, 请说出 OK!") == ["name", "3", "birds", "请", "说", "出", "ok"]
+    assert llm_data.rouge_l([], ["a"]) == 0
 
 
 @pytest.mark.parametrize("text, language, why", [
@@ -550,20 +560,21 @@ def test_rouge_l():
     ("List five rivers of Asia.", "zh", "in the other language"),
 ])
 def test_which_instructions_are_taken(text, language, why):
-    pool = [data_gen.rouge_tokens(seed) for seed in (EN, ZH)]
-    assert data_gen.why_unfit(text, language, pool, data_gen.FORBIDDEN) == why
+    pool = [llm_data.rouge_tokens(seed) for seed in (EN, ZH)]
+    assert llm_data.why_unfit(text, language, pool, llm_data.FORBIDDEN) == why
 
 
 def test_read_list():
     text = 'Sure!\n1. First thing\nwith two lines\n2) **"Second"**\n三、第三'
-    assert data_gen.read_list({"text": text, "finish": "stop"}) == ["First thing\nwith two lines", 'Second', "第三"]
-    assert data_gen.read_list({"text": text, "finish": "length"})[-1] == "Second"  # the last was cut off
-    assert data_gen.read_list({"text": "I cannot.", "finish": "stop"}) is None
+    assert llm_data.read_list({"text": text, "finish": "stop"}) == ["First thing\nwith two lines", 'Second', "第三"]
+    assert llm_data.read_list({"text": text, "finish": "length"})[-1] == "Second"  # the last was cut off
+    for finish in ("stop", "length"):
+        assert llm_data.read_list({"text": "I cannot.", "finish": finish}) is None
 
 
 def inventor(question, n):
     """New tasks, all different, of which some are to be refused; the first answer to each task is cut off."""
-    rng = data_gen.random.Random(question)
+    rng = random.Random(question)
     if "numbered list" not in question:
         return ("", "stop") if "zero" in question and n < 9 else ("Half", "length") if n == 1 else (f"It is {question}", "stop")
     if rng.random() < 0.3 and n == 1:
@@ -593,7 +604,7 @@ def test_self_instruct_on_a_faulty_server(tmp_path, llm, capsys, language):
     assert results[0] == results[1]
     records = [r for part in results[0][:2] for r in json.loads(part)]
     assert len(records) == 40 and all(r["completion"] == f"It is {r['user_input']}" for r in records)
-    chinese = sum(bool(data_gen.CJK.search(r["user_input"])) for r in records)
+    chinese = sum(bool(llm_data.CJK.search(r["user_input"])) for r in records)
     assert chinese == {"en": 0, "zh": 40}.get(language, chinese) and (language != "both" or 0 < chinese < 40)
     assert {r["user_input"] for r in records} == {r["user_input"] for part in results[0][2:] for r in json.loads(part)}
     assert all(answered[r["user_input"]] == 2 for r in records)  # the cut answer, then the whole one, and no more
@@ -626,7 +637,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     lists = [f"1. {a} a long list of {b} for me\n2. {a} some words about {b}, please\n3. Score: 4" for a in ("Write", "Tell", "Make") for b in ("birds", "tools")]
     demos = [{"user_input": f"Say {i}.", "completion": text} for i, text in enumerate(8 * lists)]
-    demos += [{"user_input": fill, "completion": text} for text in lists for fill in data_gen.TEMPLATES.values()]
+    demos += [{"user_input": fill, "completion": text} for text in lists for fill in llm_data.TEMPLATES.values()]
     (folder / "tokenizer").mkdir()
     texts = [f"User: {d['user_input']}\nAssistant: {d['completion']}" for d in demos]
     (folder / "tokenizer/tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, 420))
@@ -686,7 +697,7 @@ def test_sample(tmp_path, checkpoint, capsys):
     said = capsys.readouterr().out
     assert "of 11 prompts, 1 cut on the left" in said
     records = read(tmp_path / "a.json")
-    assert list(dict.fromkeys(data_gen.prompt_key(r["user_input"]) for r in records)) == [data_gen.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]]
+    assert list(dict.fromkeys(get_data.prompt_key(r["user_input"]) for r in records)) == [get_data.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]]
     assert len(records) == 11 * 4 - int(re.search(r"(\d+) that a prompt has", said)[1]) == len({json.dumps(r) for r in records}) > 22
     # a run that was stopped goes on with the same result
     journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
@@ -699,7 +710,7 @@ def test_sample(tmp_path, checkpoint, capsys):
     run("sample", source, out=tmp_path / "d.json", **greedy)
     tokenizer = model.load_tokenizer(checkpoint)
     llama = model.load_llama(checkpoint, tokenizer)
-    ids, mask = model.left_pad([model.encode_prompt(tokenizer, "Say 3.")], tokenizer.pad_token_id)
+    ids, mask = left_pad([encode_prompt(tokenizer, "Say 3.")], tokenizer.pad_token_id)
     tokens = model.generate(llama, ids, mask, 12, tokenizer.eos_token_id, temperature=0).tokens[0]
     assert [r["completion"] for r in read(tmp_path / "d.json") if r["user_input"] == "Say 3."] == [tokenizer.decode(tokens, skip_special_tokens=True).strip()]
 
@@ -710,13 +721,13 @@ def test_sample(tmp_path, checkpoint, capsys):
 @pytest.mark.parametrize("text, levels", [("2>1=3", {1: 0, 0: 1, 2: 1}), (" 3 > 2 > 1 ", {2: 0, 1: 1, 0: 2}), ("1=2=3", {0: 0, 1: 0, 2: 0}),
                                           ("２＞１＝３", {1: 0, 0: 1, 2: 1})])
 def test_read_order(text, levels):
-    assert data_gen.read_order(text, 3) == levels
+    assert sampling.read_order(text, 3) == levels
 
 
 @pytest.mark.parametrize("text", ["", "2>1", "2>1>2", "1>2>4", "2>1>three", "2>>1=3", "0>1>2>3", "213"])
 def test_what_is_no_order(text):
     with pytest.raises(ValueError):
-        data_gen.read_order(text, 3)
+        sampling.read_order(text, 3)
 
 
 class Terminal:
@@ -793,7 +804,7 @@ def test_rank_at_a_terminal(tmp_path):
     last.type(order_of(screen, ["(empty)"], [r"\x1b[31mred"]))
     assert "4 prompts ranked, 1 skipped, 0 to go" in last.rest()
     scores |= {"3a": 2.5, "3b": 2.5, "3c": 2.5, "\x1b[31mred": 0.0, "": 5.0}
-    assert {r["completion"]: r["score"] for r in model.read_records(str(tmp_path / "y.json"), "user_input", "completion", "score")} == scores
+    assert {r["completion"]: r["score"] for r in read_records(str(tmp_path / "y.json"), "user_input", "completion", "score")} == scores
 
 
 def test_where_a_completion_stands_does_not_tell_which_it_is(tmp_path, monkeypatch, capsys):

@@ -310,7 +310,7 @@ def measure(stage, name, freed, options):
                      max_new_tokens=63)
     args = settings(stage, options, device="cpu", batch_size=2 * rows, micro_batch_size=rows,
                     **sizes)
-    config, tokenizer = LlamaConfig(**size), SimpleNamespace(pad_token_id=0, eos_token_id=-1)
+    config, tokenizer = LlamaConfig(**size), SimpleNamespace(pad_token_id=0, end_ids=[-1])
     # the threads and libraries of a backward pass
     torch.randn(64, 64).requires_grad_().square().sum().backward()
     before = memory("VmRSS")

@@ -22,7 +22,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from lib.data import encode_prompt, encode_text, half_character, left_pad, read_records
+from lib.data import (cut_left, encode_completion, encode_prompt, half_character, left_pad,
+                      read_records)
 from lib.run import DEVICE, door, explain, positive, stop, usable_device, write_whole
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import quantize, weight_bytes
@@ -74,7 +75,7 @@ def parse_args(argv):
 # One checkpoint
 
 def load(path, args):
-    """The tokenizer, the model, the most tokens that an answer may have, and a prompt."""
+    """The tokenizer, the model, and how many tokens an answer and a prompt may have."""
     tokenizer = load_tokenizer(path)
     llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
     context = llama.config.max_position_embeddings
@@ -83,10 +84,9 @@ def load(path, args):
         stop(f"--max_new_tokens {limit}: the context of {path} is {context} tokens, and the prompt "
              "needs some of them")
     if args.quantize:
-        before = weight_bytes(llama)
-        llama = quantize(llama, args.quantize, args.device)
-        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, "
-              f"{weight_bytes(llama) / 1e6:.1f} MB in {args.quantize}", file=sys.stderr)
+        before, after = weight_bytes(llama), quantize(llama, args.quantize, args.device)
+        print(f"{path}: weights {before / 1e6:.1f} MB in {args.dtype}, {after / 1e6:.1f} MB in "
+              f"{args.quantize}", file=sys.stderr)
     return tokenizer, llama.to(args.device), limit, context - limit
 
 
@@ -120,7 +120,7 @@ def stream(tokenizer, llama, prompt, limit, args, how):
     stopped it."""
     text, stopped = "", False
     steps = decode(llama, *left_pad([prompt], tokenizer.pad_token_id, args.device), limit,
-                   tokenizer.eos_token_id, **how)
+                   tokenizer.end_ids, **how)
     try:
         for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, _ in steps)):
             piece = piece if text else piece.lstrip()
@@ -192,10 +192,10 @@ def answer_all(path, prompts, args):
                       disable=not args.prompts):
         rows = order[start:start + args.batch_size]
         padded = left_pad([tokens[i] for i in rows], tokenizer.pad_token_id, args.device)
-        out = generate(llama, *padded, limit, tokenizer.eos_token_id, **how)
+        out = generate(llama, *padded, limit, tokenizer.end_ids, **how)
         for i, written, mask in zip(rows, out.tokens, out.mask):
             written = written[mask.bool()].tolist()
-            answers[i] = text_of(tokenizer, written), written[-1] == tokenizer.eos_token_id
+            answers[i] = text_of(tokenizer, written).strip(), written[-1] in tokenizer.end_ids
     return answers
 
 
@@ -204,16 +204,16 @@ def score_all(prompts, answers, args):
     """The reward model's scores of the answers, [[score of prompt 1, ...] per checkpoint].
 
     The texts are put into the reward model's own tokens and chat format, whatever those of the
-    checkpoint are. An answer that was cut has no end-of-sequence token, and is scored at its last
-    one.
+    checkpoint are. An answer that was cut has no token that ends it, and is scored at its last one.
     """
     tokenizer = load_tokenizer(args.reward)
     reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
 
-    def score(prompt, text, ended):
-        tokens = encode_prompt(tokenizer, prompt) + encode_text(tokenizer, text)
-        tokens += [tokenizer.eos_token_id] * ended
-        tokens = tokens[-reward_model.config.max_position_embeddings:]
+    def score(user_input, text, ended):
+        prompt, completion = encode_completion(tokenizer, user_input, text)
+        tokens = prompt + (completion if ended else completion[:-1])
+        tokens = cut_left(tokenizer, user_input, tokens,
+                          reward_model.config.max_position_embeddings)
         return reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()
 
     return [[score(prompt, *answer) for prompt, answer in zip(prompts, column)]
@@ -228,7 +228,7 @@ def compare(prompts, args):
         return write_table(prompts, answers, scores, args)
     for n, (path, [(text, _)]) in enumerate(zip(args.models, answers)):
         score = f", score {scores[n][0]:.3f}" if scores else ""
-        print(f"{path}{score}\n{text.strip() or '(empty)'}\n")
+        print(f"{path}{score}\n{text or '(empty)'}\n")
 
 
 def write_table(prompts, answers, scores, args):
@@ -241,7 +241,7 @@ def write_table(prompts, answers, scores, args):
             prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
         rows.append([prompt])
         for n, column in enumerate(answers):
-            rows[-1] += [column[i][0].strip()] + ([f"{scores[n][i]:.3f}"] if scores else [])
+            rows[-1] += [column[i][0]] + ([f"{scores[n][i]:.3f}"] if scores else [])
     summary = markdown_table(summary_rows(args.models, answers, scores))
     if args.out and args.out.endswith(".csv"):
         file = io.StringIO()

@@ -51,10 +51,10 @@ LINEAR_7B, REST_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 6
 
 
 def quantize(llama, bits, device="cpu"):
-    """Move a `Llama` to `device`, in place, the linear maps of its layers with 8-bit weights
-    (LLM.int8, Dettmers et al. 2022) or 4-bit ones (NF4 with double quantization, Dettmers et al.
-    2023) -> the model. The embedding, the head and the norms keep their type. Ends the program with
-    one line if bitsandbytes is missing, or cannot do this on `device`."""
+    """Give the linear maps of a `Llama`'s layers 8-bit weights (LLM.int8, Dettmers et al. 2022) or
+    4-bit ones (NF4 with double quantization, Dettmers et al. 2023), and move it to `device`, both
+    in place -> bytes of its weights. The embedding, the head and the norms keep their type. Ends
+    the program with one line if bitsandbytes is missing, or cannot do this on `device`."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
     try:
         from bitsandbytes.nn import Int8Params, Linear8bitLt, LinearNF4, Params4bit
@@ -75,9 +75,13 @@ def quantize(llama, bits, device="cpu"):
                     small.weight = Params4bit(weight, quant_type="nf4")
                 small.bias = linear.bias
                 layer.set_submodule(name, small.to(device))  # this quantizes
-        llama = llama.to(device).eval()
-        llama(torch.zeros(1, 1, dtype=torch.long, device=device))  # what cannot be done shows here
-    return llama
+        llama.to(device).eval()
+        # counted before the first pass, in which bitsandbytes reorders 4-bit weights on some CPUs:
+        # state_dict puts them back, and rounds their scales each time
+        size = weight_bytes(llama)
+        with torch.no_grad():  # what cannot be done shows here
+            llama(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return size
 
 
 def weight_bytes(llama):
@@ -114,7 +118,7 @@ def main(argv=None):
     full = load_llama(args.model, tokenizer, getattr(torch, args.dtype))
     prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     out = generate(full, *left_pad(prompts, tokenizer.pad_token_id), args.max_new_tokens,
-                   tokenizer.eos_token_id, temperature=0)
+                   tokenizer.end_ids, temperature=0)
     texts = [(prompt, tokens[mask.bool()].tolist())
              for prompt, tokens, mask in zip(prompts, out.tokens, out.mask)]
     before, _ = answer_logprobs(full, texts)
@@ -127,11 +131,12 @@ def main(argv=None):
     print(f"| {args.dtype} | {weight_bytes(full):,} | {full_bytes / weights:.3f} | | | "
           f"| {(LINEAR_7B + REST_7B) * 2 / 1e9:.2f} GB in 16 bit |")
     for bits in ("8bit", "4bit"):
-        small = quantize(copy.deepcopy(full), bits)
-        per_weight = (full_bytes - (weight_bytes(full) - weight_bytes(small))) / weights
+        small = copy.deepcopy(full)
+        size = quantize(small, bits)
+        per_weight = (full_bytes - (weight_bytes(full) - size)) / weights
         after, likeliest = answer_logprobs(small, texts)
         d = after - before
-        print(f"| {bits} | {weight_bytes(small):,} | {per_weight:.3f} | {d.abs().mean():.4f} "
+        print(f"| {bits} | {size:,} | {per_weight:.3f} | {d.abs().mean():.4f} "
               f"| {d.mean():+.4f} | {likeliest.float().mean():.3f} "
               f"| {(LINEAR_7B * per_weight + REST_7B * 2) / 1e9:.2f} GB |", flush=True)
 

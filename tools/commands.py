@@ -1,0 +1,102 @@
+"""What the data commands share: their command line, and a journal of what was answered."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import threading
+
+from lib.run import explain, stop
+
+
+def add_command(commands, name, function, summary, example, *options):
+    """A command of a tool, which runs `function(args)`, with these options and those that every
+    command has -> its parser."""
+    command = commands.add_parser(name, help=summary, description=summary,
+                                  epilog=f"example:\n  {example}",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.set_defaults(function=function)
+    command.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    add_options(command, ("seed", 0, "seed of every random choice", int), *options)
+    return command
+
+
+def add_options(command, *options):
+    """Options of the command line: (name, default, what it is, type)."""
+    for name, default, what, kind in options:
+        if default is not None:
+            what += f" (default: {default})"
+        command.add_argument(f"--{name}", default=default, type=kind, help=what)
+
+
+def share(text):
+    """argparse type: a number from 0 to below 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return float(text)
+
+
+def not_negative(text):
+    """argparse type: a finite number from 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return float(text)
+
+
+OUT = ("out", "data", "folder to write the data sets to", str)
+EVAL_SHARE = ("eval_share", 0.05, "share of the prompts that is held out, in ..._eval", share)
+
+
+# ------------------------------------------------------------------------------------------------
+# The journal: nothing that was answered, by an LLM, a model or a person, is lost or asked again
+
+def digest(*parts):
+    """A short name of what was asked: equal for equal parts, which are what JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """{digest of what was asked: answer, a dict} as JSON Lines. An answer is on disk when `add`
+    returns.
+
+    Without a journal at `path`, the files in `outputs` are not the work of an earlier run: if one
+    is there, the program ends, unless it is to `overwrite` them.
+    """
+
+    def __init__(self, path, outputs, overwrite):
+        there = [output for output in outputs if os.path.exists(output)]
+        if there and not os.path.exists(path) and not overwrite:
+            stop(f"{there[0]}: is there already; name another --out, or give --overwrite to "
+                 "replace it")
+        self.path, self.answers, self.lock, whole = path, {}, threading.Lock(), 0
+        with explain(f"{path}: cannot be written"):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            self.file = open(path, "a+b")
+            self.file.seek(0)
+            for line in self.file:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+                    self.read(line)
+            self.file.truncate(whole)  # the last line may be half written
+
+    def read(self, line):
+        try:
+            entry = json.loads(line)
+            self.answers[entry.pop("key")] = entry
+        except (ValueError, LookupError, AttributeError, TypeError):
+            pass  # a damaged line is asked for again
+
+    def add(self, key, answer):
+        with self.lock:
+            self.file.write(json.dumps({"key": key} | answer).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.answers[key] = answer
+
+
+def journal_of(args):
+    """The journal of a command that makes the file --out of another."""
+    if os.path.realpath(args.out) == os.path.realpath(args.file):
+        stop(f"--out {args.out}: is the file that is read; name another")
+    return Journal(args.out + ".journal.jsonl", [args.out], args.overwrite)

@@ -1,0 +1,167 @@
+"""The LLM behind the commands of tools.llm_data: any server with OpenAI's chat API, asked by many
+threads, through errors of every kind."""
+
+import argparse
+import contextlib
+import email.utils
+import http.client
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from lib.run import first_line, positive, stop, whole
+from tools.commands import add_options, digest, not_negative
+
+
+class Unanswered(Exception):
+    """The server gave no answer to one question."""
+
+
+class Refused(Unanswered):
+    """It will answer no other question either: a wrong key, model or address."""
+
+
+def retry_after(value):
+    """Seconds that a Retry-After header asks for: a number of them, or a date (RFC 9110, section
+    10.2.3); 0 without one."""
+    value = (value or "").strip()
+    if value.isdecimal():
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def send(args, key, question):
+    """The LLM's answer to one message of a user: {"text", "finish", "tokens"}."""
+    body = {"model": args.model, "messages": [{"role": "user", "content": question}],
+            "temperature": args.temperature, "max_tokens": args.max_tokens, "stream": False}
+    request = urllib.request.Request(args.api_base.rstrip("/") + "/chat/completions",
+                                     json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    if key:  # not to where the server redirects
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    with urllib.request.urlopen(request, timeout=args.timeout) as response:
+        reply = json.load(response)
+    choice = reply["choices"][0]
+    text = (choice["message"]["content"] or "").encode("utf-8", "replace").decode()
+    tokens = (reply.get("usage") or {}).get("total_tokens") or 0
+    return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+
+
+def chat(args, question, stopped):
+    """`send`, again after rate limits, errors of the server, time-outs, cut connections and what is
+    no answer: after 1, 2, 4 ... times --backoff seconds, or what Retry-After says if that is
+    longer. Raises Unanswered or Refused."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    failure = Unanswered
+    for attempt in range(args.retries + 1):
+        wait = min(60.0, args.backoff * 2**attempt)
+        wait *= random.uniform(0.75, 1.0)  # not all workers at once
+        try:
+            return send(args, key, question)
+        except urllib.error.HTTPError as error:
+            said = error.reason.encode()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(1000)
+            said = " ".join(said.decode(errors="replace").split())[:200]
+            problem = f"HTTP {error.code}: {said}"
+            if error.code in (400, 413, 422):  # this question: too long, say
+                break
+            if error.code < 500 and error.code not in (408, 409, 425, 429):
+                failure = Refused
+                break
+            wait = max(wait, retry_after(error.headers.get("Retry-After")))
+        except Exception as error:  # the network's, or the reply is something else
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        if attempt < args.retries and stopped.wait(wait):
+            break
+    raise failure(problem.replace(key, "***") if key else problem)
+
+
+def ask(args, journal, questions, read, title):
+    """`read(answer)` for each of the questions, in their order, whichever is answered first: a
+    list, with None where `read` found in none of --tries answers what it looks for, or where the
+    server gave none.
+
+    A question is (salt, text): the same text is asked once for each salt. At five questions in a
+    row without any answer the run ends. Whatever ends it, what has been answered is in the journal,
+    and what is being answered is waited for.
+    """
+    stopped, spent = threading.Event(), Counter()
+    results, unanswered, in_a_row = {}, [], 0
+
+    def work(salt, text):
+        for attempt in range(args.tries):
+            key = digest(args.model, args.temperature, args.max_tokens, salt, text, attempt)
+            if key not in journal.answers:
+                answer = chat(args, text, stopped)
+                journal.add(key, answer)
+                spent["tokens"] += answer["tokens"]
+            if (value := read(journal.answers[key])) is not None:
+                return value
+            spent["unusable"] += 1
+
+    pool = ThreadPoolExecutor(args.workers)
+    futures = {pool.submit(work, *question): question for question in dict.fromkeys(questions)}
+    bar = tqdm(total=len(futures), desc=title, dynamic_ncols=True)
+    try:
+        for future in as_completed(futures):
+            try:
+                results[futures[future]], in_a_row = future.result(), 0
+            except Unanswered as error:
+                unanswered.append(error)
+                in_a_row += 1
+                if in_a_row == 5 or isinstance(error, Refused):
+                    raise
+            bar.set_postfix_str(f"{spent['unusable']} answers unusable, {len(unanswered)} "
+                                f"questions unanswered, {spent['tokens']} tokens", refresh=False)
+            bar.update()
+    except (Unanswered, OSError, KeyboardInterrupt) as error:  # OSError: of the journal's disk
+        bar.close()
+        stopped.set()
+        pool.shutdown(cancel_futures=True)  # waits for the answers under way: they are paid for
+        stop(f"{args.api_base}: {first_line(error)}; {len(results)} of {len(futures)} questions "
+             f"are answered, and kept in {journal.path}: run this again to go on", code=1)
+    bar.close()
+    last = f" (the last: {unanswered[-1]})" if unanswered else ""
+    unusable = sum(value is None for value in results.values())
+    print(f"{title}: {len(futures)} questions, {unusable} without a usable answer, "
+          f"{len(unanswered)} unanswered{last}, {spent['tokens']} tokens")
+    return [results.get(question) for question in questions]
+
+
+def address(text):
+    """argparse type: the address of a server."""
+    if not re.match(r"https?://[^\s/]", text):
+        raise argparse.ArgumentTypeError(f"{text} does not begin with http:// or https:// and a "
+                                         "server")
+    return text
+
+
+def add_llm(command, temperature, max_tokens):
+    """The options of a command that asks an LLM."""
+    group = command.add_argument_group(
+        "the LLM (its key: the environment variable OPENAI_API_KEY)")
+    add_options(
+        group,
+        ("api_base", "https://api.openai.com/v1", "server with the OpenAI chat API", address),
+        ("model", None, "the model's name there", str),
+        ("temperature", temperature, "of the sampling", not_negative),
+        ("max_tokens", max_tokens, "longest answer, tokens", positive),
+        ("workers", 8, "questions at a time; no result depends on it", positive),
+        ("timeout", 120.0, "seconds without a byte from the server", not_negative),
+        ("retries", 6, "times that a question is sent again after an error", whole),
+        ("backoff", 1.0, "seconds before the first of these, doubled each time", not_negative),
+        ("tries", 3, "answers that are asked for until one is usable", positive),
+        ("templates", None, "JSON file with some of the templates actor, reward, rlhf; without: "
+         "templates.json, if it is in this folder", str))
