@@ -13,6 +13,7 @@ first reading does not need them.
 """
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 
@@ -39,9 +40,9 @@ DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021, eq. 34): the halves (a, b) of a head become (a cos - b sin,
-    b cos + a sin). `x` (B, heads, T, h); `cos`, `sin` (B, 1, T, h), each angle in both halves."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    b cos + a sin). `x` (B, heads, T, h); `cos`, `sin` (B, 1, T, h), each angle in both halves, and
+    `sin` with a minus in the first."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # roll: (a, b) -> (b, a)
 
 
 class Linear(nn.Linear):
@@ -132,6 +133,12 @@ class Cache:
         """Forget all rows but these; `rows` (B,) bool."""
         self.tensor = self.tensor[:, :, rows]
 
+    def part(self, rows, skip):
+        """The same memory, for the rows of a slice and without the first `skip` places."""
+        part = copy.copy(self)
+        part.tensor = self.tensor[:, :, rows, :, skip:]
+        return part
+
 
 class LlamaBackbone(nn.Module):
     """Tokens in, hidden states out."""
@@ -157,6 +164,7 @@ class LlamaBackbone(nn.Module):
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = (x[:, None] for x in self.rotary_emb(hidden, positions))
+        sin = torch.cat((-sin[..., :sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2:]), dim=-1)
         pasts = [None] * len(self.layers)
         if cache is not None:
             cache.used += input_ids.shape[1]
@@ -421,11 +429,20 @@ def sample(logits, temperature, top_k, top_p, generator):
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 
+def similar(lengths):
+    """Cut rows, sorted by length, into slices in which none is over twice as long as another."""
+    cuts = [0]
+    for i, length in enumerate(lengths):
+        if length > 2 * lengths[cuts[-1]]:
+            cuts.append(i)
+    return [slice(*ends) for ends in zip(cuts, cuts[1:] + [len(lengths)])]
+
+
 @torch.no_grad()
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
     """Yields for each step the rows still being written (n,), their new tokens (n,) and log
-    probabilities (n,).
+    probabilities (n,). The rows come in the order of their prompts' lengths.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which is yielded.
@@ -436,21 +453,31 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
         dtype = torch.get_autocast_dtype(device.type)
     in_step = is_sharded(model)  # every pass needs all processes, also those whose rows have ended
     ends = torch.as_tensor(eos_token_id, device=device).view(1, -1)
+    rows = attention_mask.sum(1).argsort(stable=True)
+    input_ids, attention_mask = input_ids[rows], attention_mask[rows]
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     blocked = -1e30  # -inf would give nan where all is blocked
     padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
-    cache = Cache(model.config, batch, length + max_new_tokens, dtype, device)
-    # the first pass reads the prompts, and must not look ahead; each later one reads the token
-    # written last
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
-    mask = padding[..., :length] + ahead
-    new, positions = input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    rows, living = torch.arange(batch, device=device), batch
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
+    cache = Cache(model.config, batch, length + max_new_tokens, dtype, device)
+
+    def next_logits(new, positions, mask, cache):
         # inference mode saves a tenth of a step on CPU, but is not for FSDP
         with torch.inference_mode(WORLD == 1), torch.no_grad():
-            logits = model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
+            return model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
+
+    # the prompts, those of similar length together, without the columns in which all are padded
+    lengths, logits = attention_mask.sum(1).clamp(min=1).tolist(), []
+    for part in [slice(0, batch)] if in_step else similar(lengths):
+        seen = slice(length - lengths[part][-1], length)
+        logits.append(next_logits(input_ids[part, seen], positions[part, seen],
+                                  padding[part, ..., seen] + ahead[seen, seen],
+                                  cache.part(part, seen.start)))
+    logits, positions, cache.used = torch.cat(logits), positions[:, -1:], length
+
+    alive, living = torch.ones(batch, dtype=torch.bool, device=device), batch
+    for step in range(max_new_tokens):
         tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
         if living == len(rows):
             yield rows, tokens, logprobs
@@ -458,15 +485,15 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
             yield rows[alive], tokens[alive], logprobs[alive]
         alive = alive & (tokens[:, None] != ends).all(-1)
         living = int(alive.sum())
-        if (total(living) if in_step else living) == 0:
+        if (total(living) if in_step else living) == 0 or step == max_new_tokens - 1:
             return
-        positions = positions[:, -1:] + 1
         # dropping ended rows copies the cache, so wait until a quarter of the rows can go
         if 0 < living <= 0.75 * len(rows):
             cache.keep(alive)
             rows, tokens, positions = rows[alive], tokens[alive], positions[alive]
             padding, alive = padding[alive], alive[alive]
-        new, mask = tokens[:, None], padding[..., :cache.used + 1]
+        positions = positions + 1
+        logits = next_logits(tokens[:, None], positions, padding[..., :cache.used + 1], cache)
 
 
 @dataclass

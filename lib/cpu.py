@@ -32,8 +32,7 @@ def linear(x, weight, bias=None):
     longer of the two is the image, since filters are copied into an order of oneDNN's own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
-    # calling oneDNN costs more than it gains for a small matrix, or for few rows
-    small = weight.numel() < 2**17 or x.numel() * out < 2**22
+    small = weight.numel() < 2**17 or rows == 0  # then calling oneDNN costs more than it gains
     if (small or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
             or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
