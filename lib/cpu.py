@@ -32,14 +32,15 @@ def linear(x, weight, bias=None):
     longer of the two is the image, since filters are copied into an order of oneDNN's own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
-    small = weight.numel() < 2**17 or rows == 0  # then calling oneDNN costs more than it gains
+    # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix
+    small = weight.numel() < 2**18 or rows == 0
     if (small or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
             or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     swap, shape = out > 8 * rows, x.shape[:-1]
-    # oneDNN compiles a kernel for each new shape, which takes longer than most products: let there
-    # be few of them
-    x = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % (16 if swap else 64)))
+    x = x.reshape(rows, -1)
+    if swap and rows % 16:  # few rows, such as those that are decoded: let there be few shapes
+        x = F.pad(x, (0, 0, 0, -rows % 16))
     image, filters = (weight, x) if swap else (x, weight)
     pixels = image[None, None].permute(0, 3, 1, 2)  # (1, in, 1, pixels), as it lies in memory
     y = F.conv2d(pixels, filters[:, :, None, None])[0, :, 0]  # (filters, pixels)
