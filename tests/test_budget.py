@@ -86,7 +86,7 @@ def kept(c, args, rows, length):
     return sum(s.nbytes() for pointer, s in storages.items() if pointer not in weights)
 
 
-# large enough for lib.cpu.linear, which pads 125 tokens to 128
+# large enough for lib.cpu.linear to compute as a convolution
 SMALL, LARGE = SIZE, dict(SIZE, hidden_size=512, intermediate_size=640)
 
 

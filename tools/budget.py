@@ -122,7 +122,7 @@ def layer_bytes(config, args):
     number: 4 d + 2. The inputs of the seven matrices: one for q, k and v, one for gate and up, one
     for down, 2 d + I; o's is the output of attention. That is kept with q, k and v: 2 Q + 2 K, and
     a number per head. gate, silu(gate) and up: 3 I. Each takes 4 bytes; in bf16 what enters or
-    leaves a matrix 2. A matrix whose input must be cast or padded keeps that by itself:
+    leaves a matrix 2. A matrix whose input must be cast keeps that by itself:
     5 d + Q + I. (GPUs keep less: the norms are fused, attention is in bf16.)
     """
     d, i, q, k, _ = widths(config)
@@ -131,10 +131,7 @@ def layer_bytes(config, args):
     attention = 4 * (2 * q + 2 * k + config.num_attention_heads)
     mlp = 3 * i * (2 if cast or base else 4)
     shared, own = 4 * (2 * d + i), (2 if cast else 4) * (5 * d + q + i)
-    inputs = own if cast or base else shared
-    if torch.device(args.device).type == "cpu" and d * d >= 2**17 and inputs == shared:
-        inputs = shared + own if args.lora_rank else own  # lib.cpu.linear pads
-    return norms + inputs + attention + mlp
+    return norms + (own if cast or base else shared) + attention + mlp
 
 
 def activation_bytes(config, rows, length, projected, copies, args):
