@@ -5,6 +5,7 @@ the rows of a batch; losses, divided by the sizes of the whole batch, and gradie
 the processes. With one process none of this does anything.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -43,11 +44,18 @@ def started():
 
 
 def end_processes():
-    """Take leave of the others, when all have done their work: a thread of gloo that is still
-    running while Python ends would abort the process."""
+    """Take leave of the others, when all have done their work. Threads of gloo may outlive the
+    group, and would abort the process while Python ends: so it ends without waiting for them."""
     if started():
         wait_for_all()
         dist.destroy_process_group()
+        atexit.register(leave)
+
+
+def leave():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def place(model, args):
