@@ -8,8 +8,8 @@
 
 One forward pass serves training and decoding. It gives hidden states `(B, T, d)`; whoever wants
 logits or values projects the positions that it needs: `llama.lm_head(hidden[...])`. The parameters
-carry Hugging Face's names. Formats of checkpoints and tokenizers are in lib/checkpoints.py, and a
-first reading does not need them.
+carry Hugging Face's names. Formats of checkpoints and tokenizers are in lib/checkpoints.py and
+lib/tokenizer.py, and a first reading does not need them.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lib import checkpoints, cpu
-from lib.checkpoints import load_tokenizer  # noqa: F401: half of what one loads
 from lib.distributed import RANK, WORLD, is_sharded, named_wholes, total, wait_for_all
 from lib.run import explain, stop
+from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -242,22 +242,30 @@ def tokens_of(input_ids, is_completion):
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
 
-def load_llama(path, tokenizer, dtype=torch.float32):
+def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
     """A `Llama` from a Hugging Face directory or hub name, Meta's directory, or a `.gguf` file;
     from None the demo's, tiny and random (DEMO_MODEL). Ends the program with one line if there is
-    none, or if it does not fit the tokenizer."""
+    none, or if the tokenizer has more tokens than the embedding has rows. With `resize` the
+    embedding gets a row for each of these, the mean of the others."""
     if path is None:
-        llama = random_llama(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL))
-    else:
-        config, tensors, generation_config = checkpoints.read(path, dtype)
-        with torch.device("meta"):
-            llama = Llama(config)
-        llama.generation_config = generation_config
-        fill(llama, tensors, path, dtype)
-        llama.tie()
-    if len(tokenizer) > llama.config.vocab_size:
-        stop(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
-             f"{llama.config.vocab_size}: they do not belong together")
+        return random_llama(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL)).eval()
+    config, tensors, generation_config = checkpoints.read(path, dtype)
+    if (more := len(tokenizer) - config.vocab_size) > 0:
+        if not resize:
+            extra = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
+            stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks {more} of the "
+                 f"tokenizer's {len(tokenizer)} tokens, such as {extra[0]}; if they belong together, "
+                 "--resize_embedding of sft.py or train_rm.py adds rows for them")
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+            mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
+            tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
+        print(f"{path}: {more} rows added to its embedding, for the tokens that it lacks")
+        config.vocab_size += more
+    with torch.device("meta"):
+        llama = Llama(config)
+    llama.generation_config = generation_config
+    fill(llama, tensors, path, dtype)
+    llama.tie()
     return llama.eval()
 
 

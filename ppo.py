@@ -55,6 +55,7 @@ SETTINGS = [
     "what goes in and out",
     ("sft",               "runs/sft", "runs/sft", "the SFT model: actor and reference begin as it"),
     ("rm",                "runs/rm", "runs/rm", "the reward model"),
+    ("tokenizer",         None,     None,   "where the SFT model's tokenizer is, if not with it"),
     ("critic",            "rm",     "rm",   "the critic begins as the reward model, or as the SFT "
                                             "model with a new head", ["rm", "sft"]),
     ("prompts",           "data/rlhf_training_data.json", None, "prompts to practise on"),
@@ -414,7 +415,7 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
 
     Micro-batches only bound the memory: each loss is weighted by its share of the minibatch's
     tokens. `weight` is 1, or 0 for a row that one of many processes repeats
-    (lib.distributed.my_parts).
+    (lib.distributed.my_parts). Beyond --target_kl no step is taken.
     """
     all_tokens = experience["mask"][rows].sum()
     s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
@@ -470,6 +471,10 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
     s = {name: (largest if name == "largest_ratio" else total)(value) for name, value in s.items()}
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         health.finite(s[name], name.replace("_", " "), args.out)
+    if args.target_kl and s["approx_kl"] > args.target_kl:
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.zero_grad()
+        return s
     # one common limit for the whole gradient of a model (Huang et al. 2022, global gradient
     # clipping)
     for name, model, optimizer in (("actor", actor, actor_optimizer),
@@ -539,7 +544,7 @@ def main(argv=None):
             stop(f"{path}: missing; run python {script} first")
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.sft)
+    tokenizer = load_tokenizer(args.tokenizer or args.sft)
     if load_tokenizer(args.rm).get_vocab() != tokenizer.get_vocab():
         stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from "
              "this SFT model")
@@ -648,7 +653,7 @@ def main(argv=None):
             records = [demonstrations[next(dealt)] for _ in rows if demonstrations]
             passes.append(train_minibatch(actor, critic, actor_optimizer, critic_optimizer,
                                           experience, rows, records, tokenizer, args))
-            # the policy is far enough from the one that sampled (Spinning Up; Huang et al. 2022)
+            # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
                 break
         row |= {name: sum(p[name] for p in passes) / len(passes) for name in passes[0]}

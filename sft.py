@@ -35,7 +35,8 @@ SETTINGS = [
     "what goes in and out",
     ("model",             None,   None,   "LLaMA to start from: a Hugging Face or Meta directory, "
                                           "a hub name, a .gguf file; none: from scratch"),
-    ("tokenizer",         None,   None,   "where its tokenizer is, if not with the model"),
+    ("tokenizer",         "data/tokenizer", None, "where its tokenizer is, if not with the model"),
+    ("resize_embedding",  False,  False,  "add rows for tokens that the model's embedding lacks"),
     ("data",              "data/actor_training_data.json", None, "demonstrations"),
     ("eval_data",         "data/actor_training_data_eval.json", None, "held-out demonstrations"),
     ("out",               "runs/sft", "runs/sft", "run directory"),
@@ -83,9 +84,10 @@ def main(argv=None):
     start_processes(args)
     torch.manual_seed(args.seed)
     run = Run(args, "sft")
-    tokenizer = load_tokenizer(args.tokenizer or args.model or "data/tokenizer")
-    model = place(add_lora(load_llama(args.model, tokenizer), args.lora_rank, args.lora_alpha,
-                           args.lora_targets, args.base_dtype), args)
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
+    model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+                           args.base_dtype), args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
 
     def read(path):

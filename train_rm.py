@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
                              start_processes, total)
-from lib.health import check_finite
+from lib.health import RankingWatch, check_finite
 from lib.run import Run, autocast, door, parse, set_lr, stop
 from model import (ScalarHead, add_lora, load_llama, load_tokenizer, save_checkpoint, trainable)
 
@@ -41,6 +41,7 @@ SETTINGS = [
     "what goes in and out",
     ("model",             "runs/sft", None, "the SFT model to start from, or any LLaMA"),
     ("tokenizer",         None,     None,   "where its tokenizer is, if not with the model"),
+    ("resize_embedding",  False,    False,  "add rows for tokens that the model's embedding lacks"),
     ("data",              "data/reward_training_data.json", None, "scored completions"),
     ("eval_data",         "data/reward_training_data_eval.json", None, "held out, likewise"),
     ("demonstrations",    "data/actor_training_data.json", None,
@@ -132,6 +133,20 @@ def score_texts(reward_model, examples, args, pad_token_id):
     return total(scores)
 
 
+def warn_of_labels(path, records, examples):
+    """Say where a text stands with several scores: no model can learn two of them."""
+    seen, twice = {}, []
+    for *_, number in examples:
+        record = records[number - 1]
+        text = json.dumps([record["user_input"], record["completion"]])
+        first = seen.setdefault(text, number)
+        if records[first - 1]["score"] != record["score"]:
+            twice.append(f"{first} and {number}")
+    if twice:
+        print(f"warning: {path}: {len(twice)} times the same text has another score, as in the "
+              f"records {', '.join(twice[:3])}")
+
+
 def group_by_prompt(records, examples):
     """[[index into `examples`, ...] of each prompt]: several records share a user_input."""
     groups = {}
@@ -141,11 +156,20 @@ def group_by_prompt(records, examples):
     return list(groups.values())
 
 
+def with_pairs(groups, labels):
+    """The groups whose completions have different labels. If there is none, as where each prompt
+    has one completion, completions of different prompts are compared, 64 at a time."""
+    useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(64)
+    return useful or [group.tolist() for group in mixed]
+
+
 def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     """Held-out pair accuracy, mean margin, root mean squared error, and the accuracy by label gap:
     [(upper end of the gap, accuracy, number of pairs)]."""
     scores = score_texts(reward_model, examples, args, pad_token_id).cpu()
-    pairs = [pair_statistics(scores[group], labels[group]) for group in groups]
+    pairs = [pair_statistics(scores[group], labels[group])
+             for group in with_pairs(groups, labels)]
     accuracy, margin, gap = (torch.cat(parts) for parts in zip(*pairs))
     edges = torch.linspace(0, 1, 5)[1:] * (gap.max() if len(gap) else 1)
     bins = torch.bucketize(gap, edges)
@@ -169,7 +193,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     run = Run(args, "reward model")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    reward_model = ScalarHead(load_llama(args.model, tokenizer).model)
+    reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
     reward_model = place(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets,
                                   args.base_dtype), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
@@ -179,14 +203,21 @@ def main(argv=None):
         examples = encode_records(records, tokenizer, max_length, path)
         groups = group_by_prompt(records, examples)
         labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
-        useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
-        if not useful and (args.loss == "ranking" or path != args.data):
+        warn_of_labels(path, records, examples)
+        if len(set(labels.tolist())) == 1:
+            stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")
+        if args.loss == "regression":
+            return examples, groups, labels
+        useful, same = [], []
+        for group in groups:
+            (useful if len(set(labels[group].tolist())) > 1 else same).append(group)
+        if not useful:
             stop(f"{path}: no prompt has two completions with different scores, so there is "
-                 "nothing to rank")
-        if args.loss == "ranking" and len(useful) < len(groups):
-            print(f"{path}: of {len(groups)} prompts, {len(groups) - len(useful)} left out: no two "
-                  "completions with different scores")
-        return examples, useful if args.loss == "ranking" else groups, labels
+                 "nothing to rank; --loss regression learns the scores themselves")
+        if same:
+            print(f"{path}: of {len(groups)} prompts, {len(same)} left out: no two completions "
+                  f"with different scores, as of record {examples[same[0][0]][2]}")
+        return examples, useful, labels
 
     examples, groups, labels = read(args.data)
     held_out = read(args.eval_data) if args.eval_data else None
@@ -201,9 +232,10 @@ def main(argv=None):
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    run.begin(["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error",
-               "lr", "grad_norm", "tokens_per_s"], steps,
-              {"reward_model": (reward_model, optimizer)})
+    progress = run.begin(
+        ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr",
+         "grad_norm", "tokens_per_s"], steps, {"reward_model": (reward_model, optimizer)})
+    watch = RankingWatch(args.data, **progress.get("watch", {}))
 
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
@@ -216,23 +248,26 @@ def main(argv=None):
             with autocast(args):
                 scores = last_token(reward_model(input_ids), is_completion)
             sizes = [len(groups[g]) for g in part]
-            by_prompt = list(zip(scores.split(sizes), labels[rows].to(scores.device).split(sizes)))
+            targets = labels[rows].to(scores.device)
+            by_prompt = list(zip(scores.split(sizes), targets.split(sizes)))
             # the mean over the prompts of the batch: each weighs the same, whatever its completions
             micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
             micro_loss.backward()
             loss += micro_loss.item()
-            for s, t in by_prompt:
+            for s, t in by_prompt if max(sizes) > 1 else [(scores, targets)]:
                 accuracy = pair_statistics(s.detach(), t)[0]
                 correct += weight * torch.tensor([accuracy.sum().item(), len(accuracy)])
         loss, correct = total(loss), total(correct)  # of all processes
         grad_norm = clip_gradients(reward_model, 1.0)
-        check_finite(step + 1, loss, grad_norm, args.data,
-                     [examples[i][2] for g in batch for i in groups[g]])
+        records = [examples[i][2] for g in batch for i in groups[g]]
+        check_finite(step + 1, loss, grad_norm, args.data, records)
+        watch.see(loss, records)
         optimizer.step()
         optimizer.zero_grad()
 
         row = dict(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, lr=lr,
-                   accuracy=(correct[0] / correct[1]).item(), grad_norm=grad_norm,
+                   accuracy=(correct[0] / correct[1]).item() if correct[1] else None,
+                   grad_norm=grad_norm,
                    tokens_per_s=sum(lengths[g] for g in batch) / (time.perf_counter() - started))
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             row["eval_accuracy"], row["eval_margin"], error, _ = evaluate(
@@ -241,10 +276,12 @@ def main(argv=None):
                 row["eval_error"] = error
             tqdm.write(f"step {step + 1}: held out: " + ", ".join(
                 f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in row if "eval" in name))
+        if (step + 1) % steps_per_epoch == 0 and args.loss == "ranking":
+            watch.end_epoch(row["epoch"])
         run.log(**row)
-        run.end_step(f"loss {loss:.3f}, accuracy {row['accuracy']:.2f}, lr {lr:.1e}, "
-                     f"{row['tokens_per_s']:.0f} tokens/s",
-                     lambda folder: save_checkpoint(reward_model, tokenizer, folder))
+        run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {row['tokens_per_s']:.0f} tokens/s",
+                     lambda folder: save_checkpoint(reward_model, tokenizer, folder),
+                     watch=watch.state())
 
     mean, deviation = normalize_(reward_model, score_texts(
         reward_model, demonstrations, args, tokenizer.pad_token_id))

@@ -1,27 +1,23 @@
-"""Checkpoints and tokenizers of every origin: Hugging Face's, Meta's, GGUF.
+"""Checkpoints of every origin: Hugging Face's, Meta's, GGUF.
 
-`read` hands over a configuration and the tensors under Hugging Face's names; `write` exports them;
-`load_tokenizer` reads the tokenizer beside any of them.
+`read` hands over a configuration and the tensors under Hugging Face's names; `write` exports them.
 """
 
-import base64
 import contextlib
 import glob
 import json
+import math
 import os
 import re
 import shutil
 
 import torch
-from tokenizers import AddedToken, Tokenizer, normalizers
-from transformers import (AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LlamaForCausalLM, LlamaForSequenceClassification, LlamaTokenizer,
-                          PreTrainedTokenizerFast)
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers import (AutoConfig, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from lib.data import encode_completion
-from lib.run import explain, stop
+from lib.run import explain, first_line, stop
 
 
 @contextlib.contextmanager
@@ -45,6 +41,22 @@ def is_meta(path):
     return os.path.exists(os.path.join(path, "params.json"))
 
 
+def refuse_others(path):
+    """End the program with one line at what is often taken for a checkpoint, and is none."""
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    for file in [os.path.join(path, name) for name in names] or [path]:
+        if os.path.isfile(file) and os.path.getsize(file) < 1024:
+            with open(file, "rb") as opened:
+                if opened.read(40).startswith(b"version https://git-lfs"):
+                    stop(f"{file}: a pointer of Git LFS, not the file: run git lfs pull beside it")
+    if "adapter_config.json" in names:
+        stop(f"{path}: an adapter of PEFT: merge it into its base model first (merge_and_unload), "
+             "and name the result")
+    if "params.json" in names and "consolidated.safetensors" in names:
+        stop(f"{path}: a model of Mistral in its own format; only LLaMA's architecture is "
+             "implemented here")
+
+
 def read(path, dtype=torch.float32, scalar=False):
     """(LlamaConfig, {Hugging Face's name: tensor}, GenerationConfig or None) of
 
@@ -55,6 +67,7 @@ def read(path, dtype=torch.float32, scalar=False):
     `scalar`: of a `LlamaForSequenceClassification` with one label, which only Hugging Face's format
     has. Ends the program with one line if `path` is none of these, or is damaged.
     """
+    refuse_others(path)
     if scalar and (path.endswith(".gguf") or is_meta(path)):
         stop(f"{path}: a language model; a reward model is a Hugging Face directory")
     if path.endswith(".gguf"):
@@ -66,6 +79,7 @@ def read(path, dtype=torch.float32, scalar=False):
 
 def read_config(path):
     """The `LlamaConfig` of what `read` reads, without its weights."""
+    refuse_others(path)
     if path.endswith(".gguf"):
         return gguf_config(open_gguf(path), path)
     if is_meta(path):
@@ -85,7 +99,14 @@ def read_hugging_face(path, dtype, scalar):
     if os.path.isfile(path):
         stop(f"{path}: a file, but not .gguf: name the directory of the checkpoint")
     config = read_config(path)
+    if quantized := getattr(config, "quantization_config", None):
+        stop(f"{path}: its weights are quantized ({dict(quantized).get('quant_method')}): "
+             "dequantize the model first (in transformers: model.dequantize(), save_pretrained)")
     kind = LlamaForSequenceClassification if scalar else LlamaForCausalLM
+    other = "ForCausalLM" if scalar else "ForSequenceClassification"
+    if (config.architectures or [""])[0].endswith(other):
+        stop(f"{path}: a {config.architectures[0]}, where a {'reward' if scalar else 'language'} "
+             f"model is wanted, a {kind.__name__}")
     with explain(f"{path}: cannot be loaded as a LLaMA checkpoint"), quiet():
         model, info = kind.from_pretrained(path, config=config, dtype=dtype,
                                            output_loading_info=True, ignore_mismatched_sizes=True)
@@ -98,7 +119,22 @@ def read_hugging_face(path, dtype, scalar):
              f"{unused[0]}")
     if scalar and config.num_labels != 1:
         stop(f"{path}: a reward model has one label, this one has {config.num_labels}")
-    return config, model.state_dict(), getattr(model, "generation_config", None)
+    return config, model.state_dict(), mended(getattr(model, "generation_config", None), path)
+
+
+def mended(generation_config, path):
+    """A generation_config.json as transformers writes it again. It refuses a temperature or top_p
+    without do_sample, as LLaMA 2 chat and Vicuna have: these say how to sample."""
+    try:
+        if generation_config is not None:
+            generation_config.validate(strict=True)
+    except ValueError as error:
+        print(f"{path}/generation_config.json: do_sample is set to true, since transformers would "
+              f"not write it otherwise ({first_line(error)})")
+        generation_config.do_sample = True
+        with explain(f"{path}/generation_config.json: not valid"):
+            generation_config.validate(strict=True)
+    return generation_config
 
 
 META_NAMES = {
@@ -207,32 +243,74 @@ def open_gguf(path):
     if not os.path.exists(path):
         stop(f"{path}: no such file")
     with explain(f"{path}: damaged, or not a .gguf file"):
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+    if (parts := said_in(reader, "split.count", 1)) > 1:
+        stop(f"{path}: one of {parts} parts: merge them first (llama-gguf-split --merge)")
+    return reader
+
+
+def said_in(reader, key, default=None):
+    """The value of a key of a `.gguf` file."""
+    return reader.fields[key].contents() if key in reader.fields else default
+
+
+def gguf_rope(said, head_dim, divisors, path):
+    """The rotary positions that a `.gguf` file states, as transformers' `rope_parameters`.
+    `divisors` of the frequencies: LLaMA 3.1's way to state its scaling."""
+    rope = {"rope_type": "default", "rope_theta": said("rope.freq_base", 10000.0)}
+    kind, factor = said("rope.scaling.type", "none"), said("rope.scaling.factor", 1.0)
+    if factor == 1 and said("rope.scale_linear"):  # as older files have it
+        kind, factor = "linear", said("rope.scale_linear")
+    if said("rope.dimension_count", head_dim) != head_dim:
+        stop(f"{path}: only {said('rope.dimension_count')} of {head_dim} dimensions of a head are "
+             "rotated, which no LLaMA does")
+    if kind == "linear" and factor != 1:
+        rope |= {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        # llama.cpp scales the attention by this, times what the file states
+        attention = (1 + 0.1 * math.log(factor)) * said("rope.scaling.attn_factor", 1.0)
+        length = said("rope.scaling.original_context_length") or said("context_length")
+        rope |= {"rope_type": "yarn", "factor": factor, "attention_factor": attention,
+                 "beta_fast": said("rope.scaling.yarn_beta_fast", 32.0),
+                 "beta_slow": said("rope.scaling.yarn_beta_slow", 1.0),
+                 "original_max_position_embeddings": length}
+    elif kind not in ("none", "linear"):
+        stop(f"{path}: rope scaling of kind {kind!r}, which is not implemented here")
+    if divisors is not None:
+        rope |= {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(
+            head_dim=head_dim, rope_parameters=rope), "cpu")
+        plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
+        if kind != "none" or not torch.allclose(plain / scaled, divisors.float(), rtol=1e-3):
+            stop(f"{path}: rope_freqs.weight is not LLaMA 3's scaling, the only one of this kind "
+                 "that is implemented here")
+    return rope
 
 
 def gguf_config(reader, path):
     def said(key, default=None):
-        return reader.fields[key].contents() if key in reader.fields else default
+        return said_in(reader, f"llama.{key}", default)
 
     with explain(f"{path}: damaged, or not a .gguf file"):
-        if said("general.architecture") != "llama":
-            stop(f"{path}: a '{said('general.architecture')}' model; only LLaMA's architecture is "
-                 "implemented here")
+        if (kind := said_in(reader, "general.architecture")) != "llama":
+            stop(f"{path}: a '{kind}' model; only LLaMA's architecture is implemented here")
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        dim, heads = said("llama.embedding_length"), said("llama.attention.head_count")
-        rope = {"rope_type": "default", "rope_theta": said("llama.rope.freq_base", 10000.0)}
-        if "rope_freqs.weight" in tensors:  # LLaMA 3.1's scaling, as divisors of the frequencies
-            factor = float(max(tensors["rope_freqs.weight"].data))
-            rope |= {"rope_type": "llama3", "factor": round(factor), "low_freq_factor": 1.0,
-                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        dim, heads = said("embedding_length"), said("attention.head_count")
+        head_dim = said("attention.key_length", dim // heads)
+        divisors = None
+        if "rope_freqs.weight" in tensors:
+            divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
         return LlamaConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=dim,
-            num_attention_heads=heads, intermediate_size=said("llama.feed_forward_length"),
-            num_hidden_layers=said("llama.block_count"),
-            num_key_value_heads=said("llama.attention.head_count_kv", heads),
-            head_dim=said("llama.attention.key_length", dim // heads),
-            rms_norm_eps=said("llama.attention.layer_norm_rms_epsilon"),
-            max_position_embeddings=said("llama.context_length"), rope_parameters=rope,
+            num_attention_heads=heads, intermediate_size=said("feed_forward_length"),
+            num_hidden_layers=said("block_count"), head_dim=head_dim,
+            num_key_value_heads=said("attention.head_count_kv", heads),
+            rms_norm_eps=said("attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=said("context_length"),
+            rope_parameters=gguf_rope(said, head_dim, divisors, path),
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            mlp_bias="blk.0.ffn_gate.bias" in tensors,
             tie_word_embeddings="output.weight" not in tensors)
 
 
@@ -247,7 +325,36 @@ def read_gguf(path):
             if tensor.name != "rope_freqs.weight":
                 values = gguf.dequantize(tensor.data, tensor.tensor_type)
                 tensors[tensor.name] = torch.from_numpy(values.copy())
+        if config.attention_bias:  # of all four maps in transformers' LLaMA; of three in some files
+            for i in range(config.num_hidden_layers):
+                tensors.setdefault(f"blk.{i}.attn_output.bias", torch.zeros(config.hidden_size))
         return config, renamed(tensors, GGUF_NAMES, config)
+
+
+def add_older_keys(folder):
+    """Let transformers 4 read what 5 has written, too: where only the newer keys stand, it would
+    take rope theta for 10000 without a word, and not find the tokenizer's class."""
+    def rewrite(name, change):
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            said = json.load(file)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(change(said), file, indent=2, ensure_ascii=False)
+
+    def older_config(said):
+        scaling = dict(said["rope_parameters"])
+        theta = scaling.pop("rope_theta")
+        return said | dict(torch_dtype=said["dtype"], rope_theta=theta, rope_scaling=None
+                           if scaling["rope_type"] == "default" else scaling)
+
+    def older_tokenizer(said):
+        if said["tokenizer_class"] == "TokenizersBackend":
+            said["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if more := said.pop("extra_special_tokens", None):
+            said["additional_special_tokens"] = more
+        return said
+
+    rewrite("config.json", older_config)
+    rewrite("tokenizer_config.json", older_tokenizer)
 
 
 def write(folder, config, tensors, tokenizer, generation_config=None, scalar=False):
@@ -279,133 +386,11 @@ def write(folder, config, tensors, tokenizer, generation_config=None, scalar=Fal
             shutil.rmtree(part, ignore_errors=True)
             plain.save_pretrained(part, state_dict=tensors)
             tokenizer.save_pretrained(part)
+            if model := getattr(tokenizer, "sentencepiece", None):
+                with open(os.path.join(part, "tokenizer.model"), "wb") as file:
+                    file.write(model)
+            add_older_keys(part)
             for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):
                 os.replace(os.path.join(part, name), os.path.join(folder, name))
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# Tokenizers
-
-# For a checkpoint without a chat template. The completion follows "Assistant:", and ends with </s>.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] | capitalize + ': ' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
-
-
-class Llama3Converter(TikTokenConverter):
-    """transformers' converter for LLaMA 3's `tokenizer.model`, whose lines are `base64(token)
-    rank`."""
-
-    @staticmethod
-    def load_tiktoken_bpe(path):
-        with open(path, "rb") as file:
-            pairs = [line.split() for line in file if line.strip()]
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-
-def space_as_sentencepiece(backend):
-    """sentencepiece puts a space before every text; transformers leaves it out where there is
-    one."""
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                               normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = None
-
-
-def read_tokenizer_model(path):
-    """Meta's `tokenizer.model`: sentencepiece for LLaMA 1 and 2, tiktoken's text format for LLaMA
-    3."""
-    with open(path, "rb") as file:
-        is_text = file.read(64).split(b"\n")[0].split()[-1:] == [b"0"]
-    if is_text:
-        backend = Llama3Converter(path, extra_special_tokens=LLAMA3_SPECIAL).converted()
-        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0],
-                                       eos_token=LLAMA3_SPECIAL[1], pad_token=LLAMA3_SPECIAL[4])
-    if os.path.getsize(path) == 0:
-        raise ValueError("tokenizer.model is empty")
-    backend = LlamaTokenizer.from_pretrained(os.path.dirname(path)).backend_tokenizer
-    space_as_sentencepiece(backend)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>",
-                                   eos_token="</s>")
-
-
-def read_tokenizer_gguf(path):
-    """The tokenizer of a `.gguf` file as transformers builds it, less what it gets wrong: for LLaMA
-    1 and 2 spaces at the beginning of a text, for LLaMA 3 an <|endoftext|> more than the embedding
-    has, and words that no merge makes."""
-    theirs = AutoTokenizer.from_pretrained(os.path.dirname(path) or ".",
-                                           gguf_file=os.path.basename(path))
-    state = json.loads(theirs.backend_tokenizer.to_str())
-    vocab = state["model"]["vocab"]
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in vocab]
-    is_sentencepiece = "<0x0A>" in vocab
-    state["model"]["ignore_merges"] = not is_sentencepiece
-    backend = Tokenizer.from_str(json.dumps(state))
-    if is_sentencepiece:
-        space_as_sentencepiece(backend)
-    special = {role: token for role, token in theirs.special_tokens_map.items()
-               if isinstance(token, str) and token in vocab}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=theirs.chat_template,
-                                   **special)
-
-
-def load_tokenizer(path):
-    """The tokenizer of a checkpoint (see `read`), or of a folder that holds a `tokenizer.model`.
-
-    Its `end_ids` are the tokens that end an answer, first the one with which the template does so.
-    It has a chat template, its own or CHAT_TEMPLATE, and a padding token that is not the
-    end-of-sequence token: a reward model is read at the last token that is not padding, which is
-    the end of sequence.
-    """
-    if path == "data/tokenizer" and not os.path.isdir(path):  # else it would be sought on the hub
-        stop(f"{path}: missing, and the demo's vocabulary with it; run python data_gen.py first, "
-             "or name a model")
-    with explain(f"{path}: no tokenizer can be loaded from it"), quiet():
-        metas, theirs = (os.path.join(path, name)
-                         for name in ("tokenizer.model", "tokenizer_config.json"))
-        if path.endswith(".gguf"):
-            tokenizer = read_tokenizer_gguf(path)
-        elif os.path.exists(metas) and not os.path.exists(theirs):
-            tokenizer = read_tokenizer_model(metas)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        stop(f"{path}: the tokenizer has no end-of-sequence token")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    # a token that the template writes is a control token, even where it is not flagged as one
-    unflagged = [token.content for token in tokenizer.added_tokens_decoder.values()
-                 if not token.special and token.content in str(tokenizer.chat_template)]
-    tokenizer.backend_tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in unflagged])
-    tokenizer.end_ids = list(dict.fromkeys([
-        encode_completion(tokenizer, "a", "b")[1][-1], tokenizer.eos_token_id, *stated_ends(path)]))
-    if tokenizer.pad_token_id in (None, *tokenizer.end_ids):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token
-    if tokenizer.pad_token_id in (None, *tokenizer.end_ids):
-        stop(f"{path}: the tokenizer has no token to pad with: set its pad_token to one that does "
-             "not end an answer")
-    return tokenizer
-
-
-def stated_ends(path):
-    """The end-of-sequence ids that a Hugging Face checkpoint states beside its tokenizer's, such as
-    LLaMA 3's three: those of generation_config.json, else of config.json. (Its class would make one
-    up.)"""
-    if path.endswith(".gguf") or is_meta(path):
-        return []
-    for read_ends in (lambda: GenerationConfig.from_pretrained(path).eos_token_id,
-                      lambda: LlamaConfig.get_config_dict(path)[0].get("eos_token_id")):
-        with contextlib.suppress(Exception), quiet():  # a folder of a tokenizer alone has neither
-            ids = read_ends()
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
-    return []

@@ -157,7 +157,8 @@ def encode_dialogue(tokenizer, messages):
 
     The template writes control tokens around what people said; the same characters inside what they
     said are kept text, by a mark that only lives while the template is filled in. Each answer of
-    the assistant has the tokens that it has when it is written after its prompt.
+    the assistant has the tokens that it has when it is written after its prompt. Raises ValueError
+    if the template refuses the dialogue.
     """
     control = control_pattern(tokenizer)
     mark = next(chr(c) for c in range(0xE000, 0xF900)
@@ -170,8 +171,8 @@ def encode_dialogue(tokenizer, messages):
             return tokenizer.apply_chat_template(marked[:number], tokenize=False,
                                                  add_generation_prompt=is_prompt)
         except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
-            stop(f"the checkpoint's chat template refuses this dialogue ({first_line(error)}): "
-                 f"{str(messages)[:200]}")
+            raise ValueError("the checkpoint's chat template refuses this dialogue: "
+                             f"{first_line(error)}") from error
 
     text = render(len(messages), messages[-1]["role"] != "assistant")
     borders = {}  # place in the text: the answer that begins there
@@ -231,7 +232,10 @@ def cut_left(tokenizer, user_input, prompt, room):
 
 def encode_prompts(user_inputs, tokenizer, room, name):
     """The tokens of each prompt. Those longer than `room` lose their beginning; that is said."""
-    prompts = [encode_prompt(tokenizer, user_input) for user_input in user_inputs]
+    prompts = []
+    for number, user_input in enumerate(user_inputs, 1):
+        with explain(f"{name}: record {number}"):
+            prompts.append(encode_prompt(tokenizer, user_input))
     if cut := sum(len(prompt) > room for prompt in prompts):
         print(f"{name}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
     return [cut_left(tokenizer, user_input, prompt, room)
@@ -245,8 +249,10 @@ def encode_records(records, tokenizer, max_length, name):
     all completions of a prompt, which a reward model compares; a completion that leaves no room for
     a prompt is dropped. Both are counted, and said.
     """
-    pairs = [encode_completion(tokenizer, record["user_input"], record["completion"])
-             for record in records]
+    pairs = []
+    for number, record in enumerate(records, 1):
+        with explain(f"{name}: record {number}"):
+            pairs.append(encode_completion(tokenizer, record["user_input"], record["completion"]))
     keys = [json.dumps(record["user_input"], sort_keys=True) for record in records]
     rooms = {}  # of each prompt: what the longest of its completions leaves
     for key, (_, completion) in zip(keys, pairs):

@@ -50,6 +50,30 @@ class LossWatch:
             self.spread = 0.95 * self.spread + 0.05 * distance
 
 
+class RankingWatch:
+    """Says after an epoch of ranking that the model cannot tell better from worse: its loss is
+    still log 2, that of equal scores. Kept over a --resume by `state`."""
+
+    def __init__(self, path, losses=0.0, steps=0, worst=(0.0, [])):
+        self.path, self.losses, self.steps, self.worst = path, losses, steps, worst
+
+    def state(self):
+        return dict(losses=self.losses, steps=self.steps, worst=self.worst)
+
+    def see(self, loss, records):
+        self.losses, self.steps = self.losses + loss, self.steps + 1
+        self.worst = max(self.worst, (loss, records), key=lambda pair: pair[0])
+
+    def end_epoch(self, epoch):
+        if (mean := self.losses / self.steps) > 0.98 * math.log(2):
+            tqdm.write(f"warning: epoch {epoch}: the mean loss is {mean:.3f}, and log 2 = 0.693 is "
+                       "that of equal scores: nothing is learned yet. Raise --lr, or look whether the "
+                       f"scores of {self.path} say what is better: the loss was largest "
+                       f"({self.worst[0]:.2f}) on the records "
+                       f"{', '.join(map(str, self.worst[1][:8]))}")
+        self.losses, self.steps, self.worst = 0.0, 0, (0.0, [])
+
+
 # When a PPO run counts as unhealthy. In brackets the worst that the demo shows, with which all is
 # well; other healthy runs need the room between the two.
 KL_ERRORS = 5.0      # standard errors below 0 over 10 updates: under 1 run in 50 by chance

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -142,11 +143,41 @@ COMMON = [
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
     ("processes", 1, 1, "for --dry_run: among so many processes the model is shared out"),
     ("resume", False, False, "go on with an interrupted run in --out"),
+    ("accept_changed_data", False, False, "resume though data or models are not those of before"),
     ("overwrite", False, False, "replace an earlier run in --out"),
 ]
 # What --resume may change: nothing in the result depends on it
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
-        "processes", "gradient_checkpointing", "shard_rollout"}
+        "processes", "gradient_checkpointing", "shard_rollout", "accept_changed_data"}
+LONGER = {"updates", "epochs"}  # what --resume may raise
+# the settings that name what a run reads
+INPUTS = ["model", "tokenizer", "sft", "rm", "data", "eval_data", "prompts", "eval_prompts",
+          "demonstrations", "gold"]
+
+
+def inputs_of(args):
+    """{setting: path} of the files and folders that a run reads. (A hub name is neither.)"""
+    return {name: path for name in INPUTS
+            if (path := getattr(args, name, None)) and os.path.exists(path)}
+
+
+def fingerprint(path):
+    """A hash of a file, or of a checkpoint's files; of those above 64 MB only of the size, and of
+    the first and the last MB, since weights can have many GB."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                 if name.endswith((".json", ".safetensors", ".bin", ".pth", ".model", ".jinja"))]
+    found = hashlib.sha256()
+    for name in files:
+        size = os.path.getsize(name)
+        found.update(f"{os.path.basename(name)} {size}\n".encode())
+        with open(name, "rb") as file:
+            found.update(file.read(size if size <= 2**26 else 2**20))
+            if size > 2**26:
+                file.seek(-2**20, os.SEEK_END)
+                found.update(file.read())
+    return found.hexdigest()
 
 
 def parse(script, doc, table, argv, real_if):
@@ -240,6 +271,12 @@ class Run:
         if holds and not (args.resume or args.overwrite):
             stop(f"{args.out}: holds an earlier run; --resume goes on with it, --overwrite "
                  "replaces it, --out names another")
+        for setting, path in inputs_of(args).items():
+            whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
+                                     for name in (args.out, path))
+            if whole_out.startswith(whole_path) or whole_path.startswith(whole_out):
+                stop(f"--out {args.out} and --{setting} {path} lie one in the other: a run does "
+                     "not write where it reads; name another --out")
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
@@ -247,7 +284,7 @@ class Run:
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
             self.state = self.read_state()
         elif args.resume and "config.json" in holds:
-            stop(f"{self.last}: missing, so this run cannot go on; --overwrite starts it over")
+            stop(f"{self.last}: missing, so this run cannot go on; another --out starts a new one")
 
     def begin(self, columns, steps, trained, generators={}):
         """Open metrics.csv, and put back what was saved -> the progress that `save` was given, or
@@ -256,6 +293,11 @@ class Run:
         `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
         """
         self.trained, self.generators = trained, generators
+        self.inputs = {name: fingerprint(path) for name, path in inputs_of(self.args).items()}
+        for name, before in (self.state or {}).get("inputs", {}).items():
+            if self.inputs.get(name) != before and not self.args.accept_changed_data:
+                stop(f"--{name} {getattr(self.args, name)}: no longer what it was when this run "
+                     "was saved; --accept_changed_data goes on with it as it is now")
         wait_for_all()  # until each process has seen what the folder held
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
@@ -346,7 +388,8 @@ class Run:
                 with contextlib.suppress(OSError):
                     os.remove(file + ".part")
         state = dict(file=os.path.basename(file), metrics_bytes=os.path.getsize(self.file.name),
-                     settings=vars(self.args), progress=dict(progress, step=self.step))
+                     settings=vars(self.args), inputs=self.inputs,
+                     progress=dict(progress, step=self.step))
         write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
         for name in os.listdir(self.last):
             if name not in (os.path.basename(file), "state.json"):
@@ -355,16 +398,19 @@ class Run:
     def read_state(self):
         """What `save` wrote, if it is whole and of a run with these settings."""
         path = os.path.join(self.last, "state.json")
-        over = "; --overwrite starts the run over"
+        over = "; another --out starts a new run"
         with explain(f"{path}: damaged", over):
             with open(path, encoding="utf-8") as file:
                 state = json.load(file)
             before, tensors = state["settings"], os.path.join(self.last, state["file"])
             state["progress"]["step"]
         for name, value in json.loads(json.dumps(vars(self.args))).items():
-            if name not in FREE and before.get(name) != value:
+            if name in LONGER and name in before and value > before[name]:
+                print(f"--{name} {value}, where {before[name]} were planned: from here on the "
+                      "learning rate falls as in a run of this length")
+            elif name not in FREE and before.get(name) != value:
                 stop(f"--{name} {value} contradicts the run in {self.folder}, which has "
-                     f"{before.get(name)}; give it that, or --overwrite")
+                     f"{before.get(name)}; give it that, or another --out")
         with explain(f"{tensors}: missing or damaged", over):
             state["tensors"] = load_file(tensors)
         return state
@@ -372,7 +418,7 @@ class Run:
     def restore(self):
         """Put the tensors of the saved state back where they came from -> the progress."""
         tensors = self.state.pop("tensors")
-        with explain(f"{self.last}: not a state of this run", "; --overwrite starts it over"):
+        with explain(f"{self.last}: not a state of this run", "; another --out starts a new run"):
             for name, (model, optimizer) in self.trained.items():
                 with torch.no_grad():
                     for key, p in model.named_parameters():
@@ -387,8 +433,14 @@ class Run:
                         moments.setdefault(int(index), {})[field] = x
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            device = torch.device(self.state["settings"]["device"]).type
             for name, generator in self.generators.items():
-                generator.set_state(tensors[f"random.{name}"])
+                if generator.device.type == device:
+                    generator.set_state(tensors[f"random.{name}"])
+                else:
+                    generator.manual_seed(self.args.seed + self.state["progress"]["step"])
+                    print(f"saved on {device}: on {generator.device.type} the random numbers of "
+                          f"{name} are others")
             torch.set_rng_state(tensors["random.torch"])
         return self.state["progress"]
 

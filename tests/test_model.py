@@ -12,6 +12,7 @@
 
 import base64
 import gzip
+import io
 import json
 import math
 import os
@@ -28,15 +29,17 @@ import regex
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
-                          LlamaForSequenceClassification)
+                          LlamaForSequenceClassification, PreTrainedTokenizerFast)
 
 import data_gen
-from lib.checkpoints import CHAT_TEMPLATE, LLAMA3_SPECIAL, read_meta
+from lib.checkpoints import add_older_keys, read_meta
 from lib.cpu import linear
-from lib.data import (collate, encode_completion, encode_prompt, encode_records, encode_text, left_pad, length_batches, read_records)
+from lib.data import (collate, encode_completion, encode_prompt, encode_prompts, encode_records, encode_text, left_pad, length_batches, read_records)
 from lib.run import write_whole
+from lib.tokenizer import CHAT_TEMPLATE, LLAMA3_SPECIAL
 from model import (LlamaBackbone, Llama, ScalarHead, generate, load_llama, load_scalar_head, load_tokenizer, random_llama, sample,
                    save_checkpoint)
 from train_rm import last_token
@@ -88,15 +91,16 @@ def scaled_frequencies(frequencies, factor, low=1.0, high=4.0, length=8192):
     return scaled
 
 
-def plain_llama(weights, tokens, kv_heads, frequencies, eps=1e-5, pairs="interleaved"):
-    """The logits (T, V) of one text `tokens` (T,), in float64, from tensors under Meta's names.
+def plain_llama(weights, tokens, kv_heads, frequencies, eps=1e-5, pairs="interleaved", scale=1.0):
+    """The logits (T, V) of one text `tokens` (T,), in float64, from tensors under Meta's names. Rotated queries and keys
+    are `scale` times as long, which yarn wants.
 
     `pairs` says which dimensions of a head are turned together: (2i, 2i+1), as Meta has it, or "halves", (i, i + d/2).
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     d = DIM // HEADS
     angles = torch.arange(len(tokens)).double()[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angles), angles)  # e^(i position frequency)
+    turn = torch.polar(torch.full_like(angles, scale), angles)  # e^(i position frequency)
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -112,17 +116,20 @@ def plain_llama(weights, tokens, kv_heads, frequencies, eps=1e-5, pairs="interle
     for i in range(LAYERS):
         layer = {name.removeprefix(f"layers.{i}."): tensor for name, tensor in w.items() if name.startswith(f"layers.{i}.")}
         h = norm(x, layer["attention_norm.weight"])
-        queries, keys, values = (h @ layer[f"attention.{name}.weight"].T for name in ("wq", "wk", "wv"))
+        def linear(x, name):
+            return x @ layer[f"{name}.weight"].T + layer.get(f"{name}.bias", 0)
+
+        queries, keys, values = (linear(h, f"attention.{name}") for name in ("wq", "wk", "wv"))
         heads = []
         for head in range(HEADS):
             group = head // (HEADS // kv_heads)
             q, k, v = queries[:, head * d:][:, :d], keys[:, group * d:][:, :d], values[:, group * d:][:, :d]
             attention = (rotate(q) @ rotate(k).T / math.sqrt(d)).masked_fill(future, -math.inf)
             heads.append(attention.softmax(-1) @ v)
-        x = x + torch.cat(heads, -1) @ layer["attention.wo.weight"].T
+        x = x + linear(torch.cat(heads, -1), "attention.wo")
         h = norm(x, layer["ffn_norm.weight"])
-        gate, up = h @ layer["feed_forward.w1.weight"].T, h @ layer["feed_forward.w3.weight"].T
-        x = x + (gate * gate.sigmoid() * up) @ layer["feed_forward.w2.weight"].T
+        gate, up = linear(h, "feed_forward.w1"), linear(h, "feed_forward.w3")
+        x = x + linear(gate * gate.sigmoid() * up, "feed_forward.w2")
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
@@ -205,8 +212,8 @@ def write_gguf_sentencepiece(file, pieces):
     file.add_tokenizer_model("llama")
     file.add_token_list([pieces.id_to_piece(i) for i in ids])
     file.add_token_scores([pieces.get_score(i) for i in ids])
-    file.add_token_types([kinds.UNKNOWN if i == 0 else kinds.CONTROL if i < 3 else kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL
-                          for i in ids])
+    proto = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
+    file.add_token_types([kinds(piece.type) for piece in proto.pieces])  # the same numbers
     file.add_unk_token_id(0)
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
@@ -231,9 +238,10 @@ def write_gguf_llama3(file):
     file.add_chat_template(LLAMA3_TEMPLATE)
 
 
-def write_gguf(path, weights, pieces, kind=None, theta=10000.0, rope_factors=None, architecture="llama"):
+def write_gguf(path, weights, pieces, kind=None, theta=10000.0, rope_factors=None, architecture="llama", **said):
     """A .gguf file of tensors under Meta's names (llama.cpp keeps Meta's order of the heads' dimensions), with the
-    tokenizer of a sentencepiece model, or LLaMA 3's where `pieces` is None. `kind`: how to quantize the matrices."""
+    tokenizer of a sentencepiece model, or LLaMA 3's where `pieces` is None. `kind`: how to quantize the matrices. `said`: more keys, `_` for a point, of
+    which the value's type tells the key's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = gguf.GGUFWriter(path, architecture)
     file.add_name("tiny")
@@ -244,8 +252,11 @@ def write_gguf(path, weights, pieces, kind=None, theta=10000.0, rope_factors=Non
     file.add_head_count(HEADS)
     file.add_head_count_kv(len(weights["layers.0.attention.wk.weight"]) * HEADS // DIM)
     file.add_layer_norm_rms_eps(1e-5)
-    file.add_rope_dimension_count(DIM // HEADS)
+    file.add_rope_dimension_count(said.pop("dimensions", DIM // HEADS))
     file.add_rope_freq_base(theta)
+    for key, value in said.items():
+        add = {str: file.add_string, int: file.add_uint32, float: file.add_float32}[type(value)]
+        add(key.replace("__", "."), value)
     if pieces is None:
         write_gguf_llama3(file)
     else:
@@ -455,6 +466,74 @@ def test_gguf_of_llama_31_scales_the_slow_waves(tmp_path):
     assert (logits_of(model, tokens) - plain_llama(weights, tokens, 2, plain)).abs().max() > 0.1
 
 
+def yarn_frequencies(factor, length, theta=10000.0, fast=32.0, slow=1.0):
+    """Peng et al. 2023, eq. 17 to 23: waves that turn over `fast` times in `length` tokens stay, those that turn under
+    `slow` times are stretched by `factor`, and those between are mixed along a line."""
+    d, plain = DIM // HEADS, plain_frequencies(theta)
+
+    def dimension(turns):  # the pair of dimensions that turns so often
+        return d * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), d - 1)
+    mixed = []
+    for i, f in enumerate(plain):
+        stretched = min(max((i - low) / (high - low), 0), 1)
+        mixed.append(stretched * f / factor + (1 - stretched) * f)
+    return mixed
+
+
+@pytest.mark.parametrize("said, frequencies, scale", [
+    (dict(llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0), [f / 4 for f in plain_frequencies()], 1.0),
+    (dict(llama__rope__scale_linear=2.0), [f / 2 for f in plain_frequencies()], 1.0),
+    (dict(llama__rope__scaling__type="none", llama__rope__scaling__factor=4.0), plain_frequencies(), 1.0),
+    (dict(llama__rope__scaling__type="yarn", llama__rope__scaling__factor=8.0, llama__rope__scaling__original_context_length=64),
+     yarn_frequencies(8.0, 64), 1 + 0.1 * math.log(8)),
+    (dict(llama__rope__scaling__type="yarn", llama__rope__scaling__factor=8.0, llama__rope__scaling__original_context_length=64,
+          llama__rope__scaling__yarn_beta_fast=8.0, llama__rope__scaling__yarn_beta_slow=2.0, llama__rope__scaling__attn_factor=0.9),
+     yarn_frequencies(8.0, 64, fast=8.0, slow=2.0), 0.9 * (1 + 0.1 * math.log(8))),
+], ids=["linear", "linear in older files", "none", "yarn", "yarn with all its settings"])
+def test_gguf_rope_scaling(tmp_path, pieces, said, frequencies, scale):
+    weights, tokens = random_weights(400), random_tokens(400, 100)
+    path = write_gguf(tmp_path / "tiny.gguf", weights, pieces, **said)
+    logits = logits_of(load_llama(path, load_tokenizer(path)), tokens)
+    assert_close(logits, plain_llama(weights, tokens, 2, frequencies, scale=scale), 1e-4)
+    if frequencies != plain_frequencies():
+        assert (logits - plain_llama(weights, tokens, 2, plain_frequencies())).abs().max() > 0.1
+
+
+def with_biases(weights, parts):
+    generator, biased = torch.Generator().manual_seed(1), dict(weights)
+    for i in range(LAYERS):
+        for part in parts:
+            rows = len(weights[f"layers.{i}.{part}.weight"])
+            biased[f"layers.{i}.{part}.bias"] = torch.randn(rows, generator=generator)
+    return biased
+
+
+QKV = ["attention.wq", "attention.wk", "attention.wv"]
+
+
+@pytest.mark.parametrize("parts", [QKV, [*QKV, "attention.wo"], ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]])
+def test_gguf_biases(tmp_path, pieces, parts):
+    weights, tokens = with_biases(random_weights(400), parts), random_tokens(400, 40)
+    path = write_gguf(tmp_path / "tiny.gguf", weights, pieces)
+    logits = logits_of(load_llama(path, load_tokenizer(path)), tokens)
+    assert_close(logits, plain_llama(weights, tokens, 2, plain_frequencies()), 1e-4)
+    assert (logits - plain_llama(random_weights(400), tokens, 2, plain_frequencies())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("said, words", [
+    (dict(llama__rope__scaling__type="longrope", llama__rope__scaling__factor=4.0), ["rope scaling", "longrope"]),
+    (dict(dimensions=DIM // HEADS // 2), ["8 of 16 dimensions"]),
+    (dict(rope_factors=[1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]), ["rope_freqs.weight"]),
+    (dict(split__count=3), ["one of 3 parts", "llama-gguf-split"]),
+])
+def test_gguf_that_cannot_be_read_is_named(tmp_path, tokenizer, pieces, capfd, said, words):
+    path = write_gguf(tmp_path / "tiny.gguf", random_weights(400), pieces, **said)
+    line = refused(capfd, load_llama, path, tokenizer)
+    assert line.startswith(f"error: {path}: ") and all(word in line for word in words), line
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face directories
 
@@ -496,6 +575,11 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, sentencepiece_model, params)
     out = str(tmp_path / "out")
     save_checkpoint(model, tokenizer, out)
     again = load_tokenizer(out)
+    # llama.cpp's converter reads the scores there
+    is_sentencepiece = "rope_theta" not in params
+    assert os.path.exists(os.path.join(out, "tokenizer.model")) == is_sentencepiece
+    if is_sentencepiece:
+        assert open(os.path.join(out, "tokenizer.model"), "rb").read() == sentencepiece_model
     tokens = random_tokens(len(weights["tok_embeddings.weight"]), 60)
     expected = logits_of(model, tokens)
     assert torch.equal(logits_of(load_llama(out, again), tokens), expected)
@@ -655,6 +739,8 @@ def test_meta_shards_with_missing_or_misshapen_tensors(meta, tokenizer, capfd):
 def test_a_damaged_safetensors(hf, tokenizer, capfd, keep):
     cut(hf / "model.safetensors", keep)
     assert f"error: {hf}: cannot be loaded" in refused(capfd, load_llama, str(hf), tokenizer)
+    config = json.loads((hf / "config.json").read_text())
+    write(hf / "config.json", config | {"architectures": ["LlamaForSequenceClassification"]})
     assert f"error: {hf}: cannot be loaded" in refused(capfd, load_scalar_head, str(hf))
 
 
@@ -729,6 +815,73 @@ def test_gguf_files_that_hold_something_else(tmp_path, tokenizer, pieces, capfd)
     assert "model.layers.1.self_attn.o_proj.weight" in refused(capfd, load_llama, path, tokenizer)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("load", [load_llama, lambda path, tokenizer: load_tokenizer(path)])
+@pytest.mark.parametrize("files, words", [
+    ({"adapter_config.json": "{}", "adapter_model.safetensors": b"x" * 2000}, ["adapter", "merge"]),
+    ({"config.json": "{}", "model.safetensors": POINTER}, ["model.safetensors", "Git LFS"]),
+    ({"params.json": "{}", "consolidated.00.pth": POINTER}, ["consolidated.00.pth", "Git LFS"]),
+    ({"params.json": "{}", "tokenizer.model": POINTER}, ["tokenizer.model", "Git LFS"]),
+    ({"params.json": "{}", "consolidated.safetensors": b"x" * 2000}, ["Mistral"]),
+])
+def test_what_is_often_taken_for_a_checkpoint(tmp_path, tokenizer, capfd, load, files, words):
+    for name, content in files.items():
+        write(tmp_path / "it" / name, content)
+    line = refused(capfd, load, str(tmp_path / "it"), tokenizer)
+    assert f"error: {tmp_path}" in line and all(word in line for word in words)
+
+
+def test_a_gguf_pointer(tmp_path, tokenizer, capfd):
+    assert "Git LFS" in refused(capfd, load_llama, write(tmp_path / "a.gguf", POINTER), tokenizer)
+
+
+def test_quantized_weights_are_refused(hf, tokenizer, capfd):
+    config = json.loads((hf / "config.json").read_text())
+    write(hf / "config.json", config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
+    line = refused(capfd, load_llama, str(hf), tokenizer)
+    assert f"error: {hf}: " in line and "quantized (bitsandbytes)" in line and "dequantize" in line
+
+
+def test_a_reward_model_is_no_language_model(tmp_path, tokenizer, reward_model, capfd):
+    save_checkpoint(reward_model, tokenizer, str(tmp_path))
+    line = refused(capfd, load_llama, str(tmp_path), tokenizer)
+    assert "LlamaForSequenceClassification" in line and "language model is wanted" in line
+
+
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "mlp.up_proj"])
+def test_biases_that_the_configuration_does_not_announce_are_refused(hf, tokenizer, capfd, part):
+    tensors = load_file(hf / "model.safetensors")
+    name = f"model.layers.0.{part}.bias"
+    tensors[name] = torch.ones(len(tensors[name.replace("bias", "weight")]))
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    line = refused(capfd, load_llama, str(hf), tokenizer)
+    assert f"error: {hf}: " in line and name in line
+
+
+def test_an_embedding_that_lacks_a_token_is_resized_when_asked(tmp_path, tokenizer, capfd):
+    """Alpaca's [PAD] has the number 32000, of an embedding with rows 0 to 31999."""
+    weights = random_weights(400)
+    path = write_hugging_face(tmp_path / "hf", weights, tokenizer)
+    larger = AutoTokenizer.from_pretrained(path)
+    larger.add_special_tokens({"pad_token": "[PAD]"})
+    larger.save_pretrained(path)
+    larger = load_tokenizer(path)
+    assert larger.pad_token_id == 400
+    line = refused(capfd, load_llama, path, larger)
+    assert "[PAD]" in line and "400" in line and "--resize_embedding" in line
+    model = load_llama(path, larger, resize=True)
+    tokens = random_tokens(400, 30)
+    logits = model.lm_head(model(tokens[None])[0])
+    assert logits.shape == (30, 401)
+    expected = plain_llama(weights, tokens, 2, plain_frequencies(), pairs="halves")
+    assert_close(logits[:, :400], expected, 1e-4)
+    assert_close(logits[:, 400], expected.mean(1), 1e-4)  # its row is the mean of the others
+    save_checkpoint(model, larger, str(tmp_path / "out"))
+    assert load_llama(str(tmp_path / "out"), larger).config.vocab_size == 401
+
+
 def test_a_tokenizer_larger_than_the_embedding(tmp_path, tokenizer, sentencepiece_model, pieces, capfd):
     weights = random_weights(399)
     for path in [write_meta(tmp_path / "meta", weights, LLAMA2_GQA, sentencepiece_model),
@@ -748,8 +901,10 @@ def test_a_missing_tokenizer(tmp_path, meta, hf, gguf_file, capfd):
     (meta / "tokenizer.model").unlink()
     (tmp_path / "empty").mkdir()
     cut(gguf_file, 0.5)
-    for path in [meta, hf, tmp_path / "empty", tmp_path / "nothing" / "here", gguf_file, tmp_path / "no.gguf"]:
+    for path in [meta, hf, tmp_path / "empty", tmp_path / "nothing" / "here"]:
         assert f"error: {path}: no tokenizer" in refused(capfd, load_tokenizer, str(path))
+    assert f"error: {gguf_file}: damaged" in refused(capfd, load_tokenizer, str(gguf_file))
+    assert f"error: {tmp_path / 'no.gguf'}: no such file" in refused(capfd, load_tokenizer, str(tmp_path / "no.gguf"))
 
 
 @pytest.mark.parametrize("content", ["", "hello", b"\x00\x01\x02" * 50, TIKTOKEN_MODEL[:100] + b"==!", b"IQ== 0\nIg=="], ids=repr)
@@ -791,6 +946,72 @@ def test_encode_text_is_sentencepiece(tmp_path, tokenizer, pieces, source):
         assert tokenizer.decode(ids) == pieces.decode(ids), text
         if "▁" not in text:  # which sentencepiece uses for a space
             assert tokenizer.decode(ids) == text
+
+
+@pytest.fixture(scope="module", params=["spaces", "spaces and user-defined pieces"])
+def real_model(request, sentencepiece_model):
+    """A `tokenizer.model` as LLaMA's real one: pieces of 2 to 16 spaces with low ids, and a score below all others."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
+    learned = list(proto.pieces[259:])
+    del proto.pieces[259:]
+    for n in range(2, 17):
+        proto.pieces.add(piece="▁" * n, score=-1e9, type=1)
+    if "user" in request.param:
+        for piece in ("<|tool|>", "你好", "你好，", "fo", "\n\n"):
+            proto.pieces.add(piece=piece, score=0.0, type=4)
+    known = {piece.piece for piece in proto.pieces}
+    proto.pieces.extend(piece for piece in learned if piece.piece not in known)
+    return proto.SerializeToString()
+
+
+def texts_as_people_write(number):
+    """Words, runs of spaces, newlines, tabs, Chinese, emoji, code, and what looks like control tokens."""
+    rng = random.Random(3)
+    parts = ["the quick fox", "return", "你好", "你好，大小", "😀", "\n", "\t", "fo", "<|tool|>", "</s>", "<0x0A>", "x = 1", "12", "é"]
+    return ["".join(rng.choice([rng.choice(parts), " " * rng.choice([1, 1, 1, 2, 3, 4, 5, 8, 16, 17, 35])])
+                    for _ in range(rng.randrange(1, 14))) for _ in range(number)]
+
+
+@pytest.mark.parametrize("source", ["meta", "hugging face", "saved", "gguf"])
+def test_merges_go_by_the_scores_of_sentencepiece(tmp_path, real_model, source):
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=real_model)
+    if source == "gguf":
+        t = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", random_weights(len(pieces)), pieces))
+    else:
+        write(tmp_path / "tokenizer.model", real_model)
+        if source == "hugging face":  # as LLaMA was converted before tokenizer.json came
+            write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>",
+                                                       "eos_token": "</s>", "unk_token": "<unk>", "legacy": True})
+        t = load_tokenizer(str(tmp_path))
+        if source == "saved":
+            t.save_pretrained(tmp_path / "saved")
+            t = load_tokenizer(str(tmp_path / "saved"))
+    assert len(t) == len(pieces)
+    indented = pieces.encode("\n    the", out_type=str)
+    assert indented[-2:] == ["▁▁▁", "▁the"]  # the case that began this: not ▁▁▁▁ and "the"
+    for text in ["\n    the", "two  spaces", *TEXTS, *random_texts(200), *texts_as_people_write(1000)]:
+        ids = encode_text(t, text)
+        assert ids == pieces.encode(text), text
+        assert t.decode(ids) == pieces.decode(ids), text
+
+
+def test_a_sentencepiece_model_of_another_kind_is_named(tmp_path, capfd):
+    for name, options in dict(unigram=dict(model_type="unigram"), nmt=dict(normalization_rule_name="nmt_nfkc")).items():
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(**dict(
+            sentence_iterator=iter(["the quick brown fox", "jumps over the lazy dog"] * 20), model_writer=model, model_type="bpe",
+            vocab_size=30, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2) | options)
+        write(tmp_path / name / "tokenizer.model", model.getvalue())
+        line = refused(capfd, load_tokenizer, str(tmp_path / name))
+        assert "BPE" in line if name == "unigram" else "normalizes" in line
+
+
+def test_the_tokenizer_of_meta_s_checkpoint_in_the_folder_above(tmp_path, sentencepiece_model, pieces):
+    """Meta's download has one tokenizer.model beside the folders of the models."""
+    path = write_meta(tmp_path / "7B", random_weights(400), LLAMA2_GQA, sentencepiece_model)
+    os.replace(tmp_path / "7B" / "tokenizer.model", tmp_path / "tokenizer.model")
+    for name in (path, path + "/", os.path.relpath(path)):
+        assert encode_text(load_tokenizer(name), "the quick fox") == pieces.encode("the quick fox")
 
 
 @pytest.fixture(scope="module")
@@ -912,8 +1133,14 @@ def test_a_template_that_refuses_a_dialogue(tokenizer, tmp_path, capfd):
     tokenizer.save_pretrained(tmp_path)
     strict = load_tokenizer(str(tmp_path))
     strict.chat_template = "{{ raise_exception('roles must\nalternate') }}"
-    line = refused(capfd, encode_prompt, strict, [{"role": "user", "content": "one\ntwo"}, {"role": "user", "content": "three"}])
-    assert "chat template refuses" in line and "roles must" in line
+    twice = [{"role": "user", "content": "one\ntwo"}, {"role": "user", "content": "three"}]
+    with pytest.raises(ValueError, match="chat template refuses .* roles must"):
+        encode_prompt(strict, twice)
+    strict.chat_template = "{% if messages[1:] %}{{ raise_exception('roles must\nalternate') }}{% endif %}{{ bos_token }}"
+    line = refused(capfd, encode_prompts, ["good", twice], strict, 9, "prompts.json")
+    assert line.startswith("error: prompts.json: record 2 (") and "chat template refuses" in line and "roles must" in line
+    records = [{"user_input": "good", "completion": "x"}]
+    assert "demos.json: record 1" in refused(capfd, encode_records, records, strict, 9, "demos.json")
 
 
 def test_padding_is_never_the_end_of_sequence(tmp_path, tokenizer, chatml_tokenizer, llama3_tokenizer):
@@ -924,6 +1151,30 @@ def test_padding_is_never_the_end_of_sequence(tmp_path, tokenizer, chatml_tokeni
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token == "</s>"
     for t in (load_tokenizer(str(tmp_path)), tokenizer, chatml_tokenizer, llama3_tokenizer):
         assert t.pad_token_id is not None and t.pad_token_id != t.eos_token_id
+
+
+@pytest.mark.parametrize("more, rows, pad", [
+    (["<|im_start|>", "<|im_end|>"], 0, "<|im_start|>"),  # SmolLM2's base: no template, so these are unused
+    (["<|im_start|>", "<|reserved_7|>"], 0, "<|reserved_7|>"),
+    (["<|finetune_right_pad_id|>"], 0, "<|finetune_right_pad_id|>"),
+    ([], 300, "<pad>"),  # a row of the embedding that no token has
+    ([], 257, None),
+])
+def test_where_one_token_plays_all_roles_another_pads(tmp_path, more, rows, pad, capfd):
+    backend = Tokenizer(models.BPE(vocab={chr(256 + i): i for i in range(256)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    roles = dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], "<|endoftext|>")
+    t = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=more, **roles)
+    t.save_pretrained(tmp_path)
+    if rows:
+        write(tmp_path / "config.json", {"model_type": "llama", "vocab_size": rows})
+    if pad is None:
+        line = refused(capfd, load_tokenizer, str(tmp_path))
+        assert "pad_token" in line and "tokenizer_config.json" in line
+    else:
+        t = load_tokenizer(str(tmp_path))
+        assert t.pad_token == pad and t.end_ids == [256]
+        assert len(t) <= (rows or 300) and t.pad_token_id != 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1187,7 +1438,7 @@ def test_linear_of_no_rows_and_in_bf16():
         assert linear(torch.zeros(40, 260), weight).dtype == torch.bfloat16
 
 
-MODULES = ["lib.run", "lib.data", "lib.checkpoints", "lib.distributed", "lib.health", "lib.cpu", "model", "sft", "train_rm", "ppo",
+MODULES = ["lib.run", "lib.data", "lib.checkpoints", "lib.tokenizer", "lib.distributed", "lib.health", "lib.cpu", "model", "sft", "train_rm", "ppo",
            "data_gen"]
 
 
@@ -1511,7 +1762,7 @@ def test_scalar_head_of_a_language_model_is_no_reward_model(tmp_path, tokenizer,
     """A language model has no `score`: none is made up."""
     save_checkpoint(load_llama(None, tokenizer), tokenizer, str(tmp_path))
     line = refused(capfd, load_scalar_head, str(tmp_path))
-    assert "score.weight" in line or "label" in line
+    assert "LlamaForCausalLM" in line and "reward model is wanted" in line
 
 
 def test_two_labels_are_refused(tmp_path, tokenizer, capfd):
@@ -1699,3 +1950,101 @@ def test_an_export_into_a_file_is_refused(tmp_path, tokenizer, capfd):
     path = write(tmp_path / "plain", "x")
     line = refused(capfd, save_checkpoint, load_llama(None, tokenizer), tokenizer, path)
     assert f"error: {path}: the checkpoint cannot be written" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports in an older transformers
+
+@pytest.fixture(scope="session")
+def older_transformers(tmp_path_factory):
+    """A folder with transformers 4.57 and what of its requirements 5 has in another version."""
+    folder = tmp_path_factory.mktemp("transformers")
+    wanted = ["transformers==4.57.*", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<0.23.1"]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *wanted],
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install transformers 4.57: {done.stderr[-300:]}")
+    return folder
+
+
+OLDER = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+for folder in sys.argv[1:]:
+    asked = torch.load(folder + "/asked.pt")
+    kind = AutoModelForSequenceClassification if asked["scalar"] else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert next(model.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        logits = model(asked["tokens"]).logits
+    torch.save(dict(logits=logits, ids=[tokenizer(text, add_special_tokens=False).input_ids for text in asked["texts"]],
+                    prompt=tokenizer.apply_chat_template([{"role": "user", "content": "the fox"}], tokenize=True,
+                                                         add_generation_prompt=True),
+                    special=[tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.all_special_tokens]), folder + "/found.pt")
+"""
+
+
+def test_exports_are_the_same_in_transformers_4(tmp_path, older_transformers, tokenizer, llama3_tokenizer, chatml_tokenizer):
+    """Logits, tokens, template. 4.57 reads other keys: without them LLaMA 3's rope would be another, without a word."""
+    texts = ["the quick brown fox", "two  spaces\n\n你好 😀", "<|im_start|>a</s><|eot_id|>"]
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    scaled = plain | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 64}
+    folders = []
+    for n, (t, rope, scalar) in enumerate([(tokenizer, plain, False), (llama3_tokenizer, scaled, False), (chatml_tokenizer, scaled, True),
+                                           (tokenizer, plain, True)]):
+        torch.manual_seed(n)
+        config = LlamaConfig(vocab_size=len(t), hidden_size=DIM, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+                             num_key_value_heads=2, rope_parameters=rope, initializer_range=0.3)
+        ours = random_llama(config)
+        ours = (ScalarHead(ours.model) if scalar else ours).eval()
+        folders.append(str(tmp_path / str(n)))
+        save_checkpoint(ours, t, folders[-1])
+        torch.save(dict(tokens=random_tokens(len(t), 200)[None] , texts=texts, scalar=scalar), tmp_path / str(n) / "asked.pt")
+    done = subprocess.run([sys.executable, "-c", OLDER, *folders], env=os.environ | {"PYTHONPATH": str(older_transformers)},
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for folder in folders:
+        asked, found = (torch.load(f"{folder}/{name}.pt") for name in ("asked", "found"))
+        kind = AutoModelForSequenceClassification if asked["scalar"] else AutoModelForCausalLM
+        with torch.no_grad():
+            expected = kind.from_pretrained(folder)(asked["tokens"]).logits
+        assert_close(found["logits"], expected, 1e-4)
+        t = AutoTokenizer.from_pretrained(folder)
+        assert found["ids"] == [t(text, add_special_tokens=False).input_ids for text in texts]
+        assert found["prompt"] == encode_prompt(load_tokenizer(folder), "the fox")
+        assert found["special"] == [t.eos_token_id, t.pad_token_id, found["special"][2]]
+        assert set(found["special"][2]) == set(t.all_special_tokens)
+
+
+def test_older_keys_leave_the_newer_as_they_are(tmp_path, tokenizer):
+    """What 5 reads of an export is the same configuration with and without them."""
+    config = LlamaConfig(vocab_size=400, hidden_size=DIM, num_attention_heads=HEADS, rope_parameters={
+        "rope_type": "linear", "rope_theta": 1234.0, "factor": 2.0})
+    config.dtype = "float32"
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = LlamaConfig.from_pretrained(tmp_path)
+    add_older_keys(str(tmp_path))
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert said["rope_theta"] == 1234.0 and said["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    again = LlamaConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == before.rope_parameters and again.vocab_size == 400
+
+
+SAMPLING = [{"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": False}, {"top_k": 30, "top_p": 0.9}]
+
+
+@pytest.mark.parametrize("said", SAMPLING, ids=["Vicuna", "LLaMA 2 chat", "no temperature"])
+def test_a_generation_config_that_transformers_would_not_write_again(tmp_path, tokenizer, capsys, said):
+    path = write_hugging_face(tmp_path / "hf", random_weights(400), tokenizer)
+    write(tmp_path / "hf" / "generation_config.json", {"eos_token_id": 2} | said)
+    model = load_llama(path, tokenizer)
+    assert f"{path}/generation_config.json: do_sample is set to true" in capsys.readouterr().out
+    save_checkpoint(model, tokenizer, str(tmp_path / "out"))
+    again = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert again["do_sample"] is True and {name: again[name] for name in said if name != "do_sample"} == {
+        name: value for name, value in said.items() if name != "do_sample"}
+    load_llama(str(tmp_path / "out"), tokenizer)
+    assert "do_sample" not in capsys.readouterr().out

@@ -10,8 +10,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +210,92 @@ def test_the_newest_exports_are_kept(argv, tmp_path, stage):
     load(str(out / f"step-{steps[-1]}"))
     stage.main(argv[stage.__name__] + ["--out", str(out), "--save_every", "50", "--overwrite"])
     assert not list(out.glob("step-*"))
+
+
+def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, capsys):
+    """What changed is named, nothing is touched, and --accept_changed_data goes on."""
+    options = argv["sft"] + ["--out", str(tmp_path / "run"), "--save_every", "50"]
+    copies = {}
+    for name in ("--data", "--model"):
+        path = options[options.index(name) + 1]
+        copies[name] = str(tmp_path / os.path.basename(path))
+        (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, copies[name])
+        options[options.index(name) + 1] = copies[name]
+    sft.main(options)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    records = json.loads(Path(copies["--data"]).read_text("utf-8"))
+    changes = {"--data": (Path(copies["--data"]), json.dumps(records[::-1])),
+               "--model": (Path(copies["--model"]) / "config.json", None)}
+    for name, (path, text) in changes.items():
+        old = path.read_text("utf-8")
+        path.write_text(text or old + " ", "utf-8")
+        line = error(capsys, "sft", options + ["--resume"])
+        assert f"{name} {copies[name]}" in line and "--accept_changed_data" in line
+        assert {path: path.read_bytes() for path in before} == before
+        path.write_text(old, "utf-8")
+    sft.main(options + ["--resume"])
+    Path(copies["--data"]).write_text(json.dumps(records[::-1]), "utf-8")
+    sft.main(options + ["--resume", "--accept_changed_data"])
+
+
+@pytest.mark.parametrize("stage, name", [("sft", "--model"), ("sft", "--data"), ("train_rm", "--model"), ("ppo", "--sft"),
+                                         ("ppo", "--rm")])
+@pytest.mark.parametrize("where", ["", "inside", ".."], ids=["the same", "inside it", "around it"])
+def test_a_run_does_not_write_where_it_reads(argv, tmp_path, capsys, stage, name, where):
+    path = argv[stage][argv[stage].index(name) + 1]
+    if not os.path.isdir(path) and where != "..":
+        return
+    own = str(tmp_path / "inputs" / os.path.basename(path))
+    os.makedirs(tmp_path / "inputs")
+    (shutil.copytree if os.path.isdir(path) else shutil.copy)(path, own)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options = [own if option == path else option for option in argv[stage]]
+    line = error(capsys, stage, options + ["--out", os.path.join(own, where), "--overwrite"])
+    assert f"--out {os.path.join(own, where)}" in line and f"{name} {own}" in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("stage", [sft, train_rm, ppo])
+def test_a_finished_run_can_be_prolonged(argv, tmp_path, capsys, stage):
+    """The first steps are those of the short run, then it goes on along the longer schedule, on the data of the longer run."""
+    name = "--updates" if stage is ppo else "--epochs"
+    options = [*argv[stage.__name__], "--save_every", "50"]
+    few, many = [[*options, name, n, "--out", str(tmp_path / "run")] for n in ("3", "5")]
+    stage.main(few)
+    first = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    stage.main(few + ["--resume"])  # nothing to do
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines() == first
+    capsys.readouterr()
+    stage.main(many + ["--resume"])
+    assert f"{name} 5, where 3 were planned" in capsys.readouterr().out
+    longer = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert longer[:len(first)] == first
+    stage.main([*many, "--out", str(tmp_path / "at once")])
+    once = (tmp_path / "at once" / "metrics.csv").read_text().splitlines()
+    lr = once[0].split(",").index("lr")
+    assert len(longer) == len(once)
+    rates = [[float(row.split(",")[lr] or 0) for row in rows[len(first):]] for rows in (longer, once)]
+    assert rates[0] == rates[1] and rates[0]
+    assert name in error(capsys, stage.__name__, few + ["--resume"])  # shorter is not
+
+
+def test_a_state_of_another_kind_of_device(argv, tmp_path, capsys):
+    """The numbers of its generator do not fit; the run goes on with others, and says so."""
+    options = argv["ppo"] + ["--out", str(tmp_path / "run"), "--updates", "2"]
+    ppo.main(options)
+    path = tmp_path / "run" / "last" / "state.json"
+    state = json.loads(path.read_text())
+    state["settings"]["device"] = "cuda:0"
+    path.write_text(json.dumps(state))
+    ppo.main([*options, "--updates", "3", "--resume"])
+    assert "saved on cuda: on cpu the random numbers of sampling are others" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 5
+
+
+def test_ctrl_c_before_the_first_step(argv, tmp_path):
+    code = ("import os, signal, sys, lib.run, sft\n"
+            "lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+            "sft.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, *argv["sft"], "--out", str(tmp_path / "run")],
+                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.strip() == "interrupted"

@@ -884,6 +884,52 @@ def test_rm_regression_learns_the_scores(home, rm_argv, tmp_path):
     assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
 
 
+def test_rm_regression_on_single_completions(home, rm_argv, tmp_path):
+    """ChatLLaMA's own format: a completion per prompt. Then completions of different prompts are compared."""
+    def singles(records, name):
+        return write_records(tmp_path / name, list({record["user_input"]: record for record in records}.values()))
+
+    data, held_out = singles(home.records["scored"], "data.json"), singles(home.records["scored"][::-1], "eval.json")
+    train_rm.main(rm_argv(data=data, eval_data=held_out, loss="regression", epochs=1, eval_every=3, out=tmp_path / "out"))
+    rows = read_rows(tmp_path / "out")
+    assert all(0 <= row["accuracy"] <= 1 for row in rows if row["accuracy"] is not None)
+    assert sum(row["accuracy"] is not None for row in rows) > len(rows) / 2
+    held = [row for row in rows if row["eval_error"] is not None]
+    assert len(held) > 1 and all(0 <= row["eval_accuracy"] <= 1 for row in held)
+
+
+def test_pairs_across_prompts_against_a_loop(monkeypatch):
+    """Where no prompt has two labels, all pairs of 64 completions at a time count."""
+    labels = torch.tensor([1.0, 3.0, 2.0, 3.0, 0.0])
+    scores = torch.tensor([0.5, 0.4, 0.9, 2.0, 0.6])
+    monkeypatch.setattr(train_rm, "score_texts", lambda *_: scores)
+    accuracy, margin, error, _ = train_rm.evaluate(None, None, [[0], [1], [2], [3], [4]], labels, None, 0)
+    pairs = slow_pairs(scores.tolist(), labels.tolist(), [range(5)])
+    assert len(pairs) == 9
+    assert accuracy == pytest.approx(sum(pair[0] for pair in pairs) / 9)
+    assert margin == pytest.approx(sum(pair[1] for pair in pairs) / 9)
+    assert error == pytest.approx(math.sqrt(sum((a - b) ** 2 for a, b in zip(scores.tolist(), labels.tolist())) / 5))
+
+
+def test_rm_warns_of_data_that_cannot_be_learned(rm_argv, tmp_path, capsys):
+    """The same text with two scores is named at once; scores that say nothing, after an epoch."""
+    records = [{"user_input": f"Say {n}.", "completion": text, "score": score}
+               for n in range(12) for text, score in (("yes.", 1), ("no.", 0), ("yes.", 0), ("no.", 1))]
+    records[3]["completion"] = "or."
+    train_rm.main(rm_argv(data=write_records(tmp_path / "data.json", records), eval_data=None, epochs=1, lr=1e-6, out=tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert f"warning: {tmp_path / 'data.json'}: 23 times the same text has another score, as in the records 1 and 3" in said
+    assert "warning: epoch 1: the mean loss is 0." in said and "log 2 = 0.693" in said
+    numbers = re.search(r"on the records ([\d, ]+)", said)[1].split(", ")
+    assert 2 <= len(numbers) <= 8 and all(1 <= int(number) <= 48 for number in numbers)
+
+
+def test_rm_has_no_warning_for_good_data(rm_run, rm_argv, tmp_path, capsys):
+    train_rm.main(rm_argv(out=tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "warning: epoch 2" not in said and "warning: epoch 3" not in said and "another score" not in said
+
+
 def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypatch, capsys):
     """Exit code 1, the numbers of the records, nothing exported."""
     ranking_loss = train_rm.ranking_loss
@@ -1236,8 +1282,12 @@ def test_target_kl_ends_an_update_early(ppo_argv, tmp_path, monkeypatch):
     assert [len(steps) for steps in updates] == [6, 6]
     target = sorted(updates[0])[2]  # somewhere on the way
     updates.clear()
+    steps, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: steps.append(1) or step(*given))
     ppo.main(ppo_argv(**changes, target_kl=target, out=tmp_path / "held"))
     assert 1 < len(updates[0]) < 6 and len(updates) == 2
+    # the step that was found too far is not taken, neither by the actor nor by the critic
+    assert len(steps) == 2 * sum(kl <= target for update in updates for kl in update)
     for steps in updates:
         assert all(kl <= target for kl in steps[:-1]) and (steps[-1] > target or len(steps) == 6)
 
@@ -1328,12 +1378,42 @@ def test_a_bad_record_is_named(argv_of, tmp_path, capsys, stage, change, said):
 
 
 @pytest.mark.parametrize("option", ["data", "eval_data"])
-@pytest.mark.parametrize("second", [{"completion": "no."}, {"user_input": "Bye", "score": 2}],
+@pytest.mark.parametrize("second, words", [({"completion": "no."}, "every score is 1"),
+                                           ({"user_input": "Bye", "score": 2}, "nothing to rank; --loss regression")],
                          ids=["equal scores", "single completions"])
-def test_nothing_to_rank(argv_of, tmp_path, capsys, option, second):
+def test_nothing_to_rank(argv_of, tmp_path, capsys, option, second, words):
     data = write_records(tmp_path / "pairless.json", [RECORDS["train_rm"], RECORDS["train_rm"] | second])
     line = error_line(capsys, lambda: train_rm.main(argv_of("train_rm", **{option: data})))
-    assert line.startswith(f"error: {data}: ") and "nothing to rank" in line
+    assert line.startswith(f"error: {data}: ") and words in line
+
+
+def test_what_a_chat_template_refuses_is_named(argv_of, home, sft_run, rm_run, tmp_path, capsys):
+    """File and record, in each stage."""
+    dialogue = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+    template = "{% if messages[1:] and messages[1].role == 'assistant' and messages[2:] %}{{ raise_exception('too long') }}{% endif %}"
+    for folder in (sft_run.folder, rm_run.folder):
+        copy_of = tmp_path / os.path.basename(folder)
+        shutil.copytree(folder, copy_of, ignore=shutil.ignore_patterns("last"))
+        (copy_of / "chat_template.jinja").write_text(template + home.tokenizer.chat_template, "utf-8")
+    for stage in STAGES:
+        data = write_records(tmp_path / "data.json", [RECORDS[stage], RECORDS[stage] | {"user_input": dialogue}])
+        models = dict(sft=tmp_path / os.path.basename(sft_run.folder), rm=tmp_path / os.path.basename(rm_run.folder))
+        if stage != "ppo":
+            models = dict(model=models["sft"])
+        argv = argv_of(stage, **models, **{"prompts" if stage == "ppo" else "data": data})
+        line = error_line(capsys, lambda: STAGES[stage].main(argv))
+        assert line.startswith(f"error: {data}: record 2 (") and "too long" in line
+
+
+def test_sft_gives_the_embedding_the_rows_that_it_lacks(argv_of, sft_run, tmp_path, capsys):
+    larger = AutoTokenizer.from_pretrained(sft_run.folder)
+    larger.add_special_tokens({"pad_token": "[PAD]"})
+    larger.save_pretrained(tmp_path / "tokenizer")
+    argv = argv_of("sft", model=sft_run.folder, tokenizer=tmp_path / "tokenizer", epochs=1)
+    assert "[PAD]" in error_line(capsys, lambda: sft.main(argv))
+    sft.main([*argv, "--resize_embedding"])
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(trained.lm_head.weight) == len(larger) == trained.config.vocab_size
 
 
 def test_tokenizers_that_differ(argv_of, rm_run, tmp_path, capsys):

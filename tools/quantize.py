@@ -109,12 +109,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.quantize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="whatever --model of the stages takes")
+    parser.add_argument("--tokenizer", help="where its tokenizer is, if not with the model")
     parser.add_argument("--max_new_tokens", type=positive, default=64,
                         help="tokens per answer at most (default 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of what is not quantized (default float32)")
     args = parser.parse_args(argv)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
     full = load_llama(args.model, tokenizer, getattr(torch, args.dtype))
     prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     out = generate(full, *left_pad(prompts, tokenizer.pad_token_id), args.max_new_tokens,

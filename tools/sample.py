@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lib.data import encode_prompts, left_pad, read_records, save
-from lib.run import DEVICE, door, positive, stop, usable_device, whole
+from lib.run import DEVICE, door, fingerprint, positive, stop, usable_device, whole
 from model import generate, load_llama, load_tokenizer
 from tools.commands import add_command, digest, journal_of, not_negative
 from tools.get_data import as_text, prompt_key
@@ -30,7 +30,7 @@ def sample(args):
     on with the same result."""
     records = read_records(args.file, "user_input")
     prompts = list({prompt_key(r["user_input"]): r["user_input"] for r in records}.values())
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
     llama = load_llama(args.model, tokenizer).to(args.device)
     context = llama.config.max_position_embeddings
     room = context - args.max_new_tokens
@@ -39,9 +39,8 @@ def sample(args):
              f"context is {context} tokens")
     journal = journal_of(args)
     tokens = encode_prompts(prompts, tokenizer, room, args.file)
-    config = os.path.join(args.model, "config.json")
     # a model that was trained again under the same name is another model
-    trained = os.path.getmtime(config) if os.path.exists(config) else 0
+    trained = fingerprint(args.model) if os.path.exists(args.model) else ""
     how = [args.model, trained, args.k, args.temperature, args.top_k, args.top_p,
            args.max_new_tokens, args.seed]
     keys = [digest("sample", how, prompt_key(prompt)) for prompt in prompts]
@@ -164,6 +163,7 @@ def main(argv=None):
         "python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out "
         "samples.json",
         ("model", "runs/sft", "checkpoint, as sft.py takes it", str),
+        ("tokenizer", None, "where its tokenizer is, if not with it", str),
         ("k", 4, "completions per prompt", positive),
         ("max_new_tokens", 128, "longest completion, tokens", positive),
         ("temperature", 1.0, "of the sampling", not_negative),

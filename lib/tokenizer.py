@@ -1,0 +1,271 @@
+"""The tokenizer of a checkpoint of any origin: Hugging Face's, Meta's, GGUF's."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+
+from huggingface_hub import try_to_load_from_cache
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from lib.checkpoints import is_meta, open_gguf, quiet, refuse_others, said_in
+from lib.data import encode_completion
+from lib.run import explain, stop
+
+# For a checkpoint without a chat template. The completion follows "Assistant:", and ends with </s>.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
+
+
+# ------------------------------------------------------------------------------------------------
+# sentencepiece, the tokenizer of LLaMA 1 and 2
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of its pieces
+
+
+def is_markup(token, template):
+    """Whether the chat template writes it to tell who speaks, as <|im_start|>."""
+    return bool(re.fullmatch(r"[<\[].+[>\]]", token)) and token in str(template)
+
+
+def read_sentencepiece(model, template=""):
+    """The bytes of a sentencepiece model, such as LLaMA's `tokenizer.model`, as a `Tokenizer` that
+    gives the same tokens.
+
+    sentencepiece joins the two neighbours whose union has the highest score, of equal ones the
+    leftmost. A `Tokenizer` joins those that stand first in a list of pairs, which is therefore in
+    the order of the scores of their unions. (Not of their ids: LLaMA gives its pieces of several
+    spaces low ids and the lowest score, so that they are joined last.) Among equal scores, the
+    longest left parts come first: so a run of spaces is joined from the left.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    rules = proto.normalizer_spec
+    if not proto.pieces or proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise ValueError("no BPE model of sentencepiece, as LLaMA's is")
+    if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
+        raise ValueError("it normalizes texts, which LLaMA's does not")
+    pieces, scores, kinds = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
+    normal = {piece: score for piece, score, kind in zip(pieces, scores, kinds) if kind == NORMAL}
+    pairs = [(-score, -cut, piece[:cut], piece[cut:]) for piece, score in normal.items()
+             for cut in range(1, len(piece)) if piece[:cut] in normal and piece[cut:] in normal]
+    pairs.sort(key=lambda pair: pair[:2])
+    control = [piece for piece, kind in zip(pieces, kinds) if kind in (CONTROL, UNKNOWN)
+               or kind == USER_DEFINED and is_markup(piece, template)]
+    whole = {piece for piece, kind in zip(pieces, kinds) if kind == USER_DEFINED} - set(control)
+    backend = Tokenizer(models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[pair[2:] for pair in pairs],
+        unk_token=next((p for p, kind in zip(pieces, kinds) if kind == UNKNOWN), None),
+        fuse_unk=True, byte_fallback=BYTE in kinds, ignore_merges=bool(whole)))
+    spaces = [normalizers.Prepend("▁")] * rules.add_dummy_prefix + [normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(spaces)
+    if whole:
+        # User-defined pieces are cut out first, the longest first, and `ignore_merges` takes them
+        # as they are. What only looks like a control token is cut too, else it would be taken so.
+        cuts = [re.escape(piece) for piece in sorted(whole, key=len, reverse=True)]
+        cuts += [f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in control]
+        cuts += ["<(?=0x[0-9A-F]{2}>)"]
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(cuts)), "isolated")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * rules.add_dummy_prefix)
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False)
+                                for piece in control])
+    return backend
+
+
+def sentencepiece_model(pieces, scores, kinds, add_prefix):
+    """The bytes of a sentencepiece model, from what a `.gguf` file states of it."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    for piece, score, kind in zip(pieces, scores, kinds):
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = BYTE in kinds
+    rules = proto.normalizer_spec
+    rules.add_dummy_prefix, rules.remove_extra_whitespaces = bool(add_prefix), False
+    return proto.SerializeToString()
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+class Llama3Converter(TikTokenConverter):
+    """transformers' converter for LLaMA 3's `tokenizer.model`, whose lines are `base64(token)
+    rank`."""
+
+    @staticmethod
+    def load_tiktoken_bpe(path):
+        with open(path, "rb") as file:
+            pairs = [line.split() for line in file if line.strip()]
+        return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def is_tiktoken(model):
+    """Whether a `tokenizer.model` is in tiktoken's text format, as LLaMA 3's."""
+    return model[:64].split(b"\n")[0].split()[-1:] == [b"0"]
+
+
+def read_tokenizer_model(path):
+    """Meta's `tokenizer.model`: sentencepiece for LLaMA 1 and 2, tiktoken's text format for LLaMA
+    3."""
+    with open(path, "rb") as file:
+        model = file.read()
+    if is_tiktoken(model):
+        backend = Llama3Converter(path, extra_special_tokens=LLAMA3_SPECIAL).converted()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0],
+                                       eos_token=LLAMA3_SPECIAL[1], pad_token=LLAMA3_SPECIAL[4])
+    return made_from(model, "", dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"))
+
+
+def read_tokenizer_gguf(path):
+    """The tokenizer of a `.gguf` file. LLaMA 3's as transformers builds it, less what it gets
+    wrong: an <|endoftext|> more than the embedding has, and words that no merge makes."""
+    reader = open_gguf(path)
+
+    def said(key, default=None):
+        return said_in(reader, f"tokenizer.{key}", default)
+
+    if said("ggml.model") == "llama":
+        pieces = said("ggml.tokens")
+        model = sentencepiece_model(pieces, said("ggml.scores"), said("ggml.token_type"),
+                                    said("ggml.add_space_prefix", True))
+        names = dict(unk_token="unknown", bos_token="bos", eos_token="eos", pad_token="padding")
+        ids = {role: said(f"ggml.{name}_token_id") for role, name in names.items()}
+        return made_from(model, said("chat_template"),
+                         {role: pieces[i] for role, i in ids.items() if i is not None})
+    theirs = AutoTokenizer.from_pretrained(os.path.dirname(path) or ".",
+                                           gguf_file=os.path.basename(path))
+    state = json.loads(theirs.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in vocab]
+    state["model"]["ignore_merges"] = True
+    special = {role: token for role, token in roles_of(theirs).items() if token in vocab}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+                                   chat_template=theirs.chat_template, **special)
+
+
+def read_tokenizer_hugging_face(path):
+    """As transformers reads it. But where there is only sentencepiece's model, which transformers
+    would convert with its merges in the order of ids, it is converted here."""
+    theirs = AutoTokenizer.from_pretrained(path)
+
+    def content(name):
+        file = os.path.join(path, name)
+        if not os.path.isdir(path):
+            file = try_to_load_from_cache(path, name)
+        if not isinstance(file, str) or not os.path.exists(file):
+            return b""
+        with open(file, "rb") as opened:
+            return opened.read()
+
+    model = content("tokenizer.model")
+    theirs.sentencepiece = b"" if is_tiktoken(model) else model
+    if content("tokenizer.json") or not theirs.sentencepiece:
+        return theirs
+    ours = made_from(theirs.sentencepiece, theirs.chat_template, roles_of(theirs))
+    for _, token in sorted(theirs.added_tokens_decoder.items()):
+        if token.special:
+            ours.backend_tokenizer.add_special_tokens([token])
+        elif token.content not in ours.get_vocab():  # else the model's own user-defined piece
+            ours.backend_tokenizer.add_tokens([token])
+    return ours
+
+
+def made_from(model, template, roles):
+    """The tokenizer of a sentencepiece model, whose bytes it keeps: it is exported with them, since
+    llama.cpp's converter reads the scores there."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read_sentencepiece(model, template),
+                                        chat_template=template or None, **roles)
+    tokenizer.sentencepiece = model
+    return tokenizer
+
+
+def roles_of(tokenizer):
+    """{"eos_token": "</s>", ...}"""
+    return {role: token for role, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)}
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint (see `lib.checkpoints.read`), or of a folder that holds a
+    `tokenizer.model`.
+
+    Its `end_ids` are the tokens that end an answer, first the one with which the template does so.
+    It has a chat template, its own or CHAT_TEMPLATE, and a padding token that does not end an
+    answer: a reward model is read at the last token that is not padding, which is such an end.
+    """
+    if path == "data/tokenizer" and not os.path.isdir(path):  # else it would be sought on the hub
+        stop(f"{path}: missing, and the demo's vocabulary with it; run python data_gen.py first, "
+             "or name a model")
+    refuse_others(path)
+    folders = [path, os.path.dirname(os.path.abspath(path))] if is_meta(path) else [path]
+    metas = next((file for folder in folders
+                  if os.path.exists(file := os.path.join(folder, "tokenizer.model"))), None)
+    with explain(f"{path}: no tokenizer can be loaded from it"), quiet():
+        if path.endswith(".gguf"):
+            tokenizer = read_tokenizer_gguf(path)
+        elif metas and not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+            tokenizer = read_tokenizer_model(metas)
+        else:
+            tokenizer = read_tokenizer_hugging_face(path)
+    if tokenizer.eos_token_id is None:
+        stop(f"{path}: the tokenizer has no end-of-sequence token")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    # a token that the template writes is a control token, even where it is not flagged as one
+    unflagged = [token.content for token in tokenizer.added_tokens_decoder.values()
+                 if not token.special and is_markup(token.content, tokenizer.chat_template)]
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in unflagged])
+    vocab_size, ends = stated(path)
+    with explain(path):
+        end = encode_completion(tokenizer, "a", "b")[1][-1]
+    tokenizer.end_ids = list(dict.fromkeys([end, tokenizer.eos_token_id, *ends]))
+    tokenizer.pad_token = padding_token(tokenizer, vocab_size, path)
+    return tokenizer
+
+
+def stated(path):
+    """What a Hugging Face checkpoint states of its tokens beside the tokenizer: the rows of its
+    embedding, 0 if unknown, and the ids that end a text, such as LLaMA 3's three: those of
+    generation_config.json, else of config.json. (transformers' classes would make them up.)"""
+    if path.endswith(".gguf") or is_meta(path):
+        return 0, []
+    config, ends = {}, None
+    with contextlib.suppress(Exception), quiet():  # a folder of a tokenizer alone has neither
+        config, _ = LlamaConfig.get_config_dict(path)
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    if ends is None:
+        ends = config.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return config.get("vocab_size", 0), ends
+
+
+def padding_token(tokenizer, vocab_size, path):
+    """A token to pad with: the tokenizer's own unless that may end an answer, else one that no text
+    holds: one named so, the unknown one, any other control token that has no part in the template,
+    the beginning of a text; or a new one, if the embedding of `vocab_size` rows has room for it."""
+    control = [token.content for token in tokenizer.added_tokens_decoder.values()
+               if token.special and token.content not in str(tokenizer.chat_template)]
+    named = [token for token in control if re.search("pad|reserved|unused", token, re.IGNORECASE)]
+    roles = roles_of(tokenizer).values()
+    idle = [token for token in control if token not in roles]
+    for token in (tokenizer.pad_token, *named, tokenizer.unk_token, *idle, tokenizer.bos_token):
+        if token and tokenizer.convert_tokens_to_ids(token) not in tokenizer.end_ids:
+            return token
+    if len(tokenizer) < vocab_size and "<pad>" not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        return "<pad>"
+    stop(f"{path}: no token to pad with, since each of its control tokens may end an answer: set "
+         "pad_token in its tokenizer_config.json to another token, one that no text holds")
