@@ -317,22 +317,28 @@ def judge_reward_models(args, judges):
     return rows
 
 
+def gold_of_best(scores, gold, n):
+    """The gold score of the best by `scores` among n answers, in the mean over all choices of n
+    from the N of a prompt, and over the prompts. `scores`, `gold` (prompts, N) -> a number.
+
+    The k-th of them in the order of their scores, from 0, is the best of C(k, n - 1) choices.
+    """
+    number = scores.shape[1]
+    weights = torch.tensor([math.comb(k, n - 1) / math.comb(number, n) for k in range(number)])
+    return (gold.gather(1, scores.argsort(1)) * weights).sum(1).mean().item()
+
+
 def best_of_n(args, judges, asked):
-    """The gold score of the answer that reward model A likes best among n of the SFT model, in the
-    mean over all choices of n from `best_of` samples; KL = log n - (n - 1) / n."""
+    """What choosing with reward model A among n answers of the SFT model is worth: its gold score,
+    and its KL, log n - (n - 1) / n."""
     number = args.best_of
     prompts = [prompt for prompt in asked[:args.best_of_prompts] for _ in range(number)]
     _, words, _ = judges.answer(judges.sft, prompts, 1.0)
     scores = judges.scores(judges.reward, prompts, words).view(-1, number)
     gold = judges.scores(judges.gold, prompts, words).view(-1, number)
-    ordered = gold.gather(1, scores.argsort(1))  # the k-th is the best of C(k, n - 1) choices
-    rows, n = [], 1
-    while n <= number:
-        weights = torch.tensor([math.comb(k, n - 1) / math.comb(number, n) for k in range(number)])
-        rows.append(dict(n=n, kl=math.log(n) - (n - 1) / n,
-                         gold=(ordered * weights).sum(1).mean().item()))
-        n *= 2
-    return rows
+    powers = [2 ** i for i in range(number.bit_length()) if 2 ** i <= number]
+    return [dict(n=n, kl=math.log(n) - (n - 1) / n, gold=gold_of_best(scores, gold, n))
+            for n in powers]
 
 
 def metrics(folder):
