@@ -1,5 +1,6 @@
 """Data: files -> records -> tokens -> batches. docs/data.md has the formats."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -16,8 +17,9 @@ from lib.run import explain, first_line, stop, write_whole
 # ------------------------------------------------------------------------------------------------
 # Files and records
 
-def read_values(path):
-    """The JSON values of a file: an array, or one per line, whatever its name; `.gz` of either."""
+def read_values(path, whole=False):
+    """The JSON values of a file: an array, or one per line, whatever its name; `.gz` of either.
+    `whole`: or one object over all lines, as it is."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = file.read().decode("utf-8-sig")
@@ -27,10 +29,15 @@ def read_values(path):
         stop(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8")
     except (OSError, EOFError, zlib.error) as error:
         stop(f"{path}: cannot be read ({error})")
+    if text.startswith("version https://git-lfs"):
+        stop(f"{path}: a pointer of Git LFS, not the file: run git lfs pull beside it")
     number = 0
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
+        if whole:
+            with contextlib.suppress(ValueError):  # more than one
+                return json.loads(text)
         values = []
         for number, line in enumerate((line for line in text.split("\n") if line.strip()), 1):
             values.append(json.loads(line))
