@@ -33,7 +33,7 @@ import train_rm
 from lib.data import encode_prompt, left_pad, read_records
 from tools import get_data, layouts, llm_data
 from tools import sample as sampling
-from tools.llm import retry_after
+from tools.llm import retry_after, without_thoughts
 
 ROOT = Path(__file__).parents[1]
 EN, ZH = "Name a kind of bird.", "请说出一种鸟。"
@@ -468,6 +468,11 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             with server.lock:
                 server.answered[question] += 1
                 reply = server.reply(question, server.answered[question])
+            wants = [key for key in getattr(server, "wants", {}) if key in body]
+            if wants:
+                return self.answer(400, server.wants[wants[0]])
+            if isinstance(reply, bytes):
+                return self.answer(200, reply)
             if isinstance(reply, int):
                 return self.answer(reply, f"no: {self.headers.get('Authorization')}".encode())
             text, finish = reply if isinstance(reply, tuple) else (reply, "stop")
@@ -617,9 +622,71 @@ def test_nobody_answers(tmp_path, capsys):
     ("The score ranges from 0 to 5. Score: 3", 3), ("1. right 2. polite. Score: 3", 3), ("Score: 4/5\nIt has 2 good points.", 4), ("a 4.", 4),
     ("四分", 4), ("四分半", 4.5), ("评分：四点五", 4.5), ("满分5分，我给4分", 4), ("评分：4.5分（满分5分）", 4.5), ("５", 5), ("五", 5), ("得分：三", 3),
     ("0 分", 0), ("总分：4分", 4), ("Score: 7", None), ("Score: -1", None), ("2024", None), ("Good.", None), ("", None), ("Between 3 and 4", None),
-    ("十分好", None), ("第一，正确；第二，简洁。", None)])
+    ("十分好", None), ("第一，正确；第二，简洁。", None), ("4,5", 4.5), ("Note: 4,5/5", 4.5), ("Score: 4,25", 4.25), ("评分：4,5分", 4.5)])
 def test_read_score(text, score):
     assert llm_data.read_score(text) == score
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("<think>I would give Score: 1, but</think>\n\nScore: 4", "Score: 4"), ("<think>I would give Score: 1, but", ""),
+    ("Hm, Score: 1.\n</think>Score: 4", "Score: 4"), ("<thinking>1</thinking> 4 <think>2", "4"), ("Score: 4", "Score: 4"),
+    ("<think>a</think>b<think>c</think>Score: 4", "Score: 4"), ("I think 4 < 5 > 3", "I think 4 < 5 > 3")])
+def test_thoughts_are_no_answer(text, rest):
+    assert without_thoughts(text) == rest
+
+
+def test_a_judge_that_thinks_aloud(tmp_path, llm, capsys):
+    """Thoughts and cut answers never score; nor do they become what is asked or answered."""
+    replies = ["<think>Score: 1, but</think>Score: 4", ("<think>I would give Score: 1, but", "length"), ("Score: 3 since", "length"), "Score: 2"]
+    server = llm(lambda question, n: replies[number_of(question) % 4])
+    run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server))
+    scores = {number_of(str(record)): record["score"] for record in read(tmp_path / "y.json")}
+    assert scores == {n: [4, None, None, 2][n % 4] for n in range(24) if n % 4 in (0, 3)}
+    assert len(read(tmp_path / "y_unscored.json")) == 12
+
+
+def test_a_server_that_wants_the_question_in_another_form(tmp_path, llm, capsys):
+    """max_completion_tokens, and no temperature: said once each, then every question has that form at once."""
+    server = llm(lambda question, n: "5")
+    server.wants = {"max_tokens": b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+                    "temperature": b"Unsupported value: 'temperature' does not support 0.1 with this model."}
+    run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server, workers=1, retries=0))
+    said = capsys.readouterr()
+    assert len(read(tmp_path / "y.json")) == 24
+    assert (said.out + said.err).count("wants max_completion_tokens") == (said.out + said.err).count("allows no temperature") == 1
+    assert len(server.requests) == 26 and set(server.requests[-1][2]) == {"model", "messages", "stream", "max_completion_tokens"}
+
+
+ODD_REPLIES = {  # what comes with code 200: what is said of it, None: it is an answer that scores nothing
+    b'{"error": {"message": "model is loading"}}': "the server says: model is loading",
+    b'{"error": "busy"}': "the server says: busy",
+    b"<!DOCTYPE html><html>Welcome</html>": "a web page, not JSON: is /v1 missing",
+    b"ok": "the reply is not JSON: b'ok'",
+    b"[]": "the reply holds no choices",
+    b'{"choices": [{"message": {"content": null, "refusal": "No."}, "finish_reason": "stop"}]}': None,
+}
+
+
+@pytest.mark.parametrize("reply", ODD_REPLIES)
+def test_odd_replies_are_told_in_plain_words(tmp_path, llm, capsys, reply):
+    server, said = llm(lambda question, n: reply), ODD_REPLIES[reply]
+    line = refused(capsys, lambda: run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json",
+                                       **asking(server, retries=1, workers=1)), code=1)
+    assert (said or "not one record got a score") in line and "Error" not in line
+
+
+def test_a_missing_v1_is_suspected(tmp_path, llm, capsys):
+    server = llm(lambda question, n: 404)
+    line = refused(capsys, lambda: run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server)), code=1)
+    assert "HTTP 404" in line and "is /v1 missing" in line
+
+
+def test_content_in_parts_and_usage_as_text(tmp_path, llm, capsys):
+    reply = {"choices": [{"message": {"content": [{"type": "text", "text": "Score: "}, {"type": "text", "text": "4"}]},
+                          "finish_reason": "stop"}], "usage": "7 tokens"}
+    server = llm(lambda question, n: json.dumps(reply).encode())
+    run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server))
+    assert {record["score"] for record in read(tmp_path / "y.json")} == {4}
 
 
 def test_judge_in_place_of_an_llm(tmp_path, capsys):
@@ -716,6 +783,17 @@ def test_read_list():
     assert llm_data.read_list({"text": text, "finish": "length"})[-1] == "Second"  # the last was cut off
     for finish in ("stop", "length"):
         assert llm_data.read_list({"text": "I cannot.", "finish": finish}) is None
+
+
+@pytest.mark.parametrize("text, entries", [
+    ("1. Plan a trip:\n   1. the route\n   2. the food\n2. Sing.", ["Plan a trip:\n   1. the route\n   2. the food", "Sing."]),
+    ("  1. One.\n  2. Two.\n\nI hope these help!", ["One.", "Two."]),
+    ("1. One:\n\na text\n\n2. Two:\n\nanother", ["One:\n\na text", "Two:\n\nanother"]),
+    ("1. **Translate:** the text\n2. **Sing a song**\n3. *Dance*", ["Translate: the text", "Sing a song", "Dance"]),
+    ('1. "Sing"\n2. Say "hello"\n3. "A" or "B"', ["Sing", 'Say "hello"', '"A" or "B"']),
+])
+def test_read_list_takes_the_outer_level_and_whole_markup(text, entries):
+    assert llm_data.read_list({"text": text, "finish": "stop"}) == entries
 
 
 def inventor(question, n):

@@ -41,40 +41,84 @@ def retry_after(value):
     return 0.0
 
 
-def send(args, key, question):
-    """The LLM's answer to one message of a user: {"text", "finish", "tokens"}."""
+def without_thoughts(text):
+    """An answer without the reasoning before it, <think>...</think>; "" while that still goes on.
+    (Some servers leave out the opening tag.)"""
+    tag = "(?:think|thinking|thought|reasoning)"
+    text = re.sub(rf"(?s)^.*</{tag}>", "", text)
+    return re.sub(rf"(?s)<{tag}>.*$", "", text).strip()
+
+
+# What a server's 400 may complain of, and how the question is then put: once said, for all others
+FORMS = {"max_completion_tokens": "it wants max_completion_tokens in place of max_tokens",
+         "temperature": "it allows no temperature: its own is used"}
+
+
+def send(args, key, question, forms):
+    """The LLM's answer to one message of a user: {"text", "finish", "tokens"}. `forms`: the keys of
+    FORMS that this server wants. Raises ValueError, in plain words, for what is no answer."""
     body = {"model": args.model, "messages": [{"role": "user", "content": question}],
-            "temperature": args.temperature, "max_tokens": args.max_tokens, "stream": False}
+            "stream": False}
+    limit = "max_completion_tokens" if "max_completion_tokens" in forms else "max_tokens"
+    body[limit] = args.max_tokens
+    if "temperature" not in forms:
+        body["temperature"] = args.temperature
     request = urllib.request.Request(args.api_base.rstrip("/") + "/chat/completions",
                                      json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     if key:  # not to where the server redirects
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     with urllib.request.urlopen(request, timeout=args.timeout) as response:
-        reply = json.load(response)
-    choice = reply["choices"][0]
-    text = (choice["message"]["content"] or "").encode("utf-8", "replace").decode()
-    tokens = (reply.get("usage") or {}).get("total_tokens") or 0
-    return {"text": text, "finish": choice.get("finish_reason"), "tokens": tokens}
+        said = response.read()
+    try:
+        reply = json.loads(said)
+    except ValueError:
+        raise ValueError("the reply is a web page, not JSON: is /v1 missing at the end of "
+                         "--api_base?" if said.lstrip()[:1] == b"<" else
+                         f"the reply is not JSON: {said[:100]!r}") from None
+    if not isinstance(reply, dict) or not reply.get("choices"):
+        error = reply.get("error") if isinstance(reply, dict) else None
+        error = error.get("message") if isinstance(error, dict) else error
+        raise ValueError(f"the server says: {error}" if error else "the reply holds no choices")
+    message = reply["choices"][0].get("message") or {}
+    text = message.get("content") or ""  # null where the model refuses
+    if isinstance(text, list):
+        text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
+    usage = reply.get("usage")
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return {"text": text.encode("utf-8", "replace").decode(),
+            "finish": reply["choices"][0].get("finish_reason"),
+            "tokens": tokens if isinstance(tokens, int) else 0}
 
 
-def chat(args, question, stopped):
+def chat(args, question, stopped, forms):
     """`send`, again after rate limits, errors of the server, time-outs, cut connections and what is
     no answer: after 1, 2, 4 ... times --backoff seconds, or what Retry-After says if that is
     longer. Raises Unanswered or Refused."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    failure = Unanswered
-    for attempt in range(args.retries + 1):
+    failure, attempt = Unanswered, -1
+    while attempt < args.retries:
+        attempt += 1
         wait = min(60.0, args.backoff * 2**attempt)
         wait *= random.uniform(0.75, 1.0)  # not all workers at once
         try:
-            return send(args, key, question)
+            put = set(forms)
+            return send(args, key, question, put)
         except urllib.error.HTTPError as error:
             said = error.reason.encode()
             with contextlib.suppress(OSError, http.client.HTTPException):
                 said = error.read(1000)
             said = " ".join(said.decode(errors="replace").split())[:200]
             problem = f"HTTP {error.code}: {said}"
+            if error.code == 404:
+                problem += " (is /v1 missing at the end of --api_base, or --model unknown there?)"
+            if wanted := next((form for form in FORMS if error.code == 400 and form in said
+                               and form not in put), None):
+                if wanted not in forms:
+                    forms.add(wanted)
+                    tqdm.write(f"{args.api_base}: {FORMS[wanted]}")
+                attempt -= 1
+                continue
             if error.code in (400, 413, 422):  # this question: too long, say
                 break
             if error.code < 500 and error.code not in (408, 409, 425, 429):
@@ -82,7 +126,9 @@ def chat(args, question, stopped):
                 break
             wait = max(wait, retry_after(error.headers.get("Retry-After")))
         except Exception as error:  # the network's, or the reply is something else
-            problem = f"{type(error).__name__}: {first_line(error)}"
+            problem = first_line(error)
+            if not isinstance(error, ValueError):
+                problem = f"{type(error).__name__}: {problem}"
         if attempt < args.retries and stopped.wait(wait):
             break
     raise failure(problem.replace(key, "***") if key else problem)
@@ -97,17 +143,18 @@ def ask(args, journal, questions, read, title):
     row without any answer the run ends. Whatever ends it, what has been answered is in the journal,
     and what is being answered is waited for.
     """
-    stopped, spent = threading.Event(), Counter()
+    stopped, spent, forms = threading.Event(), Counter(), set()
     results, unanswered, in_a_row = {}, [], 0
 
     def work(salt, text):
         for attempt in range(args.tries):
             key = digest(args.model, args.temperature, args.max_tokens, salt, text, attempt)
             if key not in journal.answers:
-                answer = chat(args, text, stopped)
+                answer = chat(args, text, stopped, forms)
                 journal.add(key, answer)
                 spent["tokens"] += answer["tokens"]
-            if (value := read(journal.answers[key])) is not None:
+            answer = journal.answers[key]
+            if (value := read(answer | {"text": without_thoughts(answer["text"])})) is not None:
                 return value
             spent["unusable"] += 1
 

@@ -84,8 +84,14 @@ SCALED = rf"{VALUE}(?:\s*分?\s*(?:/|out of)\s*(\d+)|\s*分)"
 ALONE = rf"(?<![\w.]){VALUE}(?!\w)"
 
 
+def judged(answer):
+    """The score of a judge's answer; None if there is none, or if it was cut: what it would have
+    said in the end is not known."""
+    return None if answer["finish"] == "length" else read_score(answer["text"])
+
+
 def read_score(text):
-    """The score in [0, 5] that a judge's answer gives, or None: of "Score: 4/5", "**4.5**",
+    """The score in [0, 5] that a judge's text gives, or None: of "Score: 4/5", "**4.5**", "4,5",
     "8 out of 10" (4.0), "四分半" (4.5).
 
     The last number after a word for score counts; else the last one with a scale ("4/5", "4分");
@@ -96,6 +102,7 @@ def read_score(text):
     text = re.sub(f"{NUMERAL}点{NUMERAL}", lambda m: f"{DIGITS[m[1]]}.{DIGITS[m[2]]}", text)
     text = re.sub(rf"{NUMERAL}(?=\s*(?:分|/)|\s*[。.!]?\s*$)", lambda m: str(DIGITS[m[1]]), text)
     text = re.sub(r"(\d)\s*分半", r"\1.5分", text)
+    text = re.sub(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)
     text = re.sub(SCALE, " ", text)
     alone = set(re.findall(ALONE, text))
     if found := re.findall(NAMED, text) or re.findall(SCALED, text):
@@ -131,7 +138,7 @@ def score(args):
     else:
         questions = [("", fill_in(template, user_input=as_text(record["user_input"]),
                                   completion=record["completion"])) for _, record in todo]
-        scores = ask(args, journal, questions, lambda answer: read_score(answer["text"]), "score")
+        scores = ask(args, journal, questions, judged, "score")
     for (_, record), value in zip(todo, scores):
         record["score"] = value
     scored = [record for record in records if record["score"] is not None]
@@ -201,12 +208,30 @@ def why_unfit(text, language, pool, forbidden):
 
 
 def read_list(answer):
-    """The entries of a numbered list, or None; of an answer that was cut off, without the last."""
-    number = r"(?m)^[ \t*#]*(?:\d+|[一二三四五六七八九十]+)[ \t]*[.)、．:：][*]*"
-    entries = re.split(number, answer["text"])[1:]
+    """The entries of a numbered list, or None; of an answer that was cut off, without the last.
+
+    A list inside an entry stays in it: it is indented further. What follows the last entry after an
+    empty line belongs to it only if other entries have empty lines, too."""
+    number = r"(?m)^([ \t]*)[*#]*(?:\d+|[一二三四五六七八九十]+)[ \t]*[.)、．:：][*]*"
+    marks = list(re.finditer(number, answer["text"]))
+    marks = [mark for mark in marks if len(mark[1].expandtabs()) <= len(marks[0][1].expandtabs())]
+    ends = [mark.start() for mark in marks[1:]] + [len(answer["text"])]
+    entries = [answer["text"][mark.end():end].strip() for mark, end in zip(marks, ends)]
     if answer["finish"] == "length":
         entries = entries[:-1]
-    return [entry.strip(" \t\n*\"“”") for entry in entries] or None
+    elif entries and not any("\n\n" in entry for entry in entries[:-1]):
+        entries[-1] = entries[-1].split("\n\n")[0]
+    return [without_markup(entry) for entry in entries] or None
+
+
+def without_markup(entry):
+    """Without bold type, and without quotation marks around all of it."""
+    entry = entry.replace("**", "").strip(" \t\n*")
+    for opening, closing in ('""', "“”", "''"):
+        inside = entry[1:-1]
+        if entry[:1] == opening and entry[-1:] == closing and not set(inside) & {opening, closing}:
+            return entry[1:-1].strip()
+    return entry
 
 
 def read_answer(answer):
@@ -308,7 +333,7 @@ def main(argv=None):
                              "import knows")
         command.add_argument("--language", choices=["en", "zh", "both"], default="en",
                              help="of the new instructions (default: en)")
-        add_llm(command, 0.7, 1024)
+        add_llm(command, 0.7, 2048)
     command = add_command(
         commands, "score", score,
         "Scores every record of FILE that has no score yet, by an LLM or a Python file.",
@@ -320,7 +345,7 @@ def main(argv=None):
          "key reward)", str))
     command.add_argument("file", metavar="FILE", help="records with user_input and completion")
     command.add_argument("--out", required=True, help="file to write")
-    add_llm(command, 0.1, 64)
+    add_llm(command, 0.1, 1024)
     args = parser.parse_args(argv)
     args.function(args)
 
