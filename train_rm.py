@@ -157,11 +157,14 @@ def group_by_prompt(records, examples):
 
 
 def with_pairs(groups, labels):
-    """The groups whose completions have different labels. If there is none, as where each prompt
-    has one completion, completions of different prompts are compared, 64 at a time."""
+    """The groups whose completions have different labels. If these are fewer than half of the
+    completions, as where each prompt has one, completions of different prompts are compared, 64 at
+    a time: what regression learns makes them comparable."""
     useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
+    if 2 * sum(map(len, useful)) >= len(labels):
+        return useful
     mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(64)
-    return useful or [group.tolist() for group in mixed]
+    return [group.tolist() for group in mixed]
 
 
 def evaluate(reward_model, examples, groups, labels, args, pad_token_id):

@@ -636,13 +636,25 @@ def test_thoughts_are_no_answer(text, rest):
 
 
 def test_a_judge_that_thinks_aloud(tmp_path, llm, capsys):
-    """Thoughts and cut answers never score; nor do they become what is asked or answered."""
+    """Thoughts and cut answers never score."""
     replies = ["<think>Score: 1, but</think>Score: 4", ("<think>I would give Score: 1, but", "length"), ("Score: 3 since", "length"), "Score: 2"]
     server = llm(lambda question, n: replies[number_of(question) % 4])
     run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server))
     scores = {number_of(str(record)): record["score"] for record in read(tmp_path / "y.json")}
     assert scores == {n: [4, None, None, 2][n % 4] for n in range(24) if n % 4 in (0, 3)}
     assert len(read(tmp_path / "y_unscored.json")) == 12
+
+
+def test_thoughts_become_neither_instructions_nor_answers(tmp_path, llm, capsys):
+    def reply(question, n):
+        if "numbered list" in question:
+            return "<think>1. Draw me a map of it.\n2. Say nothing at all, please.</think>1. Name the rivers of Asia.\n2. How do birds fly south?"
+        return f"<think>What is {question}?</think>An answer."
+    server = llm(reply)
+    run("self-instruct", write(tmp_path / "seeds.json", [{"instruction": EN}]), out=tmp_path / "new", eval_share=0, number=2, per_request=2,
+        **asking(server))
+    assert read(tmp_path / "new/actor_training_data.json") == [
+        {"user_input": text, "completion": "An answer."} for text in ("Name the rivers of Asia.", "How do birds fly south?")]
 
 
 def test_a_server_that_wants_the_question_in_another_form(tmp_path, llm, capsys):
