@@ -54,7 +54,9 @@ SETTINGS = [
     # name                demo      real    what it is
     "what goes in and out",
     ("sft",               "runs/sft", "runs/sft", "the SFT model: actor and reference begin as it"),
-    ("rm",                "runs/rm", "runs/rm", "the reward model"),
+    ("rm",                "runs/rm", "runs/rm", "the reward model: ours, or any with one label"),
+    ("reward",            None,     None,   "in place of --rm: a Python file with "
+                                            "score(user_input, completion) -> float"),
     ("tokenizer",         None,     None,   "where the SFT model's tokenizer is, if not with it"),
     ("critic",            "rm",     "rm",   "the critic begins as the reward model, or as the SFT "
                                             "model with a new head", ["rm", "sft"]),
@@ -78,6 +80,7 @@ SETTINGS = [
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
     ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the "
                                             "reward model's"),
+    ("normalize_reward",  False,    False,  "divide the scores by their running deviation"),
     ("whiten_rewards",    False,    False,  "scale the rewards about their mean to deviation 1"),
     ("gamma",             1.0,      1.0,    "discount of later rewards; 1: none"),
     ("lam",               0.95,     0.95,   "lambda of GAE: 0 trusts the critic, 1 the rewards"),
@@ -327,6 +330,10 @@ def score_responses(reward_model, texts, tokenizer, args):
     end-of-sequence (B,). Where it is not, the response was cut, such texts it never saw in
     training, and a fixed score takes the place of its own (lm-human-preferences; Stiennon et al.
     2020)."""
+    ended = torch.tensor([response[-1] in tokenizer.end_ids for _, response in texts],
+                         device=args.device)
+    if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
+        return total(torch.tensor(reward_model.scores(texts), device=args.device)), ended
     lengths = [len(prompt) + len(response) for prompt, response in texts]
     scores = torch.zeros(len(texts), device=args.device)
     for rows, weight in micro_batches(range(len(texts)), lengths, args.micro_batch_size):
@@ -334,14 +341,12 @@ def score_responses(reward_model, texts, tokenizer, args):
         with autocast(args), adapters_off(reward_model):
             values = reward_model(input_ids)
         scores[rows] = weight * values[range(len(rows)), [lengths[i] - 1 for i in rows]]
-    ended = torch.tensor([response[-1] in tokenizer.end_ids for _, response in texts],
-                         device=args.device)
     return total(scores), ended
 
 
 @torch.no_grad()
 def make_experience(actor, critic, reward_model, ref, prompts, minibatches, tokenizer, args,
-                    kl_coef, generator):
+                    kl_coef, generator, normalize=lambda scores: scores):
     """Answer the prompts, and turn what the other three models say of the answers into advantages
     and returns.
 
@@ -375,7 +380,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     ref_logprobs, values = total(ref_logprobs), total(values)  # now every process has them all
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
-    rewards = token_rewards(scores, kl, mask, kl_coef)
+    rewards = token_rewards(normalize(scores), kl, mask, kl_coef)
     if args.whiten_rewards:
         # about their mean, which stays: moving it would pay for long or for short responses
         # (lm-human-preferences; Huang et al. 2024)
@@ -527,7 +532,7 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 @door
 def main(argv=None):
-    args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm"])
+    args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
     if args.temperature <= 0:
         stop("--temperature must be above 0: PPO learns from samples")
     if not args.prompts and not args.dry_run:
@@ -535,19 +540,24 @@ def main(argv=None):
     if args.dry_run:
         from tools import budget
         return budget.dry_run("ppo", args.sft, args)
+    if args.reward and args.rm != "runs/rm":
+        stop("--reward takes the place of --rm: give one of them")
+    from tools import rewards
     start_processes(args)
     run = Run(args, "ppo")
     if demo:  # a path that the user named is never made up
         run_missing_stages(args)
-    for path, script in (("runs/sft", "sft.py"), ("runs/rm", "train_rm.py")):
-        if path in (args.sft, args.rm) and not os.path.isdir(path):
+    for path, script in ((args.sft, "sft.py"), (not args.reward and args.rm, "train_rm.py")):
+        if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
             stop(f"{path}: missing; run python {script} first")
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.sft)
-    if load_tokenizer(args.rm).get_vocab() != tokenizer.get_vocab():
-        stop(f"{args.rm}: its tokenizer is not that of {args.sft}; train the reward model from "
-             "this SFT model")
+    text_reward = rewards.of_texts(args, tokenizer)  # None: a reward model on our own tokens
+    critic_is = "sft" if text_reward else args.critic
+    if critic_is != args.critic:
+        print(f"{text_reward.name} scores texts: the critic begins as the SFT model, with a new "
+              "head")
 
     def learning(model):
         return place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -561,11 +571,11 @@ def main(argv=None):
     # alone (Huang et al. 2024). With LoRA, what is frozen is what learns with its adapters off: two
     # LLaMAs.
     actor = learning(load_llama(args.sft, tokenizer))
-    critic = learning(load_scalar_head(args.rm) if args.critic == "rm" else
+    critic = learning(load_scalar_head(args.rm) if critic_is == "rm" else
                       ScalarHead(load_llama(args.sft, tokenizer).model))
     ref = actor if args.lora_rank else frozen(load_llama(args.sft, tokenizer))
-    shared = args.lora_rank and args.critic == "rm"
-    reward_model = critic if shared else frozen(load_scalar_head(args.rm))
+    shared = args.lora_rank and critic_is == "rm"
+    reward_model = text_reward or (critic if shared else frozen(load_scalar_head(args.rm)))
 
     context = actor.config.max_position_embeddings
     limit = min(args.max_prompt_length, context - args.max_new_tokens)
@@ -576,7 +586,10 @@ def main(argv=None):
     def read_prompts(path, number=None):
         records = read_records(path, "user_input")[:number]
         asked = [record["user_input"] for record in records]
-        return records, encode_prompts(asked, tokenizer, limit, path)
+        prompts = encode_prompts(asked, tokenizer, limit, path)
+        if text_reward:
+            text_reward.remember(prompts, records)
+        return records, prompts
 
     _, prompts = read_prompts(args.prompts)
     eval_records, eval_prompts = [], []
@@ -605,6 +618,7 @@ def main(argv=None):
     actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, **options)
     critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, **options)
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
+    normalize = rewards.RunningDeviation() if args.normalize_reward else lambda scores: scores
     B = args.batch_size
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
     demonstration_order = []
@@ -628,6 +642,8 @@ def main(argv=None):
         kl_control.coef = progress["kl_coef"]
         first_texts, first, last, history = (
             progress[name] for name in ("first_texts", "first", "last", "history"))
+        if args.normalize_reward:
+            normalize = rewards.RunningDeviation(**progress["deviation"])
     else:
         first_texts, first = held_out()
         last, history = first, []
@@ -645,7 +661,7 @@ def main(argv=None):
                        for rows in torch.randperm(B).split(args.minibatch_size)]
         experience, row = make_experience(
             actor, critic, reward_model, ref, batch, minibatches[:-(-B // args.minibatch_size)],
-            tokenizer, args, kl_control.coef, generator)
+            tokenizer, args, kl_control.coef, generator, normalize)
         health.finite(row["score"], "the reward model's score", args.out)
 
         passes = []
@@ -674,9 +690,10 @@ def main(argv=None):
         warned.look(history)
         run.end_step(
             f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
-            f"{row['tokens_per_s']:.0f} tokens/s",
+            f"{row['tokens_per_s']:.0f} tokens/s" + (text_reward.share() if text_reward else ""),
             lambda folder: save_checkpoint(actor, tokenizer, folder), first=first, last=last,
-            first_texts=first_texts[:3], history=history, kl_coef=kl_control.coef)
+            first_texts=first_texts[:3], history=history, kl_coef=kl_control.coef,
+            deviation=normalize.state() if args.normalize_reward else None)
 
     for name, value in last.items():
         print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")

@@ -39,7 +39,8 @@ SCRIPTS = ["data_gen", "sft", "train_rm", "ppo", "model"]
 TOOLS = [f"tools.{path.stem}" for path in sorted(ROOT.glob("tools/*.py"))
          if "def main(" in path.read_text("utf-8")
          and path.stem not in data_gen.COMMANDS.values()]  # those are data_gen.py's
-BENCHES = [f"bench.{path.stem}" for path in sorted(ROOT.glob("bench/*.py"))]
+BENCHES = [f"bench.{path.stem}" for path in sorted(ROOT.glob("bench/*.py"))
+           if "def main(" in path.read_text("utf-8")]
 # what runs as it stands, with what makes it short
 RUNNABLE = {"sft": [], "train_rm": [], "ppo": ["--updates", "1"], "tools.chat": []}
 
