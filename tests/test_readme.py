@@ -41,6 +41,7 @@ TOOLS = [f"tools.{path.stem}" for path in sorted(ROOT.glob("tools/*.py"))
          and path.stem not in data_gen.COMMANDS.values()]  # those are data_gen.py's
 BENCHES = [f"bench.{path.stem}" for path in sorted(ROOT.glob("bench/*.py"))
            if "def main(" in path.read_text("utf-8")]
+EXAMPLES = [f"docs.{path.stem}" for path in sorted(ROOT.glob("docs/*.py"))]
 # what runs as it stands, with what makes it short
 RUNNABLE = {"sft": [], "train_rm": [], "ppo": ["--updates", "1"], "tools.chat": []}
 
@@ -114,7 +115,7 @@ def test_commands_are_found_in_shell_text():
                          ids=[" ".join([called[0], *called[1]]) for called, _ in PYTHON])
 def test_scripts_and_options_of_commands_exist(module, given):
     named = {word.split("=")[0] for word in given if word.startswith("--")}
-    assert module in SCRIPTS + TOOLS + BENCHES
+    assert module in SCRIPTS + TOOLS + BENCHES + EXAMPLES
     if named or subcommand(module, given or ["-"]):
         assert named <= options_of(module, *subcommand(module, given or ["-"]))
 
@@ -174,7 +175,7 @@ def places(tmp_path, monkeypatch):
 def can_run(module, given, piped):
     """Whether a command can run here: all that it reads is there, and it is no dialogue."""
     inputs = [word for option, word in zip([module, *given], given)
-              if option != "--out" and re.fullmatch(r"\S*(/|\.json)\S*", word)]
+              if option != "--out" and re.fullmatch(r"\S*(/|\.json|\.py)\S*", word)]
     dialogue = module == "tools.chat" and not piped and not {"--prompt", "--prompts"} & set(given)
     return (module in RUNNABLE and inputs and all(map(os.path.exists, inputs)) and not dialogue
             and "--quantize" not in given)
@@ -234,9 +235,10 @@ def test_tests_exist():
 
 
 def test_files_exist():
-    """What stands in the text as the name of a Python file, or as a path into a folder of ours."""
+    """What stands in the text as the name of a Python file, or as a path into a folder of ours; but
+    the reader's own."""
     spans = {span for span in SPANS if re.fullmatch(
-        r"[\w/]+\.py|(docs|tests|bench|lib|tools)/[\w./]*", span)} - {"judge.py"}  # one's own
+        r"[\w/]+\.py|(docs|tests|bench|lib|tools)/[\w./]*", span)} - {"judge.py", "my_reward.py"}
     assert spans
     assert [name for name in sorted(spans) if not (ROOT / name).exists()] == []
 
