@@ -364,7 +364,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     # train: its ratios are then 1, and the KL begins at 0. In float32 those from the sampling
     # itself are as good.
     exact = args.dtype == args.base_dtype == "float32"
-    old_logprobs, ref_logprobs, values = (torch.zeros_like(mask) for _ in range(3))
+    old_logprobs, ref_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
+    values = torch.zeros_like(mask)
     for rows, weight in [part for minibatch in minibatches
                          for part in micro_batches(minibatch, lengths, args.micro_batch_size)]:
         batch = *collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device), mask[rows]
@@ -377,7 +378,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
             ref_logprobs[rows] = weight * response_logprobs(logits, *batch, args)
             values[rows] = weight * response_values(critic, *batch)
     old_logprobs = out.logprobs if exact else total(old_logprobs)
-    ref_logprobs, values = total(ref_logprobs), total(values)  # now every process has them all
+    ref_logprobs = total(ref_logprobs)  # now every process has them all
+    values = total(values)
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
     rewards = token_rewards(normalize(scores), kl, mask, kl_coef)
@@ -389,7 +391,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     # over the whole rollout batch, as Huang et al. 2024's code; lm-human-preferences: per minibatch
     whitened = advantages if args.no_whiten_advantages else masked_whiten(advantages, mask)
     experience = dict(texts=texts, lengths=lengths, mask=mask, old_logprobs=old_logprobs,
-                      old_values=values, advantages=whitened, returns=returns)
+                      advantages=whitened, old_values=values, returns=returns)
 
     log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
     unexplained, variance = (x[mask.bool()].var(unbiased=False)
@@ -404,33 +406,34 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         kl=log_ratio.mean().item(), kl_coef=kl_coef,
         # standard error of that mean; 0: unknown
         kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt().item(),
-        objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean().item(),
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
-        explained_variance=1 - (unexplained / variance.clamp(min=1e-8)).item())
+        explained_variance=1 - (unexplained / variance.clamp(min=1e-8)).item(),
+        objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean().item())
     return experience, statistics
 
 
 # ------------------------------------------------------------------------------------------------
 # The update: gradient steps on the experience
 
-def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience, rows,
-                    demonstrations, tokenizer, args):
+def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     """One optimizer step of actor and critic on these rows of the experience, and of the actor on
-    demonstrations too if there is a ptx_coef -> the statistics of the minibatch.
+    demonstrations too if there is a ptx_coef -> the statistics of the minibatch. `trained`: {name:
+    (model, its optimizer)}.
 
     Micro-batches only bound the memory: each loss is weighted by its share of the minibatch's
     tokens. `weight` is 1, or 0 for a row that one of many processes repeats
     (lib.distributed.my_parts). Beyond --target_kl no step is taken.
     """
+    actor, _ = trained["actor"]
+    critic, _ = trained["critic"]
     all_tokens = experience["mask"][rows].sum()
     s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
                        "value_clip_fraction", "approx_kl", "largest_ratio"], 0.0)
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         input_ids, is_completion = collate([experience["texts"][i] for i in part],
                                            tokenizer.pad_token_id, args.device)
-        mask, old_logprobs, old_values, advantages, returns = (
-            experience[name][part]
-            for name in ("mask", "old_logprobs", "old_values", "advantages", "returns"))
+        mask, old_logprobs, advantages = (
+            experience[name][part] for name in ("mask", "old_logprobs", "advantages"))
         share = weight * mask.sum() / all_tokens
 
         with autocast(args):
@@ -445,15 +448,17 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
 
         with autocast(args):
             values = response_values(critic, input_ids, is_completion, mask)
+        old_values, returns = experience["old_values"][part], experience["returns"][part]
         v_loss, value_clip_fraction = value_loss(values, old_values, returns, mask, args.value_clip)
         (v_loss * share).backward()
 
         log_ratio = inside(logprobs.detach() - old_logprobs, mask)
         # KL(old || new), since the tokens are from the old policy
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
-        for name, value in dict(
-                policy_loss=loss, value_loss=v_loss, entropy=entropy, clip_fraction=clip_fraction,
-                value_clip_fraction=value_clip_fraction, approx_kl=approx_kl).items():
+        found = dict(policy_loss=loss, entropy=entropy, clip_fraction=clip_fraction,
+                     approx_kl=approx_kl)
+        found |= dict(value_loss=v_loss, value_clip_fraction=value_clip_fraction)
+        for name, value in found.items():
             s[name] += (value.detach() * share).item()
         largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp().item()
         s["largest_ratio"] = max(s["largest_ratio"], largest_ratio)
@@ -477,13 +482,12 @@ def train_minibatch(actor, critic, actor_optimizer, critic_optimizer, experience
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         health.finite(s[name], name.replace("_", " "), args.out)
     if args.target_kl and s["approx_kl"] > args.target_kl:
-        for optimizer in (actor_optimizer, critic_optimizer):
+        for _, optimizer in trained.values():
             optimizer.zero_grad()
         return s
     # one common limit for the whole gradient of a model (Huang et al. 2022, global gradient
     # clipping)
-    for name, model, optimizer in (("actor", actor, actor_optimizer),
-                                   ("critic", critic, critic_optimizer)):
+    for name, (model, optimizer) in trained.items():
         norm = clip_gradients(model, args.max_grad_norm)
         health.finite(norm, f"the gradient of the {name}", args.out)
         optimizer.step()
@@ -555,9 +559,6 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer or args.sft)
     text_reward = rewards.of_texts(args, tokenizer)  # None: a reward model on our own tokens
     critic_is = "sft" if text_reward else args.critic
-    if critic_is != args.critic:
-        print(f"{text_reward.name} scores texts: the critic begins as the SFT model, with a new "
-              "head")
 
     def learning(model):
         return place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -617,6 +618,7 @@ def main(argv=None):
     options = dict(eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
     actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, **options)
     critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, **options)
+    trained = {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)}
     kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     normalize = rewards.RunningDeviation() if args.normalize_reward else lambda scores: scores
     B = args.batch_size
@@ -630,8 +632,7 @@ def main(argv=None):
          "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
          "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio",
          "response_length", "lr", "tokens_per_s", "eval_score", "eval_gold"],
-        args.updates, {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)},
-        {"sampling": generator})
+        args.updates, trained, {"sampling": generator})
 
     def held_out():
         if not eval_prompts:
@@ -667,8 +668,7 @@ def main(argv=None):
         passes = []
         for rows in minibatches:
             records = [demonstrations[next(dealt)] for _ in rows if demonstrations]
-            passes.append(train_minibatch(actor, critic, actor_optimizer, critic_optimizer,
-                                          experience, rows, records, tokenizer, args))
+            passes.append(train_minibatch(trained, experience, rows, records, tokenizer, args))
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
                 break

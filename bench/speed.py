@@ -26,6 +26,7 @@ average. Else nothing ends early.
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import math
@@ -277,7 +278,10 @@ def ppo_step(work, actor, critic, ref, reward_model, pad_token_id, eos):
         experience, _ = ppo.make_experience(
             actor, critic, reward_model, ref, work["prompts"], *minibatches, tokenizer, args,
             args.kl_coef, generator)
-        ppo.train_minibatch(actor, critic, *optimizers, experience, order, [], tokenizer, args)
+        trained = [actor, critic, *optimizers]
+        if "trained" in inspect.signature(ppo.train_minibatch).parameters:  # else it is older
+            trained = [dict(actor=(actor, optimizers[0]), critic=(critic, optimizers[1]))]
+        ppo.train_minibatch(*trained, experience, order, [], tokenizer, args)
         return list(zip(map(len, work["prompts"]), experience["mask"].sum(1).int().tolist()))
     return step
 

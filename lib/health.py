@@ -120,7 +120,9 @@ def unhealthy(rows, first, updates):
             f"the entropy fell from {rows[0]['entropy']:.3f} to {row['entropy']:.3f} nats per "
             "token: the policy hardly explores any more; raise --kl_coef or --entropy_coef, or "
             "lower --lr")
-    if len(rows) > min(CRITIC_YOUNG, updates / 2) and recent("explained_variance") < 0:
+    is_young = len(rows) <= min(CRITIC_YOUNG, updates / 2)
+    # (a fork without a critic has no explained variance)
+    if not is_young and "explained_variance" in row and recent("explained_variance") < 0:
         wrong["critic"] = (
             f"after {len(rows)} updates the critic explains less than the mean return would "
             f"(explained variance {recent('explained_variance'):.2f}): raise --critic_lr, or "

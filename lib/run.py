@@ -151,8 +151,8 @@ FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_bat
         "processes", "gradient_checkpointing", "shard_rollout", "accept_changed_data"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
 # the settings that name what a run reads
-INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts", "eval_prompts",
-          "demonstrations", "gold"]
+INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
+          "eval_prompts", "demonstrations", "gold"]
 
 
 def inputs_of(args):

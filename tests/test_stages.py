@@ -16,6 +16,7 @@ the change of the weights is then the gradient itself, and an error in it shows 
 import copy
 import csv
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -962,6 +963,10 @@ def four_models(home, sft_run, rm_run):
                            reward_model=scalar, prompts=prompts)
 
 
+def trained(actor, critic, actor_optimizer, critic_optimizer):
+    return {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)}
+
+
 def make_experience(four, home, args):
     minibatches = [list(range(start, len(four.prompts), 3)) for start in range(3)]
     return ppo.make_experience(four.actor, four.critic, four.reward_model, four.ref, four.prompts, minibatches, home.tokenizer,
@@ -1088,7 +1093,7 @@ def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(home, ppo_args, f
     for args.micro_batch_size in (1, 3, 7):
         ours = copy.deepcopy(actor), copy.deepcopy(critic)
         optimizers = [PlainDescent(module.parameters(), lr=1.0) for module in ours]
-        said = ppo.train_minibatch(*ours, *optimizers, experience, rows, demonstrations, home.tokenizer, args)
+        said = ppo.train_minibatch(trained(*ours, *optimizers), experience, rows, demonstrations, home.tokenizer, args)
         for optimizer, reference in zip(optimizers, slow):
             assert distance(optimizer.change(), reference) < 1e-4
         assert said == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -1103,7 +1108,7 @@ def test_gradients_are_clipped_each_by_its_own_norm(home, ppo_args, four_models)
     experience, _ = make_experience(four_models, home, args)
     modules = [copy.deepcopy(module) for module in (four_models.actor, four_models.critic)]
     optimizers = [PlainDescent(module.parameters(), lr=1.0) for module in modules]
-    ppo.train_minibatch(*modules, *optimizers, experience, [0, 1, 2], [], home.tokenizer, args)
+    ppo.train_minibatch(trained(*modules, *optimizers), experience, [0, 1, 2], [], home.tokenizer, args)
     for optimizer in optimizers:
         assert optimizer.change().norm().item() == pytest.approx(1e-3, rel=0.01)
 
@@ -1129,7 +1134,7 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(home, ppo_args, f
 
     monkeypatch.setattr(ppo, "ptx_loss", spy)
     optimizers = [PlainDescent(module.parameters(), 1e-3) for module in (actor, critic)]
-    ppo.train_minibatch(actor, critic, *optimizers, experience, [0, 1], demonstrations, home.tokenizer, args)
+    ppo.train_minibatch(trained(actor, critic, *optimizers), experience, [0, 1], demonstrations, home.tokenizer, args)
     assert sorted((p, c) for p, c, _ in seen) == sorted((p, c) for p, c, _ in demonstrations)
     assert all(token == home.tokenizer.pad_token_id for _, _, rest in seen for token in rest)
 
@@ -1470,6 +1475,109 @@ def test_a_reward_model_with_several_labels_is_refused(ppo_argv, home, tmp_path,
     BertForSequenceClassification(BertConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                                              num_labels=number)).save_pretrained(tmp_path / "rm")
     assert "2 labels, not one" in error_line(capsys, lambda: ppo.main(ppo_argv(rm=tmp_path / "rm", out=tmp_path / "out")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/forks: other algorithms, as small changes of ppo.py
+
+FORKS = sorted(path.stem for path in (ROOT / "bench" / "forks").glob("*.diff"))
+
+
+@pytest.fixture
+def fork(request, tmp_path):
+    """(name, ppo.py with a fork's diff applied, as a module)."""
+    shutil.copy(ROOT / "ppo.py", tmp_path / "ppo.py")
+    diff = ROOT / "bench" / "forks" / f"{request.param}.diff"
+    subprocess.run(["git", "apply", diff], cwd=tmp_path, check=True, env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)})
+    spec = importlib.util.spec_from_file_location(f"ppo_{request.param}", tmp_path / "ppo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return request.param, module
+
+
+def slow_advantages(name, rewards, masks, group):
+    """The advantage of each response, by loops; `rewards`, `masks`: lists, a row per response."""
+    returns = [math.fsum(r for r, m in zip(row, mask) if m) for row, mask in zip(rewards, masks)]
+    if name == "reinforce":
+        return [r - math.fsum(returns) / len(returns) for r in returns]
+    advantages = []
+    for i, r in enumerate(returns):
+        first = i // group * group
+        everyone = returns[first:first + group]
+        if name == "rloo":
+            others = [x for j, x in enumerate(everyone) if first + j != i]
+            advantages.append(r - math.fsum(others) / len(others))
+        else:
+            mean = math.fsum(everyone) / group
+            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in everyone) / (group - 1))
+            advantages.append((r - mean) / max(deviation, 1e-4))
+    return advantages
+
+
+@pytest.mark.parametrize("fork", FORKS, indirect=True)
+def test_each_fork_is_small_and_does_what_its_paper_says(fork, ppo_argv, rm_run, tmp_path, monkeypatch):
+    """Three updates; the advantages of each against a plain loop; a fork with groups answers each prompt so many times."""
+    name, module = fork
+    seen, make_experience = [], module.make_experience
+
+    def keep(*given):
+        experience, row = make_experience(*given)
+        seen[-1]["experience"] = experience
+        return experience, row
+
+    def spy(function):
+        works = getattr(module, function)
+
+        def call(*given):
+            result = works(*given)
+            if function == "token_rewards":
+                seen.append({})
+            seen[-1][function] = (given, result)
+            return result
+        return call
+
+    monkeypatch.setattr(module, "make_experience", keep)
+    for function in ("token_rewards", "gae"):
+        monkeypatch.setattr(module, function, spy(function))
+    no_critic = name != "dense"
+    argv = ppo_argv(updates=3, ppo_epochs=1, critic_lr=None if no_critic else 1e-3, out=tmp_path / "out")
+    module.main(argv)
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == 4 and all(row["score"] is not None and row["kl"] is not None for row in rows[1:])
+    assert (tmp_path / "out" / "critic").exists() != no_critic
+    for update in seen:
+        experience = update["experience"]
+        mask = experience["mask"]
+        (scores, kl, _, kl_coef), rewards = update["token_rewards"]
+        if name == "dense":
+            reward_model = load_scalar_head(rm_run.folder)
+            dense = update["gae"][0][0]
+            for i, (prompt, response) in enumerate(experience["texts"]):
+                with torch.no_grad():
+                    values = slow_values(reward_model, prompt + response)
+                potentials = [0.0, *values[len(prompt):-1].tolist(), 0.0]
+                for t in range(len(response)):
+                    expected = rewards[i, t].item() + potentials[t + 1] - potentials[t]
+                    assert dense[i, t].item() == pytest.approx(expected, abs=1e-3)
+            continue
+        assert kl_coef == (0.0 if name == "grpo" else 0.1) and "gae" not in update
+        expected = slow_advantages(name, rewards.tolist(), mask.tolist(), 4)
+        for i, advantage in enumerate(expected):
+            length = int(mask[i].sum())
+            assert experience["advantages"][i, :length].tolist() == pytest.approx([advantage] * length, abs=1e-4)
+            assert not experience["advantages"][i, length:].any()
+        prompts = [prompt for prompt, _ in experience["texts"]]
+        if name in ("rloo", "grpo"):
+            assert all(prompts[i] == prompts[i // 4 * 4] for i in range(8)) and prompts[0] != prompts[4]
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_fork_changes_at_most_60_lines(name):
+    text = (ROOT / "bench" / "forks" / f"{name}.diff").read_text("utf-8")
+    head, body = text.split("--- a/ppo.py\n")
+    changed = [line for line in body.splitlines() if line[:1] in "+-" and not line.startswith("+++")]
+    assert len(changed) <= 60 and len(head.splitlines()) <= 12 and "What changes:" in head
+    assert name == "dense" or 2 * sum(line[0] == "-" for line in changed) > len(changed)  # more goes than comes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

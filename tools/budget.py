@@ -332,8 +332,8 @@ def measure(stage, name, freed, options):
             prompts = [text(args.max_prompt_length) for _ in everyone]
             experience, _ = ppo.make_experience(actor, critic, reward_model, ref, prompts,
                                                 [everyone], tokenizer, args, args.kl_coef, None)
-            ppo.train_minibatch(actor, critic, *optimizers, experience, everyone, [], tokenizer,
-                                args)
+            trained = dict(actor=(actor, optimizers[0]), critic=(critic, optimizers[1]))
+            ppo.train_minibatch(trained, experience, everyone, [], tokenizer, args)
             continue
         for _ in range(2):
             with autocast(args):

@@ -26,9 +26,19 @@ from model import load_scalar_head, load_tokenizer
 
 
 def of_texts(args, tokenizer):
-    """What --reward or --rm names, if it scores texts; None for a LLaMA on the policy's tokens."""
+    """What --reward or --rm names, if it scores texts; None for a LLaMA on the policy's tokens. The
+    critic cannot begin as what scores texts: that is said."""
     if args.reward:
-        return from_file(args.reward, tokenizer)
+        reward = from_file(args.reward, tokenizer)
+    elif not (reward := other_model(args, tokenizer)):
+        return None
+    if args.critic == "rm":
+        print(f"{reward.name} scores texts: the critic begins as the SFT model, with a new head")
+    return reward
+
+
+def other_model(args, tokenizer):
+    """The reward model --rm, if its tokens are not the policy's."""
     with explain(f"{args.rm}: no reward model can be loaded from it"):
         is_llama = AutoConfig.from_pretrained(args.rm).model_type == "llama"
     if is_llama and load_tokenizer(args.rm).get_vocab() == tokenizer.get_vocab():
