@@ -1,0 +1,63 @@
+"""tools/exercise.py: each exercise takes away what its test needs, and the suite catches each
+planted bug.
+
+    pytest tests/test_exercises.py
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import exercise
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(number, out):
+    """Run an exercise -> whether its test passed, and what was said."""
+    done = subprocess.run([sys.executable, "-m", "tools.exercise", number, "--out", str(out)],
+                          cwd=ROOT, capture_output=True, text=True)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", exercise.WRITE)
+def test_what_is_taken_away(number):
+    """The function has its signature and its docstring, and raises; all else is as it was."""
+    file, name, test = exercise.WRITE[number]
+    before = (ROOT / file).read_text("utf-8")
+    trees = [ast.parse(source) for source in (before, exercise.blanked(before, name))]
+    whole, blank = ([node for node in tree.body if getattr(node, "name", None) == name]
+                    for tree in trees)
+    assert ast.dump(whole[0].args) == ast.dump(blank[0].args)
+    assert ast.get_docstring(whole[0]) == ast.get_docstring(blank[0])
+    assert len(blank[0].body) == 2 and isinstance(blank[0].body[1], ast.Raise)
+    rest = [[ast.dump(node) for node in tree.body if getattr(node, "name", None) != name]
+            for tree in trees]
+    assert rest[0] == rest[1]
+    path, function = test.split("::")
+    assert re.search(rf"^def {function}\(", (ROOT / path).read_text("utf-8"), re.M)
+
+
+def test_an_exercise_from_its_beginning_to_its_end(tmp_path):
+    passed, said = run("8", tmp_path)
+    assert not passed and "write gae in ppo.py" in said and "gae is yours to write" in said
+    assert "not yet" in said
+    shutil.copy(ROOT / "ppo.py", tmp_path / "8" / "ppo.py")  # the solution
+    passed, said = run("8", tmp_path)
+    assert passed and "done: it is right" in said
+
+
+@pytest.mark.parametrize("number", exercise.FIND)
+def test_each_planted_bug_is_caught(number, tmp_path):
+    passed, said = run(number, tmp_path)
+    assert not passed and re.search(r"\d+ failed", said) and "find the bug" in said
+
+
+def test_an_exercise_that_does_not_exist(tmp_path):
+    passed, said = run("13", tmp_path)
+    assert not passed and said.startswith("error: 13: there is no such exercise")
