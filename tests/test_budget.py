@@ -16,8 +16,14 @@ import train_rm
 from model import Llama, generate
 from tools import budget
 
-SIZE = dict(vocab_size=101, hidden_size=32, intermediate_size=80, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=64)
+SIZE = dict(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 HIDDEN_PAIRS = 4 * 3 * 32 * 5 * (16 * 15 // 2)  # FLOP: the counter counts what the mask hides, too
 
 
@@ -51,7 +57,8 @@ def test_flops_are_those_of_the_flop_counter():
     counted, texts = forward.get_total_flops(), 5 * [16]
     assert counted == budget.forward_flops(c, texts, 5 * 16) + HIDDEN_PAIRS
     assert counted + backward.get_total_flops() == (
-        budget.training_flops(c, texts, 5 * 16, settings()) + 3 * HIDDEN_PAIRS)
+        budget.training_flops(c, texts, 5 * 16, settings()) + 3 * HIDDEN_PAIRS
+    )
 
 
 def test_generation_flops_are_those_of_the_flop_counter():
@@ -64,9 +71,14 @@ def test_generation_flops_are_those_of_the_flop_counter():
 
 def test_an_update_asks_the_actor_once_more_where_it_is_not_exact():
     c, texts = config(), [(5, 3), (9, 2)]
-    exact, half, base = (budget.update_flops(c, texts, settings(**other)) for other in (
-        dict(lora_rank=2), dict(lora_rank=2, dtype="bfloat16"),
-        dict(lora_rank=2, base_dtype="bfloat16")))
+    exact, half, base = (
+        budget.update_flops(c, texts, settings(**other))
+        for other in (
+            dict(lora_rank=2),
+            dict(lora_rank=2, dtype="bfloat16"),
+            dict(lora_rank=2, base_dtype="bfloat16"),
+        )
+    )
     assert half == base == exact + budget.forward_flops(c, [8, 11], 5)
 
 
@@ -90,34 +102,52 @@ def kept(c, args, rows, length):
 SMALL, LARGE = SIZE, dict(SIZE, hidden_size=512, intermediate_size=640)
 
 
-@pytest.mark.parametrize("size, kv_heads, options, within", [
-    (SMALL, 1, {}, 0), (SMALL, 4, {}, 0), (LARGE, 2, {}, 0.03),
-    (SMALL, 1, dict(dtype="bfloat16"), 0), (SMALL, 4, dict(dtype="bfloat16"), 0),
-    # the formula leaves out the adapters, which are small in larger models
-    (LARGE, 4, dict(lora_rank=1), 0.03),
-    (LARGE, 4, dict(lora_rank=1, base_dtype="bfloat16"), 0.03),
-    (LARGE, 4, dict(lora_rank=1, dtype="bfloat16", base_dtype="bfloat16"), 0.03)])
+@pytest.mark.parametrize(
+    "size, kv_heads, options, within",
+    [
+        (SMALL, 1, {}, 0),
+        (SMALL, 4, {}, 0),
+        (LARGE, 2, {}, 0.03),
+        (SMALL, 1, dict(dtype="bfloat16"), 0),
+        (SMALL, 4, dict(dtype="bfloat16"), 0),
+        # the formula leaves out the adapters, which are small in larger models
+        (LARGE, 4, dict(lora_rank=1), 0.03),
+        (LARGE, 4, dict(lora_rank=1, base_dtype="bfloat16"), 0.03),
+        (LARGE, 4, dict(lora_rank=1, dtype="bfloat16", base_dtype="bfloat16"), 0.03),
+    ],
+)
 def test_a_layer_keeps_the_bytes_of_the_formula(size, kv_heads, options, within):
     args, rows, length = settings("sft", **options), 5, 25
 
     def layer(of):
-        three, two = (of(LlamaConfig(**size | dict(num_hidden_layers=n,
-                                                   num_key_value_heads=kv_heads))) for n in (3, 2))
+        three, two = (
+            of(LlamaConfig(**size | dict(num_hidden_layers=n, num_key_value_heads=kv_heads)))
+            for n in (3, 2)
+        )
         return three - two
 
     measured = layer(lambda c: kept(c, args, rows, length))
     assert measured == pytest.approx(
-        layer(lambda c: budget.activation_bytes(c, rows, length, 0, 0, args)), rel=within)
+        layer(lambda c: budget.activation_bytes(c, rows, length, 0, 0, args)), rel=within
+    )
 
 
 def test_lora_checkpointing_and_processes_need_less():
     c = config(num_key_value_heads=4)
-    options = dict(batch_size=8, minibatch_size=4, micro_batch_size=2, max_prompt_length=8,
-                   max_new_tokens=8)
+    options = dict(
+        batch_size=8, minibatch_size=4, micro_batch_size=2, max_prompt_length=8, max_new_tokens=8
+    )
     full, lora, half, three, shared, split = (
-        budget.budget("ppo", c, settings(**options, **other)) for other in (
-            {}, dict(lora_rank=2), dict(lora_rank=2, base_dtype="bfloat16"),
-            dict(lora_rank=2, critic="sft"), dict(processes=4), dict(processes=4, lora_rank=2)))
+        budget.budget("ppo", c, settings(**options, **other))
+        for other in (
+            {},
+            dict(lora_rank=2),
+            dict(lora_rank=2, base_dtype="bfloat16"),
+            dict(lora_rank=2, critic="sft"),
+            dict(processes=4),
+            dict(processes=4, lora_rank=2),
+        )
+    )
     weights = 4 * sum(p.numel() for p in LlamaForCausalLM(c).parameters())
     scalar = weights - 4 * 101 * 32 + 4 * 32  # the head gives way to one number
     actor = budget.networks("ppo", c, settings(lora_rank=2))[0]
@@ -134,8 +164,10 @@ def test_lora_checkpointing_and_processes_need_less():
     heads = 2 * 4 * 32 * 101 + 2 * 4 * 32
     assert shared["gathered"] == 4 * ends + heads + ends + 4 * 32 * 101 + 3 * layer
     assert full["gathered"] == 0 and split["peak"] < shared["peak"] < full["peak"]
-    few, many = (budget.activation_bytes(c, 2, 16, 0, 0, settings("ppo", *flags)) for flags in (
-        ["--gradient_checkpointing"], []))
+    few, many = (
+        budget.activation_bytes(c, 2, 16, 0, 0, settings("ppo", *flags))
+        for flags in (["--gradient_checkpointing"], [])
+    )
     assert few < many
 
 
@@ -147,8 +179,15 @@ def test_dry_run_prints_and_writes_nothing(stage, name, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path / "empty")
     stage.main([name, str(checkpoint), "--dry_run", "--processes", "8"])
     out = capsys.readouterr().out
-    for word in ("parameters, layers: 35,520", "weights:", "gradients:", "optimizer:",
-                 "activations:", "peak:", "FLOP"):
+    for word in (
+        "parameters, layers: 35,520",
+        "weights:",
+        "gradients:",
+        "optimizer:",
+        "activations:",
+        "peak:",
+        "FLOP",
+    ):
         assert word in out
     assert os.listdir(".") == [] and os.listdir(checkpoint) == ["config.json"]
 

@@ -20,8 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(number, out):
     """Run an exercise -> whether its test passed, and what was said."""
-    done = subprocess.run([sys.executable, "-m", "tools.exercise", number, "--out", str(out)],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.exercise", number, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode == 0, done.stdout + done.stderr
 
 
@@ -31,13 +35,16 @@ def test_what_is_taken_away(number):
     file, name, test = exercise.WRITE[number]
     before = (ROOT / file).read_text("utf-8")
     trees = [ast.parse(source) for source in (before, exercise.blanked(before, name))]
-    whole, blank = ([node for node in tree.body if getattr(node, "name", None) == name]
-                    for tree in trees)
+    whole, blank = (
+        [node for node in tree.body if getattr(node, "name", None) == name] for tree in trees
+    )
     assert ast.dump(whole[0].args) == ast.dump(blank[0].args)
     assert ast.get_docstring(whole[0]) == ast.get_docstring(blank[0])
     assert len(blank[0].body) == 2 and isinstance(blank[0].body[1], ast.Raise)
-    rest = [[ast.dump(node) for node in tree.body if getattr(node, "name", None) != name]
-            for tree in trees]
+    rest = [
+        [ast.dump(node) for node in tree.body if getattr(node, "name", None) != name]
+        for tree in trees
+    ]
     assert rest[0] == rest[1]
     path, function = test.split("::")
     assert re.search(rf"^def {function}\(", (ROOT / path).read_text("utf-8"), re.M)

@@ -11,7 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import data_gen
 import lib.run
@@ -19,7 +24,16 @@ import model
 import ppo
 import sft
 import train_rm
-from model import Llama, LoRALinear, ScalarHead, add_lora, adapters_off, merged, random_llama, trainable
+from model import (
+    Llama,
+    LoRALinear,
+    ScalarHead,
+    add_lora,
+    adapters_off,
+    merged,
+    random_llama,
+    trainable,
+)
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 IDS = torch.randint(0, 90, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -27,15 +41,29 @@ IDS = torch.randint(0, 90, (3, 11), generator=torch.Generator().manual_seed(1))
 
 def tiny(tied=True, vocab_size=90):
     torch.manual_seed(0)
-    return random_llama(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=tied))
+    return random_llama(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.1,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 def with_gradient(llama):
     """Logits or values, of ours or of transformers' models."""
     out = llama(IDS)
-    return llama.lm_head(out) if isinstance(llama, Llama) else out if isinstance(llama, ScalarHead) else out.logits
+    return (
+        llama.lm_head(out)
+        if isinstance(llama, Llama)
+        else out if isinstance(llama, ScalarHead) else out.logits
+    )
 
 
 def output(llama):
@@ -44,7 +72,8 @@ def output(llama):
 
 
 def train(llama, steps=3):
-    """A few steps of Adam on whatever `llama` has to train; large ones, so that the adapters are far from 0."""
+    """A few steps of Adam on whatever `llama` has to train; large ones, so that the adapters are
+    far from 0."""
     optimizer = torch.optim.AdamW(trainable(llama), lr=0.03)
     for _ in range(steps):
         with_gradient(llama).square().mean().backward()
@@ -56,10 +85,16 @@ def train(llama, steps=3):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("targets", [TARGETS, "q_proj,v_proj"])
-@pytest.mark.parametrize("head", [lambda llama: llama, lambda llama: ScalarHead(llama.model)], ids=["lm", "scalar"])
+@pytest.mark.parametrize(
+    "head", [lambda llama: llama, lambda llama: ScalarHead(llama.model)], ids=["lm", "scalar"]
+)
 def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
     plain = head(tiny(tied))
-    weights = {name: p.detach().to(getattr(torch, base_dtype)) for name, p in plain.named_parameters() if name != "score.weight"}
+    weights = {
+        name: p.detach().to(getattr(torch, base_dtype))
+        for name, p in plain.named_parameters()
+        if name != "score.weight"
+    }
     lora = add_lora(copy.deepcopy(plain), 4, 16, targets, base_dtype)
     with adapters_off(lora):
         before = output(lora)
@@ -69,18 +104,29 @@ def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
     head_before = copy.deepcopy(getattr(lora, "score", None))
     train(lora)
     learns = {name for name, p in lora.named_parameters() if p.requires_grad}
-    adapters = {f"{name}.{matrix}" for name, part in lora.named_modules() if isinstance(part, LoRALinear) for matrix in "AB"}
-    assert len(adapters) == 2 * 2 * len(targets.split(",")) and learns == adapters | ({"score.weight"} if head_before else set())
+    adapters = {
+        f"{name}.{matrix}"
+        for name, part in lora.named_modules()
+        if isinstance(part, LoRALinear)
+        for matrix in "AB"
+    }
+    assert len(adapters) == 2 * 2 * len(targets.split(",")) and learns == adapters | (
+        {"score.weight"} if head_before else set()
+    )
     assert all(p.dtype == torch.float32 for p in trainable(lora))
     for name, p in lora.named_parameters():
         if name not in learns:
             assert torch.equal(p, weights[name]) and p.dtype == weights[name].dtype, name
     assert (output(lora) - before).abs().max() > 0.1
-    with adapters_off(lora):  # of a critic the reward model that it began as, although its head has moved on
+    with adapters_off(
+        lora
+    ):  # of a critic the reward model that it began as, although its head has moved on
         assert torch.equal(output(lora), before)
     assert not head_before or not torch.equal(lora.score.weight, head_before.weight)
     assert not torch.equal(output(lora), before)  # on again
-    assert set(lora.state_dict()) == {name for name, _ in lora.named_parameters(remove_duplicate=False)}  # the old head is not saved
+    assert set(lora.state_dict()) == {
+        name for name, _ in lora.named_parameters(remove_duplicate=False)
+    }  # the old head is not saved
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -89,7 +135,9 @@ def test_merged_equals_unmerged(tied):
     state = {name: p.clone() for name, p in lora.state_dict().items()}
     plain = tiny(tied)
     tensors = merged(lora)
-    assert set(tensors) == {name for name, _ in plain.named_parameters()}  # every tensor of a plain model, and no other
+    assert set(tensors) == {
+        name for name, _ in plain.named_parameters()
+    }  # every tensor of a plain model, and no other
     plain.load_state_dict(tensors, strict=False)
     assert (output(plain) - output(lora)).abs().max() < 1e-5
     assert all(torch.equal(p, state[name]) for name, p in lora.state_dict().items())
@@ -100,7 +148,9 @@ def test_merged_equals_unmerged(tied):
     assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
     for i, layer in enumerate(half.model.layers):  # merged in float32, rounded nowhere
         part, plain_weight = layer.mlp.up_proj, tensors[f"model.layers.{i}.mlp.up_proj.weight"]
-        assert (plain_weight - (part.weight.double() + 4 * part.B.double() @ part.A.double())).abs().max() < 1e-6
+        assert (
+            plain_weight - (part.weight.double() + 4 * part.B.double() @ part.A.double())
+        ).abs().max() < 1e-6
 
 
 def test_agrees_with_peft():
@@ -108,7 +158,9 @@ def test_agrees_with_peft():
     ours = train(add_lora(tiny(), 4, 16, TARGETS))
     plain = LlamaForCausalLM(tiny().config).eval()
     plain.load_state_dict(tiny().state_dict())
-    theirs = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS.split(",")))
+    theirs = peft.get_peft_model(
+        plain, peft.LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS.split(","))
+    )
     state, adapters = theirs.state_dict(), 0
     for name, p in ours.named_parameters():
         if name[-2:] in (".A", ".B"):
@@ -122,22 +174,40 @@ def test_agrees_with_peft():
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for name, p in ours.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(p.grad, gradients[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                p.grad,
+                gradients[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"],
+                rtol=1e-4,
+                atol=1e-6,
+            )
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
 def test_generates(base_dtype):
     """The log probabilities of what was sampled through the cache are those of a training pass."""
     lora = train(add_lora(tiny(), 4, 16, TARGETS, base_dtype))
-    out = model.generate(lora, IDS, torch.ones_like(IDS), 6, eos_token_id=-1, generator=torch.Generator().manual_seed(0))
+    out = model.generate(
+        lora,
+        IDS,
+        torch.ones_like(IDS),
+        6,
+        eos_token_id=-1,
+        generator=torch.Generator().manual_seed(0),
+    )
     with torch.no_grad():
-        logits = lora.lm_head(lora(torch.cat([IDS, out.tokens], 1))[:, IDS.shape[1] - 1:-1])
+        logits = lora.lm_head(lora(torch.cat([IDS, out.tokens], 1))[:, IDS.shape[1] - 1 : -1])
     expected = ppo.logprobs_from_logits(logits, out.tokens)
     assert (out.logprobs - expected).abs().max() < (1e-4 if base_dtype == "float32" else 0.3)
 
 
-@pytest.mark.parametrize("rank, targets, base_dtype, said", [(4, "q_proj,nope", "float32", "nope"), (4, "", "float32", "--lora_targets"),
-                                                             (0, TARGETS, "bfloat16", "--lora_rank")])
+@pytest.mark.parametrize(
+    "rank, targets, base_dtype, said",
+    [
+        (4, "q_proj,nope", "float32", "nope"),
+        (4, "", "float32", "--lora_targets"),
+        (0, TARGETS, "bfloat16", "--lora_rank"),
+    ],
+)
 def test_wrong_options(capsys, rank, targets, base_dtype, said):
     with pytest.raises(SystemExit) as stopped:
         add_lora(tiny(), rank, 16, targets, base_dtype)
@@ -149,30 +219,50 @@ def test_wrong_options(capsys, rank, targets, base_dtype, said):
 def files(tmp_path_factory):
     """A tiny LLaMA, a reward model made of it, and a few records."""
     folder = tmp_path_factory.mktemp("lora")
-    texts = [("What is red?", "A colour. Glad to help!"), ("Say hello.", "Hello!"), ("Add 2 and 3.", "It is 5."), ("And 4 and 4?", "8.")] * 3
-    demos = [{"user_input": f"{asked} {i}", "completion": said} for i, (asked, said) in enumerate(texts)]
-    scored = [d | {"score": 4} for d in demos] + [d | {"completion": "no", "score": 1} for d in demos]
+    texts = [
+        ("What is red?", "A colour. Glad to help!"),
+        ("Say hello.", "Hello!"),
+        ("Add 2 and 3.", "It is 5."),
+        ("And 4 and 4?", "8."),
+    ] * 3
+    demos = [
+        {"user_input": f"{asked} {i}", "completion": said} for i, (asked, said) in enumerate(texts)
+    ]
+    scored = [d | {"score": 4} for d in demos] + [
+        d | {"completion": "no", "score": 1} for d in demos
+    ]
     for name, records in (("demos", demos), ("scored", scored)):
         (folder / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
     (folder / "tokenizer").mkdir()
     prompts = data_gen.draw_prompts(random.Random(0), 24)
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(prompts + [said for _, said in texts], vocab_size=600))
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(
+        data_gen.train_tokenizer(prompts + [said for _, said in texts], vocab_size=600)
+    )
     tokenizer = model.load_tokenizer(str(folder / "tokenizer"))
     llama = tiny(vocab_size=len(tokenizer))
     model.save_checkpoint(llama, tokenizer, str(folder / "llama"))
     model.save_checkpoint(ScalarHead(llama.model), tokenizer, str(folder / "rm"))
-    demos, scored, llama, rm = (str(folder / name) for name in ("demos.json", "scored.json", "llama", "rm"))
-    return SimpleNamespace(llama=llama, rm=rm, argv={
-        sft: f"--model {llama} --data {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
-        train_rm: f"--model {llama} --data {scored} --demonstrations {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
-        ppo: (f"--sft {llama} --rm {rm} --prompts {demos} --eval_prompts {demos} --updates 3 --batch_size 6 --minibatch_size 3 --ppo_epochs 2 "
-              "--max_new_tokens 6 --eval_every 3 --lr 0.01 --critic_lr 0.01").split()})
+    demos, scored, llama, rm = (
+        str(folder / name) for name in ("demos.json", "scored.json", "llama", "rm")
+    )
+    return SimpleNamespace(
+        llama=llama,
+        rm=rm,
+        argv={
+            sft: f"--model {llama} --data {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
+            train_rm: f"--model {llama} --data {scored} --demonstrations {demos} --epochs 2 --batch_size 6 --lr 0.01".split(),
+            ppo: (
+                f"--sft {llama} --rm {rm} --prompts {demos} --eval_prompts {demos} --updates 3 --batch_size 6 --minibatch_size 3 --ppo_epochs 2 "
+                "--max_new_tokens 6 --eval_every 3 --lr 0.01 --critic_lr 0.01"
+            ).split(),
+        },
+    )
 
 
 @pytest.mark.parametrize("stage", [sft, train_rm, ppo], ids=lambda stage: stage.__name__)
 def test_stage(stage, files, tmp_path, monkeypatch):
-    """A run ends with a plain checkpoint that differs from its start and computes what the model in memory did; PPO's KL
-    begins at 0, and its first scores are those of a run without LoRA."""
+    """A run ends with a plain checkpoint that differs from its start and computes what the model in
+    memory did; PPO's KL begins at 0, and its first scores are those of a run without LoRA."""
     exported, save = {}, model.save_checkpoint
 
     def keep(trained, tokenizer, folder):
@@ -186,22 +276,31 @@ def test_stage(stage, files, tmp_path, monkeypatch):
     for folder, trained in exported.items():
         scalar = isinstance(trained, ScalarHead)
         kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-        loaded, start = (output(kind.from_pretrained(path)) for path in (folder, files.rm if scalar else files.llama))
+        loaded, start = (
+            output(kind.from_pretrained(path))
+            for path in (folder, files.rm if scalar else files.llama)
+        )
         ours = output(trained)
         if scalar:  # transformers gives that of the last token, not shifted
             ours = ours[:, -1:] + trained.config.score_mean
         assert (loaded - ours).abs().max() < 1e-5 and (loaded - start).abs().max() > 1e-3
     if stage is ppo:
         stage.main(files.argv[stage] + ["--out", str(tmp_path / "full")])
-        lora_rows, full_rows = (list(csv.DictReader(open(f"{folder}/metrics.csv", encoding="utf-8"))) for folder in (out, tmp_path / "full"))
-        assert float(lora_rows[0]["eval_score"]) == pytest.approx(float(full_rows[0]["eval_score"]), abs=1e-5)
+        lora_rows, full_rows = (
+            list(csv.DictReader(open(f"{folder}/metrics.csv", encoding="utf-8")))
+            for folder in (out, tmp_path / "full")
+        )
+        assert float(lora_rows[0]["eval_score"]) == pytest.approx(
+            float(full_rows[0]["eval_score"]), abs=1e-5
+        )
         assert abs(float(lora_rows[1]["kl"])) < 1e-5 < abs(float(lora_rows[-1]["kl"]))
         assert float(lora_rows[1]["score"]) == pytest.approx(float(full_rows[1]["score"]), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [sft, train_rm, ppo], ids=lambda stage: stage.__name__)
 def test_resumes(stage, files, tmp_path, monkeypatch):
-    """Interrupted after the first saved state, and resumed: the weights of an uninterrupted run, bit for bit."""
+    """Interrupted after the first saved state, and resumed: the weights of an uninterrupted run,
+    bit for bit."""
     argv = files.argv[stage] + ["--save_every", "1", "--lora_rank", "4", "--out"]
     stage.main(argv + [str(tmp_path / "whole")])
     save = lib.run.Run.save

@@ -1,4 +1,5 @@
-"""Two processes over gloo compute what one does: the same curves, the same weights; also when another number goes on.
+"""Two processes over gloo compute what one does: the same curves, the same weights; also when
+another number goes on.
 
     pytest tests/test_processes.py
 
@@ -23,18 +24,25 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def script(stage, *options):
-    """What each process runs. Which random number a row gets depends on the rows beside it: here all get 1/2."""
+    """What each process runs. Which random number a row gets depends on the rows beside it: here
+    all get 1/2."""
     sys.path.insert(0, os.path.dirname(HERE))
     import lib.run
     import model
     from lib.distributed import RANK, WORLD
-    model.torch.rand = lambda *size, generator=None, device=None: model.torch.full(size, 0.5, device=device)
+
+    model.torch.rand = lambda *size, generator=None, device=None: model.torch.full(
+        size, 0.5, device=device
+    )
     sample = model.sample
 
-    def sometimes_ends(logits, *rest):  # so that a process may be done before the other; 2 is end-of-sequence
+    def sometimes_ends(
+        logits, *rest
+    ):  # so that a process may be done before the other; 2 is end-of-sequence
         logits = logits.clone()
         logits[logits.argmax(-1) % 3 == 0, 2] += 50
         return sample(logits, *rest)
+
     model.sample = sometimes_ends
     if "--die_at" in options:  # the process of the highest rank ends in the middle of the run
         at, log = int(options[options.index("--die_at") + 1]), lib.run.Run.log
@@ -44,15 +52,25 @@ def script(stage, *options):
             if at in (row.get("step"), row.get("update")) and RANK == WORLD - 1:
                 lib.run.stop("this process is out of luck", code=1)
             log(self, **row)
+
         lib.run.Run.log = log_or_die
     importlib.import_module(stage).main(list(options))
 
 
 def launch(processes, stage, options, out, *more):
     """Run a stage in so many processes -> the finished `subprocess`."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run([sys.executable, *torchrun, __file__, stage, *options, "--out", str(out), *more], capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *torchrun, __file__, stage, *options, "--out", str(out), *more],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def check(done):
@@ -62,11 +80,15 @@ def check(done):
 
 def rows(out):
     with open(out / "metrics.csv", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value and name != "tokens_per_s"} for row in csv.DictReader(file)]
+        return [
+            {name: float(value) for name, value in row.items() if value and name != "tokens_per_s"}
+            for row in csv.DictReader(file)
+        ]
 
 
 def weights(stage, out):
     from safetensors.torch import load_file
+
     return [load_file(out / name) for name in EXPORTS[stage]]
 
 
@@ -81,12 +103,17 @@ def same(stage, out, expected):
 
 
 def short(argv, stage):  # noqa: F811
-    """24 records in batches of 5, so that the last has 4, and micro-batches of 2: one process of two runs out of rows."""
+    """24 records in batches of 5, so that the last has 4, and micro-batches of 2: one process of
+    two runs out of rows."""
     options, epochs = list(argv[stage]), "--updates" if stage == "ppo" else "--epochs"
     for name, value in ((epochs, "4"), ("--save_every", "100"), ("--lr", "0.001")):
         options[options.index(name) + 1] = value
     demos = options[options.index("--prompts" if stage == "ppo" else "--data") + 1]
-    evaluated = {"sft": ["--eval_data", demos], "train_rm": ["--eval_data", demos, "--eval_every", "5"], "ppo": []}[stage]
+    evaluated = {
+        "sft": ["--eval_data", demos],
+        "train_rm": ["--eval_data", demos, "--eval_every", "5"],
+        "ppo": [],
+    }[stage]
     return options + evaluated + ["--micro_batch_size", "2"]
 
 
@@ -111,11 +138,15 @@ RESUMED = [("sft", 1, 2), ("sft", 2, 1), ("train_rm", 2, 1), ("ppo", 1, 2)]
 
 
 @pytest.mark.parametrize("stage, first, second", RESUMED) if __name__ != "__main__" else lambda f: f
-def test_resume_with_another_number_of_processes(argv, tmp_path, tmp_path_factory, stage, first, second):  # noqa: F811
+def test_resume_with_another_number_of_processes(
+    argv, tmp_path, tmp_path_factory, stage, first, second
+):  # noqa: F811
     options, out = short(argv, stage), tmp_path / "run"
     saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
     half = launch(first, stage, options, out, "--save_every", saved, "--die_at", dies)
-    assert half.returncode == 1 and "error: this process is out of luck" in half.stderr  # not a hang
+    assert (
+        half.returncode == 1 and "error: this process is out of luck" in half.stderr
+    )  # not a hang
     assert (out / "last" / "state.json").exists()
     check(launch(second, stage, options, out, "--save_every", saved, "--resume"))
     same(stage, out, alone(argv, stage, tmp_path_factory))

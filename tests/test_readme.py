@@ -29,18 +29,25 @@ import lib.run
 import model
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {path: re.sub(r"<!--.*?-->", "", path.read_text("utf-8"), flags=re.S)
-         for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
-TEXTS = {path: re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
-         for path, page in PAGES.items()}
-SPANS = sorted({" ".join(span.split()) for text in TEXTS.values()
-                for span in re.findall(r"`([^`]+)`", text)})
+PAGES = {
+    path: re.sub(r"<!--.*?-->", "", path.read_text("utf-8"), flags=re.S)
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+TEXTS = {path: re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S) for path, page in PAGES.items()}
+SPANS = sorted(
+    {" ".join(span.split()) for text in TEXTS.values() for span in re.findall(r"`([^`]+)`", text)}
+)
 SCRIPTS = ["data_gen", "sft", "train_rm", "ppo", "model"]
-TOOLS = [f"tools.{path.stem}" for path in sorted(ROOT.glob("tools/*.py"))
-         if "def main(" in path.read_text("utf-8")
-         and path.stem not in data_gen.COMMANDS.values()]  # those are data_gen.py's
-BENCHES = [f"bench.{path.stem}" for path in sorted(ROOT.glob("bench/*.py"))
-           if "def main(" in path.read_text("utf-8")]
+TOOLS = [
+    f"tools.{path.stem}"
+    for path in sorted(ROOT.glob("tools/*.py"))
+    if "def main(" in path.read_text("utf-8") and path.stem not in data_gen.COMMANDS.values()
+]  # those are data_gen.py's
+BENCHES = [
+    f"bench.{path.stem}"
+    for path in sorted(ROOT.glob("bench/*.py"))
+    if "def main(" in path.read_text("utf-8")
+]
 EXAMPLES = [f"docs.{path.stem}" for path in sorted(ROOT.glob("docs/*.py"))]
 # what runs as it stands, with what makes it short
 RUNNABLE = {"sft": [], "train_rm": [], "ppo": ["--updates", "1"], "tools.chat": []}
@@ -104,15 +111,21 @@ def subcommand(module, given):
 
 def test_commands_are_found_in_shell_text():
     assert commands('pip install x && python a.py  # --no\necho "a | b" | python b.py "c d"') == [
-        (["pip", "install", "x"], None), (["python", "a.py"], None), (["echo", "a | b"], None),
-        (["python", "b.py", "c d"], ["echo", "a | b"])]
+        (["pip", "install", "x"], None),
+        (["python", "a.py"], None),
+        (["echo", "a | b"], None),
+        (["python", "b.py", "c d"], ["echo", "a | b"]),
+    ]
     assert python(["python", "-m", "tools.chat", "--x"]) == ("tools.chat", ["--x"])
     assert python(["torchrun", "--nproc_per_node=8", "sft.py", "--x"]) == ("sft", ["--x"])
     assert python(["python", "bench/speed.py"]) == ("bench.speed", [])
 
 
-@pytest.mark.parametrize("module, given", [called for called, _ in PYTHON],
-                         ids=[" ".join([called[0], *called[1]]) for called, _ in PYTHON])
+@pytest.mark.parametrize(
+    "module, given",
+    [called for called, _ in PYTHON],
+    ids=[" ".join([called[0], *called[1]]) for called, _ in PYTHON],
+)
 def test_scripts_and_options_of_commands_exist(module, given):
     named = {word.split("=")[0] for word in given if word.startswith("--")}
     assert module in SCRIPTS + TOOLS + BENCHES + EXAMPLES
@@ -121,15 +134,25 @@ def test_scripts_and_options_of_commands_exist(module, given):
 
 
 def test_the_demo_is_one_command_and_ci_runs_the_one_with_the_tests():
-    found = [line for line in shell(PAGES[ROOT / "README.md"]).splitlines()
-             if line.startswith("pip install")]
-    assert found == ["pip install -r requirements.txt && python ppo.py",
-                     "pip install -r requirements.txt -r tests/requirements.txt && pytest"]
+    found = [
+        line
+        for line in shell(PAGES[ROOT / "README.md"]).splitlines()
+        if line.startswith("pip install")
+    ]
+    assert found == [
+        "pip install -r requirements.txt && python ppo.py",
+        "pip install -r requirements.txt -r tests/requirements.txt && pytest",
+    ]
     # the line of .ci/run that looks for its command, run on this README
     ci = (ROOT / ".ci" / "run").read_text("utf-8")
     (finder,) = re.findall(r"^command=\$\((.*)\)$", ci, re.M)
-    result = subprocess.run(["bash", "-euo", "pipefail", "-c", finder], capture_output=True,
-                            text=True, cwd=ROOT, check=True)
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", finder],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     assert result.stdout.splitlines() == [found[1]]
 
 
@@ -144,12 +167,19 @@ def places(tmp_path, monkeypatch):
     rng = random.Random(0)
     prompts = data_gen.draw_prompts(rng, 16)
     demos = [{"user_input": p, "completion": data_gen.write(rng, p, "friendly")} for p in prompts]
-    scored = [dict(d, completion=text, score=score) for d in demos
-              for text, score in ((d["completion"], 1), ("no", 0))]
-    files = {f"{name}{twin}": records for twin in ("", "_eval")
-             for name, records in dict(demos=demos, scored=scored, prompts=demos).items()}
-    files |= {f"data/{name}": demos[:3]
-              for name in ("actor_training_data", "rlhf_training_data_eval")}
+    scored = [
+        dict(d, completion=text, score=score)
+        for d in demos
+        for text, score in ((d["completion"], 1), ("no", 0))
+    ]
+    files = {
+        f"{name}{twin}": records
+        for twin in ("", "_eval")
+        for name, records in dict(demos=demos, scored=scored, prompts=demos).items()
+    }
+    files |= {
+        f"data/{name}": demos[:3] for name in ("actor_training_data", "rlhf_training_data_eval")
+    }
     (tmp_path / "data").mkdir()
     for name, records in files.items():
         text = json.dumps(records, ensure_ascii=False)
@@ -159,9 +189,18 @@ def places(tmp_path, monkeypatch):
     tokenizer_model = data_gen.train_tokenizer(texts, 600)
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_model)
     tokenizer = model.load_tokenizer(str(tmp_path / "tokenizer"))
-    monkeypatch.setattr(model, "DEMO_MODEL", dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256))
+    monkeypatch.setattr(
+        model,
+        "DEMO_MODEL",
+        dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        ),
+    )
     torch.manual_seed(0)
     llama = model.load_llama(None, tokenizer)
     for folder in ("path/to/llama", "runs/sft", "runs/ppo"):
@@ -174,11 +213,19 @@ def places(tmp_path, monkeypatch):
 
 def can_run(module, given, piped):
     """Whether a command can run here: all that it reads is there, and it is no dialogue."""
-    inputs = [word for option, word in zip([module, *given], given)
-              if option != "--out" and re.fullmatch(r"\S*(/|\.json|\.py)\S*", word)]
+    inputs = [
+        word
+        for option, word in zip([module, *given], given)
+        if option != "--out" and re.fullmatch(r"\S*(/|\.json|\.py)\S*", word)
+    ]
     dialogue = module == "tools.chat" and not piped and not {"--prompt", "--prompts"} & set(given)
-    return (module in RUNNABLE and inputs and all(map(os.path.exists, inputs)) and not dialogue
-            and "--quantize" not in given)
+    return (
+        module in RUNNABLE
+        and inputs
+        and all(map(os.path.exists, inputs))
+        and not dialogue
+        and "--quantize" not in given
+    )
 
 
 def test_commands_run_as_they_stand(places, monkeypatch, capsys):
@@ -227,18 +274,23 @@ def test_functions_exist(module, name):
 
 
 def test_tests_exist():
-    sources = [path.read_text("utf-8")
-               for path in [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]]
+    sources = [
+        path.read_text("utf-8") for path in [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
+    ]
     named = {span for span in SPANS if re.fullmatch(r"test_\w+", span)}
-    assert named and named <= {name for source in sources
-                               for name in re.findall(r"^def (test_\w+)\(", source, re.M)}
+    assert named and named <= {
+        name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.M)
+    }
 
 
 def test_files_exist():
     """What stands in the text as the name of a Python file, or as a path into a folder of ours; but
     the reader's own."""
-    spans = {span for span in SPANS if re.fullmatch(
-        r"[\w/]+\.py|(docs|tests|bench|lib|tools)/[\w./]*", span)} - {"judge.py", "my_reward.py"}
+    spans = {
+        span
+        for span in SPANS
+        if re.fullmatch(r"[\w/]+\.py|(docs|tests|bench|lib|tools)/[\w./]*", span)
+    } - {"judge.py", "my_reward.py"}
     assert spans
     assert [name for name in sorted(spans) if not (ROOT / name).exists()] == []
 
@@ -261,6 +313,10 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 def test_every_page_and_picture_is_linked_to():
-    linked = {(page.parent / link.partition("#")[0]).resolve() for page, text in TEXTS.items()
-              for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    linked = {
+        (page.parent / link.partition("#")[0]).resolve()
+        for page, text in TEXTS.items()
+        for link in re.findall(r"\]\(([^)\s]+)\)", text)
+        if "://" not in link
+    }
     assert {path for path in ROOT.glob("docs/*")} <= linked

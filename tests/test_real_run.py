@@ -69,7 +69,9 @@ def test_reviews_are_read_and_dealt(monkeypatch, tmp_path):
                 continue
             texts.append(f"{begun} {record['completion']}")
             if name.startswith(("reward", "gold")):
-                assert record["score"] == pytest.approx(statistics.mean(reviews[texts[-1]]), abs=1e-4)
+                assert record["score"] == pytest.approx(
+                    statistics.mean(reviews[texts[-1]]), abs=1e-4
+                )
             if name == "reward_training_data_eval":
                 assert record["ratings"] == reviews[texts[-1]]
     assert len(texts) == len(set(texts)) == 30 and set(texts) <= set(reviews)  # each in one part
@@ -86,9 +88,14 @@ def test_a_mean_that_is_not_that_of_the_ratings():
 def test_best_of_n_against_all_choices(real_run, n):
     generator = torch.Generator().manual_seed(0)
     scores, gold = torch.randn(2, 3, 5, generator=generator)
-    expected = [gold[row, max(choice, key=lambda i: scores[row, i].item())].item()
-                for row in range(3) for choice in itertools.combinations(range(5), n)]
-    assert real_run.gold_of_best(scores, gold, n) == pytest.approx(statistics.mean(expected), abs=1e-6)
+    expected = [
+        gold[row, max(choice, key=lambda i: scores[row, i].item())].item()
+        for row in range(3)
+        for choice in itertools.combinations(range(5), n)
+    ]
+    assert real_run.gold_of_best(scores, gold, n) == pytest.approx(
+        statistics.mean(expected), abs=1e-6
+    )
 
 
 def test_the_whole_run_in_small(tmp_path):
@@ -99,24 +106,49 @@ def test_the_whole_run_in_small(tmp_path):
     reviews = ratings.read_reviews(people, sentences)
     records = [ratings.as_record(random.Random(n), *review) for n, review in enumerate(reviews)]
     for k, name in enumerate([*ratings.PARTS, "poor_training_data", "rlhf_training_data"]):
-        part = records[12 * k:12 * k + 12]
+        part = records[12 * k : 12 * k + 12]
         (tmp_path / "run" / "data" / f"{name}.json").write_text(json.dumps(part), "utf-8")
     (tmp_path / "llama" / "tokenizer.model").write_bytes(
-        data_gen.train_tokenizer([text for text, _ in reviews], vocab_size=350))
+        data_gen.train_tokenizer([text for text, _ in reviews], vocab_size=350)
+    )
     tokenizer = model.load_tokenizer(str(tmp_path / "llama"))
     torch.manual_seed(0)
     llama = model.random_llama(LlamaConfig(vocab_size=len(tokenizer), **model.DEMO_MODEL))
     model.save_checkpoint(llama, tokenizer, str(tmp_path / "llama"))
-    command = [sys.executable, ROOT / "bench" / "real_run.py", "--small", "--model",
-               tmp_path / "llama", "--out", tmp_path / "run", "--seeds", "0", "--steps", "data",
-               "sft", "rm", "ppo", "over", "report", "--device", "cpu"]
+    command = [
+        sys.executable,
+        ROOT / "bench" / "real_run.py",
+        "--small",
+        "--model",
+        tmp_path / "llama",
+        "--out",
+        tmp_path / "run",
+        "--seeds",
+        "0",
+        "--steps",
+        "data",
+        "sft",
+        "rm",
+        "ppo",
+        "over",
+        "report",
+        "--device",
+        "cpu",
+    ]
     reports = []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         reports.append((tmp_path / "run" / "report.md").read_text("utf-8"))
     assert reports[0] == reports[1] and "+ " not in done.stdout
-    for row in ("| reward model A |", "| VADER's lexicon |", "| half of the raters", "| SFT | 0.00 |",
-                "| PPO, seed 0 |", "no KL penalty |", "| 4 | 0.64 |"):
+    for row in (
+        "| reward model A |",
+        "| VADER's lexicon |",
+        "| half of the raters",
+        "| SFT | 0.00 |",
+        "| PPO, seed 0 |",
+        "no KL penalty |",
+        "| 4 | 0.64 |",
+    ):
         assert row in reports[0]
     assert (tmp_path / "run" / "real_run.png").stat().st_size > 10000

@@ -1,8 +1,10 @@
-"""Nothing is lost: each stage killed at random moments, interrupted, out of space, or resumed by mistake.
+"""Nothing is lost: each stage killed at random moments, interrupted, out of space, or resumed by
+mistake.
 
     pytest tests/test_resume.py
 
-A fork server with the stages already imported starts each run as a process of its own, which can be killed.
+A fork server with the stages already imported starts each run as a process of its own, which can be
+killed.
 """
 
 import importlib
@@ -29,9 +31,19 @@ import train_rm
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["sft", "train_rm", "ppo"])
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128)
-EXPORTS = {"sft": ["model.safetensors"], "train_rm": ["model.safetensors"], "ppo": ["model.safetensors", "critic/model.safetensors"]}
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+EXPORTS = {
+    "sft": ["model.safetensors"],
+    "train_rm": ["model.safetensors"],
+    "ppo": ["model.safetensors", "critic/model.safetensors"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +53,20 @@ def argv(tmp_path_factory):
     rng, old = random.Random(0), model.DEMO_MODEL
     prompts = data_gen.draw_prompts(rng, 24)
     demos = [{"user_input": p, "completion": data_gen.write(rng, p, "friendly")} for p in prompts]
-    scored = [{"user_input": d["user_input"], "completion": text, "score": score} for d in demos
-              for text, score in ((d["completion"], 1), ("no", 0))]
+    scored = [
+        {"user_input": d["user_input"], "completion": text, "score": score}
+        for d in demos
+        for text, score in ((d["completion"], 1), ("no", 0))
+    ]
     for name, records in (("demos", demos), ("scored", scored)):
-        (folder / f"{name}.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+        (folder / f"{name}.json").write_text(
+            json.dumps(records, ensure_ascii=False), encoding="utf-8"
+        )
     os.makedirs(folder / "tokenizer")
     texts = [f"{p} {d['completion']}" for p, d in zip(prompts, demos)]
-    (folder / "tokenizer" / "tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, vocab_size=600))
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(
+        data_gen.train_tokenizer(texts, vocab_size=600)
+    )
     tokenizer = model.load_tokenizer(str(folder / "tokenizer"))
     torch.manual_seed(0)
     model.DEMO_MODEL = TINY
@@ -60,9 +79,11 @@ def argv(tmp_path_factory):
     return {
         "sft": f"--model {llama} --data {demos} --epochs 40 --batch_size 5 --lr 0.01 --save_every 1".split(),
         "train_rm": f"--model {llama} --data {scored} --demonstrations {demos} --epochs 24 --batch_size 5 --lr 0.01 --save_every 1".split(),
-        "ppo": (f"--sft {llama} --rm {folder / 'rm'} --prompts {demos} --eval_prompts {demos} --demonstrations {demos} --ptx_coef 0.1 "
-                "--updates 24 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
-                "--ppo_epochs 2 --lr 0.001 --critic_lr 0.01 --save_every 1").split(),
+        "ppo": (
+            f"--sft {llama} --rm {folder / 'rm'} --prompts {demos} --eval_prompts {demos} --demonstrations {demos} --ptx_coef 0.1 "
+            "--updates 24 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
+            "--ppo_epochs 2 --lr 0.001 --critic_lr 0.01 --save_every 1"
+        ).split(),
     }
 
 
@@ -86,7 +107,8 @@ def finish(stage, options):
 
 
 def result(stage, out):
-    """What must not depend on interruptions: the exported weights, and metrics.csv but for the speed."""
+    """What must not depend on interruptions: the exported weights, and metrics.csv but for the
+    speed."""
     rows = (out / "metrics.csv").read_text().splitlines()
     speed = rows[0].split(",").index("tokens_per_s")
     rows = [[cell for i, cell in enumerate(row.split(",")) if i != speed] for row in rows]
@@ -103,11 +125,14 @@ def whole(request, argv, tmp_path_factory):
 
 
 def test_killed_at_20_random_moments(whole, tmp_path):
-    """Half of the kills fall anywhere from the start of the process on, half into the steps and the saving of each."""
+    """Half of the kills fall anywhere from the start of the process on, half into the steps and the
+    saving of each."""
     stage, options, seconds, expected = whole
     out, rng, killed = tmp_path / "run", random.Random(1), 0
     options = options + ["--out", str(out), "--resume"]
-    size = lambda: (out / "metrics.csv").stat().st_size if (out / "metrics.csv").exists() else 0  # noqa: E731
+    size = lambda: (
+        (out / "metrics.csv").stat().st_size if (out / "metrics.csv").exists() else 0
+    )  # noqa: E731
     for i in range(20):
         process, before = start(stage, options), size()
         if i % 2:
@@ -128,9 +153,13 @@ def test_killed_at_20_random_moments(whole, tmp_path):
 def test_signals_finish_the_step_and_save(whole, tmp_path, number, code):
     stage, options, _, expected = whole
     out = tmp_path / "run"
-    options = [o if o != "1" or options[i - 1] != "--save_every" else "1000" for i, o in enumerate(options)] + ["--out", str(out)]
+    options = [
+        o if o != "1" or options[i - 1] != "--save_every" else "1000" for i, o in enumerate(options)
+    ] + ["--out", str(out)]
     process = start(stage, options)
-    while process.exitcode is None and (not (out / "metrics.csv").exists() or (out / "metrics.csv").read_text().count("\n") < 3):
+    while process.exitcode is None and (
+        not (out / "metrics.csv").exists() or (out / "metrics.csv").read_text().count("\n") < 3
+    ):
         time.sleep(0.005)  # until steps are being taken
     os.kill(process.pid, number)
     process.join(60)
@@ -206,7 +235,11 @@ def test_the_newest_exports_are_kept(argv, tmp_path, stage):
     stage.main(argv[stage.__name__] + ["--out", str(out), "--keep", "2", "--save_every", "5"])
     steps = {"sft": [195, 200], "train_rm": [115, 120], "ppo": [20, 24]}[stage.__name__]
     assert sorted(path.name for path in out.glob("step-*")) == sorted(f"step-{n}" for n in steps)
-    load = model.load_scalar_head if stage is train_rm else lambda path: model.load_llama(path, model.load_tokenizer(path))
+    load = (
+        model.load_scalar_head
+        if stage is train_rm
+        else lambda path: model.load_llama(path, model.load_tokenizer(path))
+    )
     load(str(out / f"step-{steps[-1]}"))
     stage.main(argv[stage.__name__] + ["--out", str(out), "--save_every", "50", "--overwrite"])
     assert not list(out.glob("step-*"))
@@ -224,8 +257,10 @@ def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, ca
     sft.main(options)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     records = json.loads(Path(copies["--data"]).read_text("utf-8"))
-    changes = {"--data": (Path(copies["--data"]), json.dumps(records[::-1])),
-               "--model": (Path(copies["--model"]) / "config.json", None)}
+    changes = {
+        "--data": (Path(copies["--data"]), json.dumps(records[::-1])),
+        "--model": (Path(copies["--model"]) / "config.json", None),
+    }
     for name, (path, text) in changes.items():
         old = path.read_text("utf-8")
         path.write_text(text or old + " ", "utf-8")
@@ -238,8 +273,16 @@ def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, ca
     sft.main(options + ["--resume", "--accept_changed_data"])
 
 
-@pytest.mark.parametrize("stage, name", [("sft", "--model"), ("sft", "--data"), ("train_rm", "--model"), ("ppo", "--sft"),
-                                         ("ppo", "--rm")])
+@pytest.mark.parametrize(
+    "stage, name",
+    [
+        ("sft", "--model"),
+        ("sft", "--data"),
+        ("train_rm", "--model"),
+        ("ppo", "--sft"),
+        ("ppo", "--rm"),
+    ],
+)
 @pytest.mark.parametrize("where", ["", "inside", ".."], ids=["the same", "inside it", "around it"])
 def test_a_run_does_not_write_where_it_reads(argv, tmp_path, capsys, stage, name, where):
     path = argv[stage][argv[stage].index(name) + 1]
@@ -257,7 +300,8 @@ def test_a_run_does_not_write_where_it_reads(argv, tmp_path, capsys, stage, name
 
 @pytest.mark.parametrize("stage", [sft, train_rm, ppo])
 def test_a_finished_run_can_be_prolonged(argv, tmp_path, capsys, stage):
-    """The first steps are those of the short run, then it goes on along the longer schedule, on the data of the longer run."""
+    """The first steps are those of the short run, then it goes on along the longer schedule, on the
+    data of the longer run."""
     name = "--updates" if stage is ppo else "--epochs"
     options = [*argv[stage.__name__], "--save_every", "50"]
     few, many = [[*options, name, n, "--out", str(tmp_path / "run")] for n in ("3", "5")]
@@ -269,12 +313,14 @@ def test_a_finished_run_can_be_prolonged(argv, tmp_path, capsys, stage):
     stage.main(many + ["--resume"])
     assert f"{name} 5, where 3 were planned" in capsys.readouterr().out
     longer = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert longer[:len(first)] == first
+    assert longer[: len(first)] == first
     stage.main([*many, "--out", str(tmp_path / "at once")])
     once = (tmp_path / "at once" / "metrics.csv").read_text().splitlines()
     lr = once[0].split(",").index("lr")
     assert len(longer) == len(once)
-    rates = [[float(row.split(",")[lr] or 0) for row in rows[len(first):]] for rows in (longer, once)]
+    rates = [
+        [float(row.split(",")[lr] or 0) for row in rows[len(first) :]] for rows in (longer, once)
+    ]
     assert rates[0] == rates[1] and rates[0]
     assert name in error(capsys, stage.__name__, few + ["--resume"])  # shorter is not
 
@@ -288,14 +334,22 @@ def test_a_state_of_another_kind_of_device(argv, tmp_path, capsys):
     state["settings"]["device"] = "cuda:0"
     path.write_text(json.dumps(state))
     ppo.main([*options, "--updates", "3", "--resume"])
-    assert "saved on cuda: on cpu the random numbers of sampling are others" in capsys.readouterr().out
+    assert (
+        "saved on cuda: on cpu the random numbers of sampling are others" in capsys.readouterr().out
+    )
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 5
 
 
 def test_ctrl_c_before_the_first_step(argv, tmp_path):
-    code = ("import os, signal, sys, lib.run, sft\n"
-            "lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
-            "sft.main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, *argv["sft"], "--out", str(tmp_path / "run")],
-                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    code = (
+        "import os, signal, sys, lib.run, sft\n"
+        "lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sft.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv["sft"], "--out", str(tmp_path / "run")],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 130 and done.stderr.strip() == "interrupted"

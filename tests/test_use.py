@@ -25,27 +25,44 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig,
-                          LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import data_gen
 from lib.data import encode_prompt, encode_text, left_pad
-from model import (ScalarHead, generate, load_llama, load_tokenizer, random_llama,
-                   save_checkpoint)
+from model import ScalarHead, generate, load_llama, load_tokenizer, random_llama, save_checkpoint
 from tools import chat
 from tools import quantize as quantization
 from tools.chat import text_of, text_pieces
 
-TEXTS = [f"User: what is {a} plus {b}?\nAssistant: it is {a + b}, of course. "
-         f"你好，{a}加{b}是{a + b}。" for a in range(8) for b in range(8)]
+TEXTS = [
+    f"User: what is {a} plus {b}?\nAssistant: it is {a + b}, of course. "
+    f"你好，{a}加{b}是{a + b}。"
+    for a in range(8)
+    for b in range(8)
+]
 
 
 def tiny_llama(vocab, seed):
     torch.manual_seed(seed)
-    return random_llama(LlamaConfig(
-        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        initializer_range=0.2))
+    return random_llama(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +74,18 @@ def tokenizers(tmp_path_factory):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=330, show_progress=False, special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>",
-                                  eos_token="</s>")
+    bpe.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=330,
+            show_progress=False,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    bpe = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     return {"sentencepiece": load_tokenizer(str(folder)), "bytes": bpe}
 
 
@@ -100,9 +124,12 @@ def refused(capfd, *argv):
 # ------------------------------------------------------------------------------------------------
 # Streaming
 
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-@pytest.mark.parametrize("text", ["it is 4, of course.", "你好，饕餮😀 is  it\n\n two  spaces?",
-                                  " 👩‍👩‍👧 é\t", "饕", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["it is 4, of course.", "你好，饕餮😀 is  it\n\n two  spaces?", " 👩‍👩‍👧 é\t", "饕", ""],
+)
 def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizers, kind, text):
     tokens = encode_text(tokenizers[kind], text)
     pieces = list(text_pieces(tokenizers[kind], iter(tokens)))
@@ -139,9 +166,11 @@ def test_broken_bytes_do_not_hold_up_what_follows(tokenizers, kind):
 # ------------------------------------------------------------------------------------------------
 # One answer, and the chat
 
+
 @pytest.fixture
 def terminal(monkeypatch):
     """terminal(line, ...): what the user types; then Ctrl-D."""
+
     def type_in(*lines):
         lines = iter(lines)
 
@@ -153,6 +182,7 @@ def terminal(monkeypatch):
 
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
         monkeypatch.setattr(builtins, "input", typed)
+
     return type_in
 
 
@@ -229,8 +259,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(home, terminal, asked, capfd):
     terminal("it is 4", "and 5")
     chat.main([home.ppo, "--max_new_tokens", "9"])
     begun = {"role": "assistant", "content": greedy(home.ppo, "it is 4", 3)[0].strip()}
-    dialogue = [{"role": "user", "content": "it is 4"}, begun,
-                {"role": "user", "content": "and 5"}]
+    dialogue = [{"role": "user", "content": "it is 4"}, begun, {"role": "user", "content": "and 5"}]
     assert asked.prompts[1] == encode_prompt(home.tokenizer, dialogue)
     with pytest.raises(SystemExit) as end:
         chat.main([home.ppo, "--prompt", "it is 4"])
@@ -253,8 +282,13 @@ def test_chat_that_outgrows_the_context_forgets_its_oldest_turns(home, terminal,
 # ------------------------------------------------------------------------------------------------
 # Several checkpoints
 
-PROMPTS = ["what is 2 plus 3?", "a | b\n<b>*你好*</b> `x`", "你好，饕餮", "4",
-           [{"role": "system", "content": "be brief"}, {"role": "user", "content": "it is"}]]
+PROMPTS = [
+    "what is 2 plus 3?",
+    "a | b\n<b>*你好*</b> `x`",
+    "你好，饕餮",
+    "4",
+    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "it is"}],
+]
 
 
 @pytest.fixture
@@ -280,8 +314,21 @@ def reference_score(path, prompt, text, ended):
 def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
     out = tmp_path / "answers.csv"
     paths = [home.sft, home.ppo, home.sft]
-    chat.main([*paths, "--reward", home.rm, "--prompts", prompts, "--max_new_tokens", "12",
-               "--batch_size", "2", "--out", str(out)])
+    chat.main(
+        [
+            *paths,
+            "--reward",
+            home.rm,
+            "--prompts",
+            prompts,
+            "--max_new_tokens",
+            "12",
+            "--batch_size",
+            "2",
+            "--out",
+            str(out),
+        ]
+    )
     rows = list(csv.reader(io.StringIO(out.read_bytes().decode())))
     assert rows[0] == ["prompt", *(head for path in paths for head in [path, f"score of {path}"])]
     assert [row[0] for row in rows[1:]] == [*PROMPTS[:-1], "system: be brief\nuser: it is"]
@@ -293,8 +340,11 @@ def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
             expected.append(reference_score(home.rm, prompt, text, ended))
             assert float(row[column + 1]) == pytest.approx(expected[-1], abs=2e-3)
     first, second = expected[0::3], expected[1::3]
-    table = [line.strip("| ").replace("\\", "").split(" | ")
-             for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    table = [
+        line.strip("| ").replace("\\", "").split(" | ")
+        for line in capfd.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
     assert table[0][3:] == ["mean score", f"win rate against {home.sft}"]
     wins = sum(b > a for a, b in zip(first, second)) / len(PROMPTS)
     assert table[3][0] == home.ppo and float(table[3][4]) == pytest.approx(wins, abs=1e-3)
@@ -311,8 +361,9 @@ def test_win_rate_counts_a_tie_half():
 
 def test_a_file_of_prompts_as_markdown(home, prompts, tmp_path, capfd):
     out = tmp_path / "answers.md"
-    chat.main([home.sft, home.ppo, "--prompts", prompts, "--max_new_tokens", "8",
-               "--out", str(out)])
+    chat.main(
+        [home.sft, home.ppo, "--prompts", prompts, "--max_new_tokens", "8", "--out", str(out)]
+    )
     summary, table = out.read_text(encoding="utf-8").split("\n\n")
     lines = table.splitlines()
     assert len(summary.splitlines()) == 4 and len(lines) == 2 + len(PROMPTS)
@@ -325,36 +376,44 @@ def test_a_file_of_prompts_as_markdown(home, prompts, tmp_path, capfd):
 
 
 def test_one_prompt_through_two_checkpoints(home, capfd):
-    chat.main([home.sft, home.ppo, "--reward", home.rm, "--prompt", "你好",
-               "--max_new_tokens", "40"])
+    chat.main(
+        [home.sft, home.ppo, "--reward", home.rm, "--prompt", "你好", "--max_new_tokens", "40"]
+    )
     shown = capfd.readouterr().out
     for path in [home.sft, home.ppo]:
         text, ended = greedy(path, "你好", 40)
         head, score = shown.split("\n", 1)[0].split(", score ")
         assert head == path
-        assert float(score) == pytest.approx(reference_score(home.rm, "你好", text, ended), abs=2e-3)
+        assert float(score) == pytest.approx(
+            reference_score(home.rm, "你好", text, ended), abs=2e-3
+        )
         block = f"{path}, score {score}\n{text.strip()}\n\n"
         assert shown.startswith(block)
-        shown = shown[len(block):]
+        shown = shown[len(block) :]
     assert not shown
 
 
 # ------------------------------------------------------------------------------------------------
 # Bad input
 
-@pytest.mark.parametrize("options, reason", [
-    (["--temperature", "-1"], "--temperature"),
-    (["--temperature", "nan"], "--temperature"),
-    (["--top_p", "0"], "--top_p"),
-    (["--prompt", "x", "--prompts", "y.json"], "not both"),
-    (["--prompt", "x", "--out", "a.md"], "--out"),
-    (["--prompts", "y.json", "--out", "a.txt"], ".md or .csv"),
-    (["--prompts", "nowhere.json"], "nowhere.json: no such file"),
-    (["--prompt", " \n"], "empty"),
-    (["--prompt", "\ud83d"], "half a character"),
-    (["--prompt", "it is " * 90], "shorten it"),
-    (["--prompt", "x", "--max_new_tokens", "128"], "the context"),
-    (["--prompt", "x", "--reward", "nowhere"], "nowhere")])
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top_p", "0"], "--top_p"),
+        (["--prompt", "x", "--prompts", "y.json"], "not both"),
+        (["--prompt", "x", "--out", "a.md"], "--out"),
+        (["--prompts", "y.json", "--out", "a.txt"], ".md or .csv"),
+        (["--prompts", "nowhere.json"], "nowhere.json: no such file"),
+        (["--prompt", " \n"], "empty"),
+        (["--prompt", "\ud83d"], "half a character"),
+        (["--prompt", "it is " * 90], "shorten it"),
+        (["--prompt", "x", "--max_new_tokens", "128"], "the context"),
+        (["--prompt", "x", "--reward", "nowhere"], "nowhere"),
+    ],
+)
 def test_bad_input_ends_with_one_line(home, capfd, options, reason):
     assert reason in refused(capfd, home.ppo, *options)
 
@@ -376,20 +435,29 @@ def test_bad_input_of_several_kinds(home, capfd, terminal, monkeypatch, tmp_path
 # ------------------------------------------------------------------------------------------------
 # Quantized, and served
 
+
 @pytest.mark.parametrize("bits, bytes_per_weight, error", [("8bit", 1.1, 0.1), ("4bit", 0.9, 0.6)])
 def test_quantized_weights_are_those_of_transformers(home, capfd, bits, bytes_per_weight, error):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     full = load_llama(home.ppo, home.tokenizer)
-    weights = sum(part.weight.numel() for part in full.model.layers.modules()
-                  if isinstance(part, torch.nn.Linear))
+    weights = sum(
+        part.weight.numel()
+        for part in full.model.layers.modules()
+        if isinstance(part, torch.nn.Linear)
+    )
     before = quantization.weight_bytes(full)
     ids, mask = left_pad([encode_prompt(home.tokenizer, "what is 2 plus 3?")], 0)
-    how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit",
-                             bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.float32)
-    theirs = LlamaForCausalLM.from_pretrained(home.ppo, dtype=torch.float32, device_map={"": "cpu"},
-                                              quantization_config=how).eval()
+    how = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = LlamaForCausalLM.from_pretrained(
+        home.ppo, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=how
+    ).eval()
     capfd.readouterr()
     with torch.no_grad():
         exact = full.lm_head(full(ids))
@@ -398,20 +466,26 @@ def test_quantized_weights_are_those_of_transformers(home, capfd, bits, bytes_pe
         assert torch.allclose(logits, theirs(ids).logits, atol=1e-4)
     assert weights * (4 - bytes_per_weight) < before - after < weights * 4
     assert 0 < (logits - exact).square().mean().sqrt() / exact.std() < error
-    answer = theirs.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False,
-                             pad_token_id=0)[0, ids.shape[1]:]
-    chat.main([home.ppo, "--prompt", "what is 2 plus 3?", "--max_new_tokens", "12",
-               "--quantize", bits])
+    answer = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
+    )[0, ids.shape[1] :]
+    chat.main(
+        [home.ppo, "--prompt", "what is 2 plus 3?", "--max_new_tokens", "12", "--quantize", bits]
+    )
     assert capfd.readouterr() == (
         text_of(home.tokenizer, answer).lstrip() + "\n",
-        f"{home.ppo}: weights {before / 1e6:.1f} MB in float32, {after / 1e6:.1f} MB in {bits}\n")
+        f"{home.ppo}: weights {before / 1e6:.1f} MB in float32, {after / 1e6:.1f} MB in {bits}\n",
+    )
 
 
 def test_what_quantization_does_is_measured(home, capfd):
     pytest.importorskip("bitsandbytes")
     quantization.main([home.ppo, "--max_new_tokens", "4"])
-    table = [line.strip("| ").split(" | ") for line in capfd.readouterr().out.splitlines()
-             if line.startswith("|")]
+    table = [
+        line.strip("| ").split(" | ")
+        for line in capfd.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
     assert [row[0] for row in table[2:]] == ["float32", "8bit", "4bit"]
     per_weight, moved = ([float(row[column]) for row in table[3:]] for column in (2, 3))
     assert 4 > per_weight[0] > per_weight[1] > 0.5 and 0 < moved[0] < moved[1]
@@ -422,18 +496,33 @@ def test_transformers_serve_gives_the_same_greedy_answer(home, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     program = "from transformers.cli.transformers import main; main()"  # `transformers`
-    command = [sys.executable, "-c", program, "serve", home.ppo, "--device", "cpu",
-               "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "serve",
+        home.ppo,
+        "--device",
+        "cpu",
+        "--port",
+        str(port),
+    ]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        dialogue = [{"role": "user", "content": "what is 2 plus 3? 你好"},
-                    {"role": "assistant", "content": "it is 5."},
-                    {"role": "user", "content": "and 4?"}]
-        body = json.dumps({"model": home.ppo, "messages": dialogue, "temperature": 0,
-                           "max_tokens": 16}).encode()
-        request = urllib.request.Request(f"http://localhost:{port}/v1/chat/completions", body,
-                                         {"Content-Type": "application/json"})
+        dialogue = [
+            {"role": "user", "content": "what is 2 plus 3? 你好"},
+            {"role": "assistant", "content": "it is 5."},
+            {"role": "user", "content": "and 4?"},
+        ]
+        body = json.dumps(
+            {"model": home.ppo, "messages": dialogue, "temperature": 0, "max_tokens": 16}
+        ).encode()
+        request = urllib.request.Request(
+            f"http://localhost:{port}/v1/chat/completions",
+            body,
+            {"Content-Type": "application/json"},
+        )
         for _ in range(200):  # until it listens
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
             try:

@@ -16,7 +16,16 @@ import ppo
 from lib import health
 from test_resume import argv  # noqa: F401: the fixture, a tiny pipeline
 
-HEALTHY = dict(score=0.5, kl=1.4, kl_error=0.1, clip_fraction=0.1, entropy=0.5, explained_variance=0.6, response_length=12.0, ended=0.98)
+HEALTHY = dict(
+    score=0.5,
+    kl=1.4,
+    kl_error=0.1,
+    clip_fraction=0.1,
+    entropy=0.5,
+    explained_variance=0.6,
+    response_length=12.0,
+    ended=0.98,
+)
 SFT = dict(eval_score=0.0, eval_gold=3.0)
 
 
@@ -29,17 +38,34 @@ def warned(rows, updates=80):
     return list(health.unhealthy(rows, SFT, updates))
 
 
-@pytest.mark.parametrize("name, values", [
-    ("negative KL", dict(kl=-0.5)), ("KL running away", dict(kl=9.0)), ("clipping", dict(clip_fraction=0.4)),
-    ("entropy", dict(entropy=0.04)), ("critic", dict(explained_variance=-0.2)), ("cut responses", dict(ended=0.3))])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("negative KL", dict(kl=-0.5)),
+        ("KL running away", dict(kl=9.0)),
+        ("clipping", dict(clip_fraction=0.4)),
+        ("entropy", dict(entropy=0.04)),
+        ("critic", dict(explained_variance=-0.2)),
+        ("cut responses", dict(ended=0.3)),
+    ],
+)
 def test_each_at_its_condition(name, values):
     assert warned(run(**values)) == [name]
     message = health.unhealthy(run(**values), SFT, 80)[name]
     assert "--" in message and "\n" not in message  # names a knob, in one line
 
 
-@pytest.mark.parametrize("values", [{}, dict(kl=-0.1), dict(kl=5.9, clip_fraction=0.25), dict(entropy=0.15), dict(explained_variance=0.01),
-                                    dict(ended=0.6)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(kl=-0.1),
+        dict(kl=5.9, clip_fraction=0.25),
+        dict(entropy=0.15),
+        dict(explained_variance=0.01),
+        dict(ended=0.6),
+    ],
+)
 def test_none_within_the_usual(values):
     assert warned(run(**values)) == []
 
@@ -48,28 +74,42 @@ def test_a_long_response_may_be_further_away():
     assert warned(run(kl=20.0, response_length=100.0)) == []
 
 
-@pytest.mark.parametrize("number, updates, warns", [(10, 80, False), (20, 80, False), (21, 80, True), (8, 16, False), (9, 16, True)])
+@pytest.mark.parametrize(
+    "number, updates, warns",
+    [(10, 80, False), (20, 80, False), (21, 80, True), (8, 16, False), (9, 16, True)],
+)
 def test_a_young_critic_is_given_time(number, updates, warns):
     assert warned([dict(HEALTHY, explained_variance=-3.0)] * number, updates) == ["critic"] * warns
 
 
 @pytest.mark.parametrize("responses", [1, 2, 16])
 def test_noise_of_the_kl_is_no_negative_kl(responses):
-    """A policy that does not move: the KL of an update is below 0 half of the time, and with few responses by many of its own errors."""
+    """A policy that does not move: the KL of an update is below 0 half of the time, and with few
+    responses by many of its own errors."""
     generator, rows = random.Random(0), []
     for _ in range(300):
         log_ratios = [generator.gauss(0, 0.1) for _ in range(responses)]
-        error = statistics.stdev(log_ratios) / responses ** 0.5 if responses > 1 else 0.0
+        error = statistics.stdev(log_ratios) / responses**0.5 if responses > 1 else 0.0
         rows.append(dict(HEALTHY, kl=statistics.mean(log_ratios), kl_error=error))
         assert warned(rows) == []
     if responses > 1:
-        assert warned(rows + [dict(row, kl=row["kl"] - 0.4) for row in rows[:10]]) == ["negative KL"]
+        assert warned(rows + [dict(row, kl=row["kl"] - 0.4) for row in rows[:10]]) == [
+            "negative KL"
+        ]
 
 
-@pytest.mark.parametrize("later, warns", [
-    ([(1.2, 3.9)], False), ([(1.2, 3.9), (1.3, 3.8)], True), ([(1.2, 4.4), (1.3, 3.8)], False), ([(0.7, 3.9), (0.7, 3.8)], False)])
+@pytest.mark.parametrize(
+    "later, warns",
+    [
+        ([(1.2, 3.9)], False),
+        ([(1.2, 3.9), (1.3, 3.8)], True),
+        ([(1.2, 4.4), (1.3, 3.8)], False),
+        ([(0.7, 3.9), (0.7, 3.8)], False),
+    ],
+)
 def test_overoptimization(later, warns):
-    """After an evaluation with score 0.8 and gold 4.5: a second one below it, while the score rose, and not within the usual scatter."""
+    """After an evaluation with score 0.8 and gold 4.5: a second one below it, while the score rose,
+    and not within the usual scatter."""
     rows = run()
     for score, gold in [(0.8, 4.5), *later]:
         rows += [dict(HEALTHY, eval_score=score, eval_gold=gold)]
@@ -78,11 +118,14 @@ def test_overoptimization(later, warns):
 
 
 def test_overoptimization_from_the_start():
-    assert warned([dict(HEALTHY, eval_score=s, eval_gold=2.0) for s in (0.1, 0.2)]) == ["over-optimization"]
+    assert warned([dict(HEALTHY, eval_score=s, eval_gold=2.0) for s in (0.1, 0.2)]) == [
+        "over-optimization"
+    ]
 
 
 def test_each_once_also_after_a_break(argv, tmp_path, monkeypatch, capsys):
-    """The untrained model of this run ends next to no response. It is stopped after that was said, and goes on."""
+    """The untrained model of this run ends next to no response. It is stopped after that was said,
+    and goes on."""
     check = health.unhealthy
 
     def stopped_at_7(rows, *given):
@@ -103,7 +146,8 @@ def test_each_once_also_after_a_break(argv, tmp_path, monkeypatch, capsys):
 
 
 def test_standard_error_of_the_kl(argv, tmp_path, monkeypatch):
-    """What stands in metrics.csv is the deviation of the responses' log ratios over the root of their number."""
+    """What stands in metrics.csv is the deviation of the responses' log ratios over the root of
+    their number."""
     seen, rewards = [], ppo.token_rewards
 
     def keep(scores, kl, mask, kl_coef):
@@ -114,8 +158,13 @@ def test_standard_error_of_the_kl(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     for size in (1, 5):
         seen.clear()
-        ppo.main(argv["ppo"] + ["--out", str(tmp_path / str(size)), "--updates", "3", "--batch_size", str(size)])
+        ppo.main(
+            argv["ppo"]
+            + ["--out", str(tmp_path / str(size)), "--updates", "3", "--batch_size", str(size)]
+        )
         with open(tmp_path / str(size) / "metrics.csv", encoding="utf-8") as file:
             errors = [float(row["kl_error"]) for row in csv.DictReader(file) if row["kl_error"]]
-        assert errors == pytest.approx([statistics.stdev(kl) / size ** 0.5 if size > 1 else 0 for kl in seen], rel=1e-3, abs=1e-6)
+        assert errors == pytest.approx(
+            [statistics.stdev(kl) / size**0.5 if size > 1 else 0 for kl in seen], rel=1e-3, abs=1e-6
+        )
         assert size == 1 or errors[-1] > 1e-4
