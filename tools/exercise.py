@@ -30,7 +30,7 @@ WRITE = {  # exercise: (file, function to be written, its test)
     "10": ("ppo.py", "policy_loss", f"{MATHS}::test_first_pass_is_reinforce"),
     "11": ("ppo.py", "value_loss", f"{MATHS}::test_value_loss_by_hand"),
 }
-FIND = {  # planted bug, docs/bugs/*.diff: the test that finds it
+FIND = {  # planted bug, bench/bugs/*.diff: the test that finds it
     "12a": f"{MATHS}::test_the_shift_between_a_state_and_its_token",
     "12b": f"{MATHS}::test_masked_mean_weighs_tokens_and_not_responses",
     "12c": f"{STAGES}::test_minibatch_step_is_the_slow_gradient_however_it_is_cut",
@@ -62,7 +62,7 @@ def make(number, folder):
             shutil.copy(f"{ROOT}/{name}", folder)
     if number in FIND:
         above = os.path.dirname(folder)
-        subprocess.run(["git", "apply", f"{ROOT}/docs/bugs/{number[2:]}.diff"], cwd=folder,
+        subprocess.run(["git", "apply", f"{ROOT}/bench/bugs/{number[2:]}.diff"], cwd=folder,
                        check=True, env=os.environ | {"GIT_CEILING_DIRECTORIES": above})
         return
     file, name, _ = WRITE[number]
