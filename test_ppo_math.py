@@ -42,17 +42,19 @@ from lib.run import set_lr
 from train_rm import normalize_, pair_statistics, ranking_loss, regression_loss
 
 GARBAGE = [1e30, math.inf, -math.inf, math.nan]
+# a ragged batch: a response of one token, one that fills its row, two in between
 LENGTHS = [
     1,
     6,
     3,
     4,
-]  # a ragged batch: a response of one token, one that fills its row, two in between
+]
 MASK = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).float()
 SCORES = torch.tensor([1.5, -0.7, 0.0, 2.2])  # of these four responses
+# for PTX: prompt and completion; a wilder mix
 LABELS = torch.tensor(
     [[-100, -100, 3, 1, 4], [2, 0, -100, 1, -100]]
-)  # for PTX: prompt and completion; a wilder mix
+)
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -289,9 +291,10 @@ def test_gradients(name):
     function, slow, _, learning = MASKED[name]
     inputs = make_inputs(name, MASK)
     weighted_sum(as_tuple(function(MASK, *inputs))).backward()
+    # old_logprobs, advantages, old_values, returns: constants
     assert all(
         x.grad is None for x in inputs[learning:]
-    )  # old_logprobs, advantages, old_values, returns: constants
+    )
     lists = [to_lists(x, MASK) for x in inputs]
     for i, x in enumerate(inputs[:learning]):
         expected = numerical_gradient(
@@ -353,19 +356,22 @@ def test_logprobs_and_entropy(dtype, temperature):
 
 def test_entropy_of_known_distributions():
     assert_near(entropy_from_logits(torch.full((1, 50), 3.0)), [math.log(50)])  # uniform
+    # hot: as good as uniform
     assert_near(
         entropy_from_logits(random(1, 50), temperature=1e4), [math.log(50)]
-    )  # hot: as good as uniform
+    )
     assert_near(entropy_from_logits(random(1, 50), temperature=1e-3), [0.0])  # cold: one word
+    # as top-k leaves them
     two_of_four = torch.tensor(
         [[0.3, -math.inf, 0.3, -math.inf]], requires_grad=True
-    )  # as top-k leaves them
+    )
     entropy = entropy_from_logits(two_of_four)
     entropy.sum().backward()
     assert_near(entropy, [math.log(2)])
+    # uniform over what is left is a maximum; and no nan
     assert_near(
         two_of_four.grad, torch.zeros(1, 4)
-    )  # uniform over what is left is a maximum; and no nan
+    )
     assert_near(logprobs_from_logits(two_of_four, torch.tensor([2])), [math.log(0.5)])
 
 
@@ -418,9 +424,10 @@ def test_k3_is_never_negative_and_always_finite():
 
 
 def test_kl_kinds():
+    # k1, unless asked otherwise
     assert (
         kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-3.0]])) == 2
-    )  # k1, unless asked otherwise
+    )
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
 
@@ -463,9 +470,10 @@ def test_all_equal_advantages(value):
     where it is."""
     x, logprobs = torch.full((4, 6), value, requires_grad=True), random(4, 6).requires_grad_()
     whitened = masked_whiten(x, MASK)
+    # not quite 0: the mean of numbers like 0.1 is off by a rounding
     assert (
         whitened.abs().max() < 1e-3
-    )  # not quite 0: the mean of numbers like 0.1 is off by a rounding
+    )
     assert torch.autograd.grad(whitened.sum(), x, retain_graph=True)[0].isfinite().all()
     loss, _ = policy_loss(logprobs, logprobs, whitened, MASK, 0.2)
     loss.backward()
@@ -994,9 +1002,10 @@ def test_lr_factor(steps, warmup):
         assert [a + b for a, b in zip(falling, reversed(falling))] == pytest.approx(
             [1] * len(falling)
         )
+    # a quarter of the way down
     assert lr_factor(4 + 25, 104) == pytest.approx(
         (1 + math.cos(math.pi / 4)) / 2
-    )  # a quarter of the way down
+    )
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.25])

@@ -256,9 +256,10 @@ def test_import_splits_by_prompt_and_drops_duplicates(tmp_path, capsys):
             eval_share=0.2,
             seed=seed,
         )
+    # "Bad" once a prompt, and all of the second file
     assert (
         f"{40 + 20} exact duplicates dropped" in capsys.readouterr().out
-    )  # "Bad" once a prompt, and all of the second file
+    )
     sides = [
         {
             r["user_input"]
@@ -896,9 +897,10 @@ def serve():
 
 
 def test_download_goes_on_where_it_broke_off(tmp_path, serve):
+    # the library writes 10 MB at a time
     records = [
         SHP | {"history": f"Question {i} {'x' * 8000}"} for i in range(3000)
-    ]  # the library writes 10 MB at a time
+    ]
     hub = serve(BrokenHub, content=lines(records).encode(), cuts=1, missing="askhr", sent=[])
     argv = [
         "download",
@@ -1061,9 +1063,10 @@ def test_score_on_a_faulty_server(tmp_path, llm, capsys, workers):
     said = capsys.readouterr().out
     assert f"24 questions, 2 without a usable answer, 0 unanswered, {7 * answered} tokens" in said
     asked = len(server.requests)
+    # all of it is in the journal
     run(
         "score", source, "--overwrite", out=tmp_path / "y.json", **asking(server)
-    )  # all of it is in the journal
+    )
     assert len(server.requests) == asked
 
 
@@ -1097,16 +1100,18 @@ def test_a_half_written_journal(tmp_path, llm):
         sum(server.answered.values()),
     )
     entries = whole.split(b"\n")
+    # one damaged line, and a half one
     journal.write_bytes(
         b"\n".join([*entries[:10], b"\0\0", *entries[11:-2], entries[-2][:20]])
-    )  # one damaged line, and a half one
+    )
     (tmp_path / "y.json").unlink()
     run("score", source, out=tmp_path / "y.json", workers=1, **asking(server))
     assert sum(server.answered.values()) == answers + 2
     assert (tmp_path / "y.json").read_bytes() == result
+    # whole lines, the damaged one included
     assert journal.read_bytes().count(b"\n") == len(
         entries
-    )  # whole lines, the damaged one included
+    )
 
 
 def test_ctrl_c_loses_nothing(tmp_path, llm):
@@ -1417,9 +1422,10 @@ def test_templates(tmp_path, llm, capsys, monkeypatch):
 
     assert "A bird: {user_input}" not in question("a.json")
     write(tmp_path / "templates.json", json.dumps({"reward": "Q {user_input} A {completion} {x}"}))
+    # filled in once, other braces stay
     assert (
         question("b.json") == f"Q User: {EN} A {{user_input}} <1> {{x}}"
-    )  # filled in once, other braces stay
+    )
     plain = write(tmp_path / "plain.txt", "{completion}|{user_input}")
     assert question("c.json", "--reward_template", plain) == f"{{user_input}} <1>|User: {EN}"
     for name, template, slot in (
@@ -1519,9 +1525,10 @@ def test_read_list():
         'Second',
         "第三",
     ]
+    # the last was cut off
     assert (
         llm_data.read_list({"text": text, "finish": "length"})[-1] == "Second"
-    )  # the last was cut off
+    )
     for finish in ("stop", "length"):
         assert llm_data.read_list({"text": "I cannot.", "finish": finish}) is None
 
@@ -1637,9 +1644,10 @@ def test_self_instruct_on_a_faulty_server(tmp_path, llm, capsys, language):
     assert {r["user_input"] for r in records} == {
         r["user_input"] for part in results[0][2:] for r in json.loads(part)
     }
+    # the cut answer, then the whole one, and no more
     assert all(
         answered[r["user_input"]] == 2 for r in records
-    )  # the cut answer, then the whole one, and no more
+    )
     said = capsys.readouterr().out
     assert "too short" in said and (
         language == "zh" or "too similar" in said and "with a forbidden word" in said
@@ -1952,9 +1960,10 @@ def test_rank_at_a_terminal(tmp_path):
     last = Terminal(*argv)
     last.type(order_of(last.screen(), ["3a", "3b", "3c"]))
     screen = last.screen()
+    # shown, not obeyed
     assert (
         "\x1b[31m" not in screen and r"\x1b[31mred" in screen and "(empty)" in screen
-    )  # shown, not obeyed
+    )
     last.type(order_of(screen, ["(empty)"], [r"\x1b[31mred"]))
     assert "4 prompts ranked, 1 skipped, 0 to go" in last.rest()
     scores |= {"3a": 2.5, "3b": 2.5, "3c": 2.5, "\x1b[31mred": 0.0, "": 5.0}

@@ -124,9 +124,10 @@ def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
         assert torch.equal(output(lora), before)
     assert not head_before or not torch.equal(lora.score.weight, head_before.weight)
     assert not torch.equal(output(lora), before)  # on again
+    # the old head is not saved
     assert set(lora.state_dict()) == {
         name for name, _ in lora.named_parameters(remove_duplicate=False)
-    }  # the old head is not saved
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -135,9 +136,10 @@ def test_merged_equals_unmerged(tied):
     state = {name: p.clone() for name, p in lora.state_dict().items()}
     plain = tiny(tied)
     tensors = merged(lora)
+    # every tensor of a plain model, and no other
     assert set(tensors) == {
         name for name, _ in plain.named_parameters()
-    }  # every tensor of a plain model, and no other
+    }
     plain.load_state_dict(tensors, strict=False)
     assert (output(plain) - output(lora)).abs().max() < 1e-5
     assert all(torch.equal(p, state[name]) for name, p in lora.state_dict().items())

@@ -574,9 +574,10 @@ def test_llama_31_scales_the_slow_waves(tmp_path):
     plain = plain_frequencies(500000.0)
     scaled = scaled_frequencies(plain, 8.0)
     ratios = [p / s for p, s in zip(plain, scaled)]
+    # all three kinds of wave
     assert (
         ratios[0] == 1 and ratios[-1] == pytest.approx(8) and any(1.1 < r < 7.9 for r in ratios)
-    )  # all three kinds of wave
+    )
     weights = random_weights(LLAMA31["vocab_size"])
     path = write_meta(tmp_path, weights, LLAMA31, TIKTOKEN_MODEL)
     model = load_llama(path, load_tokenizer(path))
@@ -638,9 +639,10 @@ def test_meta_weights_in_bfloat16(tmp_path, sentencepiece_model):
     )
     half = load_llama(path, tokenizer, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    # positions cannot be counted in bfloat16
     assert (
         half.model.rotary_emb.inv_freq.dtype == torch.float32
-    )  # positions cannot be counted in bfloat16
+    )
 
 
 def test_a_folder_name_with_brackets_is_no_pattern(tmp_path, sentencepiece_model):
@@ -1302,9 +1304,10 @@ def test_a_tokenizer_larger_than_the_embedding(
 
 
 def test_a_larger_embedding_than_the_tokenizer_is_fine(tmp_path, tokenizer):
+    # padded to a multiple of 64, as many are
     path = write_hugging_face(
         tmp_path, random_weights(448), tokenizer
-    )  # padded to a multiple of 64, as many are
+    )
     assert load_llama(path, tokenizer).config.vocab_size == 448
 
 
@@ -1801,9 +1804,10 @@ def test_encode_records_cuts_prompts_on_the_left_and_drops_what_cannot_fit(
         )
         for r in records
     ]
+    # the template writes a space before an answer, also before an empty one
     whole[3][1].insert(
         0, pieces.piece_to_id("▁")
-    )  # the template writes a space before an answer, also before an empty one
+    )
     assert encode_records(records, tokenizer, 1000, "some.json") == [
         (*pair, i) for i, pair in enumerate(whole, 1)
     ]
@@ -1824,15 +1828,17 @@ def test_encode_records_cuts_prompts_on_the_left_and_drops_what_cannot_fit(
         told
         == f"some.json: of 4 records, 1 prompts cut on the left and 1 completions dropped to fit {limit} tokens\n"
     )
+    # room for one token
     prompt, completion, number = encode_records(
         records, tokenizer, len(whole[0][1]) + 1, "some.json"
     )[
         0
-    ]  # room for one token
+    ]
     assert (prompt, completion, number) == (whole[0][0][-1:], whole[0][1], 1)
+    # room for none
     assert 1 not in [
         number for *_, number in encode_records(records, tokenizer, len(whole[0][1]), "some.json")
-    ]  # room for none
+    ]
 
 
 def test_the_completions_of_a_prompt_are_cut_at_the_same_place(tokenizer):
@@ -1848,11 +1854,12 @@ def test_the_completions_of_a_prompt_are_cut_at_the_same_place(tokenizer):
             for text in ("a", "and then the fox", "x", "the dog is lazy " * 30)
         ]
         examples = encode_records(records, tokenizer, 30, "some.json")
+        # the last leaves no room for any prompt, and cuts none
         assert [number for *_, number in examples] == [
             1,
             2,
             3,
-        ]  # the last leaves no room for any prompt, and cuts none
+        ]
         assert (
             len({tuple(prompt) for prompt, _, _ in examples}) == 1
             and max(len(p) + len(c) for p, c, _ in examples) == 30
@@ -2000,9 +2007,10 @@ def test_length_batches_hold_every_index_once(number, size):
     assert batches == length_batches(lengths, size, torch.Generator().manual_seed(0))
     if number == 1000:
         other = length_batches(lengths, size, torch.Generator().manual_seed(1))
+        # another order, other batches
         assert batches != other and {frozenset(b) for b in batches} != {
             frozenset(b) for b in other
-        }  # another order, other batches
+        }
         padding = sum(
             max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches
         )
@@ -2012,9 +2020,10 @@ def test_length_batches_hold_every_index_once(number, size):
         )
         assert padding < 0.2 * unsorted
         tallest = [max(lengths[i] for i in batch) for batch in batches]
+        # the batches do not come sorted
         assert sum(a <= b for a, b in zip(tallest, tallest[1:])) < 0.7 * len(
             batches
-        )  # the batches do not come sorted
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2093,9 +2102,10 @@ def test_logits_and_gradients_are_those_of_transformers(shape):
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         expected = theirs(input_ids, attention_mask=seen.long(), position_ids=positions).logits
         if side == "right":
+            # padding on the right needs no mask and no positions
             found = ours.lm_head(
                 ours(input_ids)
-            )  # padding on the right needs no mask and no positions
+            )
         else:
             blocked = ~seen[:, None, None, :] | (places[None, :] > places[:, None])
             found = ours.lm_head(
@@ -2287,9 +2297,10 @@ def test_greedy_is_the_argmax_of_full_forward_passes(speaker):
     prompts = make_prompts(12)
     result = generate(speaker, *left_pad(prompts, 0), 20, -1, temperature=0)
     slow = [slow_greedy(speaker, prompt, 20) for prompt in prompts]
+    # or there would be little to get wrong
     assert (
         len({token for row in slow for token in row}) > VOCAB // 2
-    )  # or there would be little to get wrong
+    )
     assert result.tokens.tolist() == slow
     assert torch.equal(result.mask, torch.ones(12, 20)) and torch.equal(
         result.logprobs, torch.zeros(12, 20)
@@ -2370,18 +2381,20 @@ def widths(model):
 def test_rows_stop_at_the_end_of_sequence_and_are_dropped_without_mixing(speaker):
     prompts = make_prompts(24, seed=5)
     free = [slow_greedy(speaker, prompt, 30) for prompt in prompts]
+    # ends rows at the most different steps
     eos = max(
         range(VOCAB), key=lambda t: len({row.index(t) for row in free if t in row})
-    )  # ends rows at the most different steps
+    )
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in free]
     assert len({len(row) for row in expected}) > 4
     seen, hook = widths(speaker)
     result = generate(speaker, *left_pad(prompts, 0), 30, eos, temperature=0)
     hook.remove()
     prompts_read, steps = seen[: -max(map(len, expected)) + 1], seen[-max(map(len, expected)) + 1 :]
+    # ended rows are not computed for ever
     assert (
         sum(prompts_read) == 24 and steps[0] == 24 and steps[-1] < 18 and len(set(steps)) > 2
-    )  # ended rows are not computed for ever
+    )
     assert [tokens for tokens, _ in rows_of(result)] == expected
     assert result.tokens.shape[1] == max(map(len, expected))
     assert (
@@ -2626,9 +2639,10 @@ def test_scalar_head_is_llama_for_sequence_classification(tmp_path, tokenizer, r
     assert_close(scores, torch.tensor(alone), 1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
+    # the same names, none renamed
     assert set(load_file(tmp_path / "model.safetensors")) == set(
         reward_model.state_dict()
-    )  # the same names, none renamed
+    )
 
 
 def test_scalar_head_is_linear_in_the_last_hidden_state(tokenizer, reward_model):
@@ -2834,9 +2848,10 @@ def test_good_files(tmp_path, name, ascii_only):
     ]
     if "jsonl" in name:
         text = "\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in records) + "\n\n"
+        # as an editor on Windows leaves it
         text = (
             text.replace("\n", "\r\n") if ascii_only else text
-        )  # as an editor on Windows leaves it
+        )
     else:
         text = json.dumps(records, ensure_ascii=ascii_only, indent=1)
     data = (b"\xef\xbb\xbf" if ascii_only else b"") + text.encode()  # with its mark of UTF-8

@@ -144,9 +144,10 @@ def test_resume_with_another_number_of_processes(
     options, out = short(argv, stage), tmp_path / "run"
     saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
     half = launch(first, stage, options, out, "--save_every", saved, "--die_at", dies)
+    # not a hang
     assert (
         half.returncode == 1 and "error: this process is out of luck" in half.stderr
-    )  # not a hang
+    )
     assert (out / "last" / "state.json").exists()
     check(launch(second, stage, options, out, "--save_every", saved, "--resume"))
     same(stage, out, alone(argv, stage, tmp_path_factory))

@@ -130,9 +130,10 @@ def test_killed_at_20_random_moments(whole, tmp_path):
     stage, options, seconds, expected = whole
     out, rng, killed = tmp_path / "run", random.Random(1), 0
     options = options + ["--out", str(out), "--resume"]
+    # noqa: E731
     size = lambda: (
         (out / "metrics.csv").stat().st_size if (out / "metrics.csv").exists() else 0
-    )  # noqa: E731
+    )
     for i in range(20):
         process, before = start(stage, options), size()
         if i % 2:

@@ -129,9 +129,10 @@ def run_stage(script, argv):
         patch.setattr(script, "save_checkpoint", save)
         script.main(argv)
     rows = read_rows(out)
+    # PPO's evaluation before the first update
     started = [
         row for row in rows if row.get("update") == 0
-    ]  # PPO's evaluation before the first update
+    ]
     return SimpleNamespace(
         folder=out, started=started, rows=rows[len(started) :], exported=exported
     )
@@ -1432,9 +1433,10 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
                 0
             ].tolist()
             at = slow_values(slow.critic, prompt + response).tolist()
+            # one position before the token
             values.append(
                 [at[len(prompt) + t - 1] for t in range(len(response))]
-            )  # one position before the token
+            )
             scores.append(slow_values(slow.reward_model, prompt + response)[-1].item())
             assert experience["old_logprobs"][i, : len(response)].tolist() == pytest.approx(
                 logprobs, abs=1e-4
@@ -1513,9 +1515,10 @@ def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
             )
             ratio = (logprob - old).exp()
             free = ratio * advantage
+            # a number: it has no gradient
             held = (
                 min(max(ratio.item(), 1 - args.clip), 1 + args.clip) * advantage
-            )  # a number: it has no gradient
+            )
             terms["policy_loss"].append(0 * free - held if held < free.item() else -free)
             terms["clip_fraction"].append(float(held < free.item()))
             error = (value - target) ** 2
@@ -1526,9 +1529,10 @@ def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
             )
             terms["value_clip_fraction"].append(float(near_error > error.item()))
             terms["entropy"].append(entropies[t])
+            # its mean under old is KL(old || new)
             terms["approx_kl"].append(
                 ratio.item() - 1 - math.log(ratio.item())
-            )  # its mean under old is KL(old || new)
+            )
             terms["largest_ratio"].append(ratio.item())
     result = {name: sum(parts) / len(parts) for name, parts in terms.items()}
     result |= {"largest_ratio": max(terms["largest_ratio"]), "ptx_loss": torch.tensor(0.0)}
@@ -1585,9 +1589,10 @@ def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(
         for optimizer, reference in zip(optimizers, slow):
             assert distance(optimizer.change(), reference) < 1e-4
         assert said == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        # the next step starts from nothing
         assert all(
             p.grad is None for module in ours for p in module.parameters()
-        )  # the next step starts from nothing
+        )
         stepped.append(flat(after for optimizer in optimizers for after in optimizer.after))
     for other in stepped[1:]:
         torch.testing.assert_close(other, stepped[0], rtol=0, atol=1e-5)
@@ -1622,9 +1627,10 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(
 
     def spy(logits, labels):
         assert logits.shape[:2] == labels.shape
+        # positions before the first target may be left out
         skipped = (
             inputs[-1].shape[1] - labels.shape[1]
-        )  # positions before the first target may be left out
+        )
         for row, label in zip(inputs[-1].tolist(), labels.tolist()):
             label = [-100] * skipped + label
             assert all(target in (-100, token) for target, token in zip(label, row))
@@ -2286,9 +2292,10 @@ def test_a_fork_changes_at_most_60_lines(name):
         line for line in body.splitlines() if line[:1] in "+-" and not line.startswith("+++")
     ]
     assert len(changed) <= 60 and len(head.splitlines()) <= 12 and "What changes:" in head
+    # more goes than comes
     assert name == "dense" or 2 * sum(line[0] == "-" for line in changed) > len(
         changed
-    )  # more goes than comes
+    )
 
 
 # ------------------------------------------------------------------------------------------------
