@@ -2150,6 +2150,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+def test_the_row_of_the_padding_token_learns_like_any_other(tmp_path, tokenizer):
+    """LLaMA 3's padding is often its BOS, with which every text begins."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=7, tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    llama = load_llama(str(tmp_path), tokenizer)
+    llama.lm_head(llama(torch.tensor([[7, 3, 9]]))).logsumexp(-1).sum().backward()
+    learns = llama.model.embed_tokens.weight.grad.abs().sum(1) > 0
+    assert learns.nonzero().flatten().tolist() == [3, 7, 9]
+
+
 def test_the_self_test_of_the_model():
     done = subprocess.run(
         [sys.executable, "model.py"], cwd=ROOT, capture_output=True, text=True, timeout=120

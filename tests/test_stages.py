@@ -1396,6 +1396,22 @@ def make_experience(four, home, args):
     )
 
 
+def every_second_says_nothing(monkeypatch, eos):
+    """In the first step of decoding every second row draws the end, with the log probability that
+    it has."""
+    sample = model.sample
+
+    def ends(logits, temperature, *rest):
+        tokens, logprobs = sample(logits, temperature, *rest)
+        monkeypatch.setattr(model, "sample", sample)
+        tokens[::2] = eos
+        logprobs[::2] = (logits / temperature).log_softmax(-1)[::2, eos]
+        return tokens, logprobs
+
+    monkeypatch.setattr(model, "sample", ends)
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["", "empty answers"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1406,7 +1422,11 @@ def make_experience(four, home, args):
     ],
     ids=str,
 )
-def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, changes):
+def test_experience_against_one_response_at_a_time(
+    home, ppo_args, four_models, changes, empty, monkeypatch
+):
+    if empty:
+        every_second_says_nothing(monkeypatch, home.tokenizer.eos_token_id)
     args = ppo_args(max_new_tokens=5, **changes)
     experience, said = make_experience(four_models, home, args)
     mask, eos = experience["mask"], home.tokenizer.eos_token_id
@@ -1419,6 +1439,7 @@ def test_experience_against_one_response_at_a_time(home, ppo_args, four_models, 
     assert [prompt for prompt, _ in experience["texts"]] == four_models.prompts
     responses = [response for _, response in experience["texts"]]
     lengths = [len(response) for response in responses]
+    assert (responses.count([eos]) >= len(responses) // 2) == empty
     assert experience["lengths"] == [len(p) + n for p, n in zip(four_models.prompts, lengths)]
     assert mask.tolist() == [[1.0] * length + [0.0] * (max(lengths) - length) for length in lengths]
     assert all(eos not in response[:-1] for response in responses)
@@ -1553,10 +1574,12 @@ def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
     return said, gradient(actor.parameters()), gradient(critic.parameters())
 
 
-@pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
+@pytest.mark.parametrize("ptx_coef, empty", [(0.0, False), (0.5, False), (0.5, True)])
 def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(
-    home, ppo_args, four_models, ptx_coef
+    home, ppo_args, four_models, ptx_coef, empty, monkeypatch
 ):
+    if empty:
+        every_second_says_nothing(monkeypatch, home.tokenizer.eos_token_id)
     args = ppo_args(
         ptx_coef=ptx_coef,
         entropy_coef=0.3,
