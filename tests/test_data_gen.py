@@ -572,6 +572,25 @@ PEOPLES = {  # name: (a record as people have it, ours of it, the fields of it t
         pair(EN),
         "",
     ),
+    "messages with more to them": (
+        {
+            "messages": [USER | {"name": "Ann"}, {"role": "assistant", "content": "Good."}],
+            "tools": [{"type": "function"}],
+        },
+        [{"user_input": EN, "completion": "Good."}],
+        "name tools",
+    ),
+    "UltraFeedback's annotations": (
+        {
+            "instruction": EN,
+            "completions": [
+                {"response": "Good.", "overall_score": 1, "critique": "Fine."},
+                {"response": "Bad.", "overall_score": 0, "critique": None},
+            ],
+        },
+        pair(EN),
+        "critique",
+    ),
     "OpenAI's preferences": (
         {
             "input": {"messages": [USER]},
@@ -607,7 +626,7 @@ def test_import_what_people_have(tmp_path, capsys, name):
     ]
     assert found == ours
     said = capsys.readouterr().out
-    lost = re.findall(r"(\w+) \(in 1 records\)", said)
+    lost = re.findall(r"([^ :,]+) \(in 1 records\)", said)
     assert sorted(lost) == unused.split() and ("all fields used" in said) == (not unused)
 
 

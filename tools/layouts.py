@@ -242,7 +242,7 @@ def scored(prompt, answers):
 
 
 # ------------------------------------------------------------------------------------------------
-# Records that need more than names: (name, fields, function)
+# Records that need more than names: (name, fields, fields of what lies in these, function)
 
 def from_shp(r):
     """Ethayarajh et al. 2022: two comments on a post. The one with r times the votes of the other
@@ -315,18 +315,24 @@ def from_tree(r):
 
 
 LAYOUTS = [
-    ("SHP comments", {"history", "human_ref_A", "human_ref_B", "labels", "score_ratio"}, from_shp),
-    ("self-instruct seed tasks", {"instruction", "instances"}, from_seed_task),
-    ("UltraFeedback", {"instruction", "completions"},
+    ("SHP comments", {"history", "human_ref_A", "human_ref_B", "labels", "score_ratio"}, set(),
+     from_shp),
+    ("self-instruct seed tasks", {"instruction", "instances"}, {"input", "output"}, from_seed_task),
+    ("UltraFeedback", {"instruction", "completions"}, {"response", "overall_score"},
      from_rated("instruction", "completions", "response", "overall_score")),
-    ("Nectar", {"prompt", "answers"}, from_rated("prompt", "answers", "answer", "rank", -1)),
+    ("Nectar", {"prompt", "answers"}, {"answer", "rank"},
+     from_rated("prompt", "answers", "answer", "rank", -1)),
     ("GPT-4-LLM comparisons", {"user_input", "completion_a", "completion_b",
-                               "responses_and_scores"},
+                               "responses_and_scores"}, {"response", "score"},
      from_rated("user_input", "responses_and_scores", "response", "score")),
-    ("WebGPT comparisons", {"question", "answer_0", "answer_1", "score_0", "score_1"}, from_webgpt),
-    ("PKU-SafeRLHF", {"prompt", "response_0", "response_1", "better_response_id"}, from_safe_rlhf),
-    ("summaries with feedback", {"info", "summaries", "choice"}, from_summaries),
-    ("OASST trees", {"message_tree_id", "prompt"}, from_tree),
+    ("WebGPT comparisons", {"question", "answer_0", "answer_1", "score_0", "score_1"},
+     {"full_text"}, from_webgpt),
+    ("PKU-SafeRLHF", {"prompt", "response_0", "response_1", "better_response_id"}, set(),
+     from_safe_rlhf),
+    ("summaries with feedback", {"info", "summaries", "choice"}, {"title", "post", "text"},
+     from_summaries),
+    ("OASST trees", {"message_tree_id", "prompt"}, {"role", "text", "replies", "rank", "deleted"},
+     from_tree),
 ]
 
 
@@ -356,6 +362,10 @@ def read_file(path):
             text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
         csv.field_size_limit(2**31 - 1)
         return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ","))
+
+
+def is_something(value):
+    return value not in (None, "", [], {})
 
 
 class Found:
@@ -389,8 +399,7 @@ def convert_file(path, number, mapped, all_turns):
     fields = set().union(*objects)
     layout = next((layout for layout in LAYOUTS if layout[1] <= fields and not mapped), None)
     if layout:
-        what, used, convert = layout
-        used = set(used)
+        what, used, inner, convert = layout
     else:
         parts = parts_of(fields, mapped)
         if not parts.keys() & {"prompt", "messages"} and not {"chosen", "rejected"} <= parts.keys():
@@ -402,6 +411,7 @@ def convert_file(path, number, mapped, all_turns):
                          for part, name in names.items())
         used = {field for name in parts.values() for field in ([name] if isinstance(name, str)
                                                                else name)}
+        inner = {"messages", "role", "from", "content", "value"}
     for n, theirs in enumerate(values, 1):
         if not isinstance(theirs, dict):
             found.leave_out(n, "not a JSON object")
@@ -420,7 +430,11 @@ def convert_file(path, number, mapped, all_turns):
             continue
         found.records += ours
         found.turns += turns
-        found.unused.update(field for field in theirs.keys() - used
-                            if theirs[field] not in (None, "", [], {}))
+        unused = {field for field in theirs if field not in used and is_something(theirs[field])}
+        for field in used & theirs.keys():
+            items = theirs[field] if isinstance(theirs[field], list) else [theirs[field]]
+            unused |= {f"{field}: {name}" for item in items if isinstance(item, dict)
+                       for name in item if name not in inner and is_something(item[name])}
+        found.unused.update(unused)
     found.say(path, len(values), what)
     return found.records
