@@ -130,7 +130,7 @@ class Cache:
         self.used = 0
 
     def keep(self, rows):
-        """Forget all rows but these; `rows` (B,) bool."""
+        """Forget all rows but these."""
         self.tensor = self.tensor[:, :, rows]
 
     def part(self, rows, skip):
@@ -225,18 +225,24 @@ class ScalarHead(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # The shift between a state and its token
 
-def states_of(hidden, is_completion):
+def states_of(hidden, places):
     """THE SHIFT: a token is chosen in the state one position before it. So the log probability and
-    the value of the token at t are read from what the model says at t - 1. `hidden` (B, L, ...),
-    `is_completion` (B, L), both from `lib.data.collate` -> (N, ...), a row per completion token, in
-    the order of `tokens_of`."""
-    return hidden[:, :-1][is_completion[:, 1:]]
+    the value of a token are read from what the model says one column to its left. `hidden`
+    (B, L, ...), `places` from `lib.data.collate` -> (N, ...), a row per completion token, in the
+    order of `tokens_of`."""
+    return hidden[places.row, places.column - 1]
 
 
-def tokens_of(input_ids, is_completion):
-    """The N completion tokens themselves: `input_ids`, `is_completion` (B, L) -> (N,), one text
-    after the other."""
-    return input_ids[:, 1:][is_completion[:, 1:]]
+def tokens_of(input_ids, places):
+    """The N completion tokens themselves: `input_ids` (B, L) -> (N,), one text after the other."""
+    return input_ids[places.row, places.column]
+
+
+def last_token(values, places):
+    """Of `values` (B, L) those at the last completion token of each row, where all is said ->
+    (B,)."""
+    last = places.column.new_zeros(len(values)).scatter_reduce(0, places.row, places.column, "amax")
+    return values[torch.arange(len(values), device=values.device), last]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,6 +403,21 @@ def adapters_off(model):
             part.on = True
 
 
+@contextlib.contextmanager
+def cast_once(model):
+    """Inside, autocast keeps what it casts of frozen weights as well, as it does of those that
+    learn; it would cast them again for each token that is decoded. Only for what needs no
+    gradient."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and WORLD == 1]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def merged(model):
     """{name: tensor} of the same function as a plain float32 model, with W + alpha / r B A in place
     of each adapter."""
@@ -450,14 +471,15 @@ def similar(lengths):
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
     """Yields for each step the rows still being written (n,), their new tokens (n,) and log
-    probabilities (n,). The rows come in the order of their prompts' lengths.
+    probabilities (n,), and which of them are alive (n,): some have ended before. The rows come in
+    the order of their prompts' lengths.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which is yielded.
     """
     (batch, length), device = input_ids.shape, input_ids.device
-    dtype = model.lm_head.weight.dtype
-    if torch.is_autocast_enabled(device.type):
+    dtype, mixed = model.lm_head.weight.dtype, torch.is_autocast_enabled(device.type)
+    if mixed:
         dtype = torch.get_autocast_dtype(device.type)
     in_step = is_sharded(model)  # every pass needs all processes, also those whose rows have ended
     ends = torch.as_tensor(eos_token_id, device=device).view(1, -1)
@@ -465,14 +487,16 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     input_ids, attention_mask = input_ids[rows], attention_mask[rows]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     blocked = -1e30  # -inf would give nan where all is blocked
-    padding = torch.zeros(batch, 1, 1, length + max_new_tokens, dtype=dtype, device=device)
+    room = -(-(length + max_new_tokens) // 16) * 16  # what fused attention wants of a mask's rows
+    padding = torch.zeros(batch, 1, 1, room, dtype=dtype, device=device)
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
-    cache = Cache(model.config, batch, length + max_new_tokens, dtype, device)
+    cache = Cache(model.config, batch, room, dtype, device)
 
     def next_logits(new, positions, mask, cache):
-        # inference mode saves a tenth of a step on CPU, but is not for FSDP
-        with torch.inference_mode(WORLD == 1), torch.no_grad():
+        # inference mode saves a tenth of a step on CPU, but is not for FSDP; nor for autocast, which
+        # keeps nothing of what it casts there, and would cast each weight again for each token
+        with torch.inference_mode(WORLD == 1 and not mixed), torch.no_grad():
             return model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
 
     # the prompts, those of similar length together, without the columns in which all are padded
@@ -484,22 +508,19 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
                                   cache.part(part, seen.start)))
     logits, positions, cache.used = torch.cat(logits), positions[:, -1:], length
 
-    alive, living = torch.ones(batch, dtype=torch.bool, device=device), batch
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
-        if living == len(rows):
-            yield rows, tokens, logprobs
-        else:
-            yield rows[alive], tokens[alive], logprobs[alive]
+        yield rows, tokens, logprobs, alive
         alive = alive & (tokens[:, None] != ends).all(-1)
-        living = int(alive.sum())
-        if (total(living) if in_step else living) == 0 or step == max_new_tokens - 1:
+        left = alive.nonzero()[:, 0]  # the one place of a step where a GPU is waited for
+        if (total(len(left)) if in_step else len(left)) == 0 or step == max_new_tokens - 1:
             return
         # dropping ended rows copies the cache, so wait until a quarter of the rows can go
-        if 0 < living <= 0.75 * len(rows):
-            cache.keep(alive)
-            rows, tokens, positions = rows[alive], tokens[alive], positions[alive]
-            padding, alive = padding[alive], alive[alive]
+        if 0 < len(left) <= 0.75 * len(rows):
+            cache.keep(left)
+            rows, tokens, positions = rows[left], tokens[left], positions[left]
+            padding, alive = padding[left], alive[left]
         positions = positions + 1
         logits = next_logits(tokens[:, None], positions, padding[..., :cache.used + 1], cache)
 
@@ -523,8 +544,10 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
                         top_k, top_p, generator))
     tokens = input_ids.new_zeros(len(input_ids), len(steps))
     out = Generation(tokens, tokens.float(), tokens.float())
-    for n, (rows, new, logprobs) in enumerate(steps):
-        out.tokens[rows, n], out.logprobs[rows, n], out.mask[rows, n] = new, logprobs, 1.0
+    for n, (rows, new, logprobs, alive) in enumerate(steps):
+        out.tokens[rows, n] = new * alive
+        out.logprobs[rows, n] = torch.where(alive, logprobs, 0.0)
+        out.mask[rows, n] = alive.float()
     return out
 
 

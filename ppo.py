@@ -38,13 +38,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import health
-from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge,
+from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge, on,
                       read_records)
 from lib.distributed import (RANK, WORLD, clip_gradients, gathered, largest, micro_batches,
                              my_parts, place, start_processes, total, wait_for_all)
-from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (ScalarHead, adapters_off, add_lora, generate, load_llama, load_scalar_head,
-                   load_tokenizer, save_checkpoint, states_of, tokens_of, trainable)
+from lib.run import Run, autocast, door, numbers, parse, set_lr, stop
+from model import (ScalarHead, adapters_off, add_lora, cast_once, generate, last_token, load_llama,
+                   load_scalar_head, load_tokenizer, save_checkpoint, states_of, tokens_of,
+                   trainable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
@@ -255,9 +256,9 @@ def ptx_loss(logits, labels):
     none does.
     """
     targets = labels[:, 1:]
-    counts = targets != -100
+    counts = (targets != -100).nonzero(as_tuple=True)
     loss = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
-    return loss / counts.sum().clamp(min=1)
+    return loss / max(1, len(counts[0]))
 
 
 class AdaptiveKL:
@@ -280,27 +281,27 @@ class AdaptiveKL:
 # Experience: what the four models say about a batch of prompts. A text is (prompt, response), both
 # lists of tokens; T is the length of the longest response of the batch.
 
-def to_rows(flat, mask):
-    """(N,) values, one text after the other -> (B, T) with zeros outside the mask."""
+def to_rows(flat, places, mask):
+    """(N,) values, one text after the other -> (B, T), with zeros outside the mask."""
     rows = torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device)
-    return rows.masked_scatter(mask.bool(), flat)
+    return rows.index_put((places.row, places.t), flat)
 
 
-def response_logits(actor, input_ids, is_completion):
+def response_logits(actor, input_ids, places):
     """The logits (N, V) with which the N response tokens were chosen: only the states before these
     go through the vocabulary projection, and nothing here has the size (B, L, V)."""
-    return actor.lm_head(states_of(actor(input_ids), is_completion))
+    return actor.lm_head(states_of(actor(input_ids), places))
 
 
-def response_logprobs(logits, input_ids, is_completion, mask, args):
+def response_logprobs(logits, input_ids, places, mask, args):
     """log pi (B, T) of the response tokens, from `response_logits`."""
-    tokens = tokens_of(input_ids, is_completion)
-    return to_rows(logprobs_from_logits(logits, tokens, args.temperature), mask)
+    tokens = tokens_of(input_ids, places)
+    return to_rows(logprobs_from_logits(logits, tokens, args.temperature), places, mask)
 
 
-def response_values(critic, input_ids, is_completion, mask):
+def response_values(critic, input_ids, places, mask):
     """V (B, T) of the states in which the response tokens are chosen."""
-    return to_rows(states_of(critic(input_ids), is_completion), mask)
+    return to_rows(states_of(critic(input_ids), places), places, mask)
 
 
 @torch.no_grad()
@@ -311,17 +312,17 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
         seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
-    with autocast(args), gathered(actor, not args.shard_rollout):
+    with autocast(args), cast_once(actor), gathered(actor, not args.shard_rollout):
         padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
         out = generate(actor, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
                        generator=generator)
     longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
     for name, own in vars(out).items():  # every process gets the answers of all
         everyones = own.new_zeros(len(prompts), longest)
-        everyones[rows, :own.shape[1]] = weight * own
+        everyones[on(args.device, rows), :own.shape[1]] = weight * own
         setattr(out, name, total(everyones))
     lengths = out.mask.sum(1).long().tolist()
-    return [(prompt, row[:n].tolist()) for prompt, row, n in zip(prompts, out.tokens, lengths)], out
+    return [(prompt, row[:n]) for prompt, row, n in zip(prompts, out.tokens.tolist(), lengths)], out
 
 
 @torch.no_grad()
@@ -330,17 +331,16 @@ def score_responses(reward_model, texts, tokenizer, args):
     end-of-sequence (B,). Where it is not, the response was cut, such texts it never saw in
     training, and a fixed score takes the place of its own (lm-human-preferences; Stiennon et al.
     2020)."""
-    ended = torch.tensor([response[-1] in tokenizer.end_ids for _, response in texts],
-                         device=args.device)
+    ended = on(args.device, [response[-1] in tokenizer.end_ids for _, response in texts])
     if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
-        return total(torch.tensor(reward_model.scores(texts), device=args.device)), ended
+        return total(on(args.device, reward_model.scores(texts))), ended
     lengths = [len(prompt) + len(response) for prompt, response in texts]
     scores = torch.zeros(len(texts), device=args.device)
     for rows, weight in micro_batches(range(len(texts)), lengths, args.micro_batch_size):
-        input_ids, _ = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
+        input_ids, places = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args), adapters_off(reward_model):
             values = reward_model(input_ids)
-        scores[rows] = weight * values[range(len(rows)), [lengths[i] - 1 for i in rows]]
+        scores[on(args.device, rows)] = weight * last_token(values, places)
     return total(scores), ended
 
 
@@ -363,20 +363,21 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     # other places. So everyone is asked about the very micro-batches on which the first pass will
     # train: its ratios are then 1, and the KL begins at 0. In float32 those from the sampling
     # itself are as good.
-    exact = args.dtype == args.base_dtype == "float32"
+    exact = args.dtype == args.base_dtype == "float32" and not args.tf32
     old_logprobs, ref_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
     values = torch.zeros_like(mask)
     for rows, weight in [part for minibatch in minibatches
                          for part in micro_batches(minibatch, lengths, args.micro_batch_size)]:
-        batch = *collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device), mask[rows]
+        at = on(args.device, rows)
+        batch = *collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device), mask[at]
         with autocast(args):
             if not exact:
                 logits = response_logits(actor, *batch[:2])
-                old_logprobs[rows] = weight * response_logprobs(logits, *batch, args)
+                old_logprobs[at] = weight * response_logprobs(logits, *batch, args)
             with adapters_off(ref):
                 logits = response_logits(ref, *batch[:2])
-            ref_logprobs[rows] = weight * response_logprobs(logits, *batch, args)
-            values[rows] = weight * response_values(critic, *batch)
+            ref_logprobs[at] = weight * response_logprobs(logits, *batch, args)
+            values[at] = weight * response_values(critic, *batch)
     old_logprobs = out.logprobs if exact else total(old_logprobs)
     ref_logprobs = total(ref_logprobs)  # now every process has them all
     values = total(values)
@@ -394,21 +395,22 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
                       advantages=whitened, old_values=values, returns=returns)
 
     log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
-    unexplained, variance = (x[mask.bool()].var(unbiased=False)
+    unexplained, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask)
                              for x in (returns - values, returns))
 
-    def mean_score(which):  # of the reward model, whether it counts or not
-        return model_scores[which].mean().item() if which.any() else None
-
-    statistics = dict(
-        score=scores.mean().item(), score_ended=mean_score(ended), score_cut=mean_score(~ended),
-        ended=ended.float().mean().item(), response_length=mask.sum(1).mean().item(),
-        kl=log_ratio.mean().item(), kl_coef=kl_coef,
+    statistics = numbers(dict(
+        score=scores.mean(),
+        # what the reward model says, whether it counts or not
+        score_ended=masked_mean(model_scores, ended), score_cut=masked_mean(model_scores, ~ended),
+        ended=ended.float().mean(), response_length=mask.sum(1).mean(), kl=log_ratio.mean(),
         # standard error of that mean; 0: unknown
-        kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt().item(),
+        kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
-        explained_variance=1 - (unexplained / variance.clamp(min=1e-8)).item(),
-        objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean().item())
+        explained_variance=1 - unexplained / variance.clamp(min=1e-8),
+        objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
+    for name, none in (("score_ended", 0.0), ("score_cut", 1.0)):
+        if statistics["ended"] == none:
+            statistics[name] = None
     return experience, statistics
 
 
@@ -426,29 +428,31 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     """
     actor, _ = trained["actor"]
     critic, _ = trained["critic"]
-    all_tokens = experience["mask"][rows].sum()
+    all_tokens = experience["mask"][on(args.device, rows)].sum()
+    zero = torch.zeros((), device=args.device)  # the statistics stay there until the step's end
     s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
-                       "value_clip_fraction", "approx_kl", "largest_ratio"], 0.0)
+                       "value_clip_fraction", "approx_kl", "largest_ratio"], zero)
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
-        input_ids, is_completion = collate([experience["texts"][i] for i in part],
-                                           tokenizer.pad_token_id, args.device)
+        at = on(args.device, part)
+        input_ids, places = collate([experience["texts"][i] for i in part], tokenizer.pad_token_id,
+                                    args.device)
         mask, old_logprobs, advantages = (
-            experience[name][part] for name in ("mask", "old_logprobs", "advantages"))
+            experience[name][at] for name in ("mask", "old_logprobs", "advantages"))
         share = weight * mask.sum() / all_tokens
 
         with autocast(args):
-            logits = response_logits(actor, input_ids, is_completion)
-            logprobs = response_logprobs(logits, input_ids, is_completion, mask, args)
+            logits = response_logits(actor, input_ids, places)
+            logprobs = response_logprobs(logits, input_ids, places, mask, args)
             with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
-                entropy = to_rows(entropy_from_logits(logits, args.temperature), mask)
+                entropy = to_rows(entropy_from_logits(logits, args.temperature), places, mask)
             del logits  # the largest tensor of the step; the backward pass holds what it needs
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
 
         with autocast(args):
-            values = response_values(critic, input_ids, is_completion, mask)
-        old_values, returns = experience["old_values"][part], experience["returns"][part]
+            values = response_values(critic, input_ids, places, mask)
+        old_values, returns = experience["old_values"][at], experience["returns"][at]
         v_loss, value_clip_fraction = value_loss(values, old_values, returns, mask, args.value_clip)
         (v_loss * share).backward()
 
@@ -459,38 +463,39 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
                      approx_kl=approx_kl)
         found |= dict(value_loss=v_loss, value_clip_fraction=value_clip_fraction)
         for name, value in found.items():
-            s[name] += (value.detach() * share).item()
-        largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp().item()
-        s["largest_ratio"] = max(s["largest_ratio"], largest_ratio)
+            s[name] = s[name] + value.detach() * share
+        largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp()
+        s["largest_ratio"] = torch.maximum(s["largest_ratio"], largest_ratio)
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
     lengths = [len(prompt) + len(completion) for prompt, completion, _ in demonstrations]
     for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size):
         examples = [demonstrations[i] for i in part]
-        input_ids, is_completion = collate(examples, tokenizer.pad_token_id, args.device)
+        input_ids, places = collate(examples, tokenizer.pad_token_id, args.device)
         start = min(len(prompt) for prompt, _, _ in examples) - 1  # no row has a target before it
-        labels = input_ids.masked_fill(~is_completion, -100)[:, start:]
+        labels = torch.full_like(input_ids, -100).index_put(
+            (places.row, places.column), tokens_of(input_ids, places))[:, start:]
         with autocast(args):
             logits = actor.lm_head(actor(input_ids)[:, start:])
         targets = weight * sum(len(completion) for _, completion, _ in examples)
         loss = ptx_loss(logits, labels) * targets / all_targets
         (args.ptx_coef * loss).backward()
-        s["ptx_loss"] += loss.item()
+        s["ptx_loss"] = s["ptx_loss"] + loss.detach()
 
-    s = {name: (largest if name == "largest_ratio" else total)(value) for name, value in s.items()}
-    for name in ("policy_loss", "value_loss", "ptx_loss"):
-        health.finite(s[name], name.replace("_", " "), args.out)
-    if args.target_kl and s["approx_kl"] > args.target_kl:
-        for _, optimizer in trained.values():
-            optimizer.zero_grad()
-        return s
     # one common limit for the whole gradient of a model (Huang et al. 2022, global gradient
     # clipping)
-    for name, (model, optimizer) in trained.items():
-        norm = clip_gradients(model, args.max_grad_norm)
-        health.finite(norm, f"the gradient of the {name}", args.out)
-        optimizer.step()
+    norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
+             for name, (model, _) in trained.items()}
+    found = numbers(s | norms)
+    s = {name: (largest if name == "largest_ratio" else total)(found[name]) for name in s}
+    for name in ("policy_loss", "value_loss", "ptx_loss"):
+        health.finite(s[name], name.replace("_", " "), args.out)
+    for name in norms:
+        health.finite(found[name], name, args.out)
+    for _, optimizer in trained.values():
+        if not (args.target_kl and s["approx_kl"] > args.target_kl):
+            optimizer.step()
         optimizer.zero_grad()
     return s
 

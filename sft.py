@@ -52,12 +52,12 @@ SETTINGS = [
 ]
 
 
-def completion_losses(model, input_ids, is_completion):
-    """-log pi(token) of every completion token (N,), float32, one text after the other, from the
-    two (B, L) of `collate`. Only the states in which one is chosen go through the vocabulary
+def completion_losses(model, input_ids, places):
+    """-log pi(token) of every completion token (N,), float32, one text after the other, from what
+    `collate` gives. Only the states in which one is chosen go through the vocabulary
     projection."""
-    logits = model.lm_head(states_of(model(input_ids), is_completion)).float()
-    return F.cross_entropy(logits, tokens_of(input_ids, is_completion), reduction="none")
+    logits = model.lm_head(states_of(model(input_ids), places)).float()
+    return F.cross_entropy(logits, tokens_of(input_ids, places), reduction="none")
 
 
 def evaluate(model, examples, args, pad_token_id):
@@ -116,19 +116,20 @@ def main(argv=None):
         # tokens of the whole batch. (Dividing each micro-batch by its own makes those of short ones
         # weigh more.)
         tokens = sum(len(train[i][1]) for i in batch)
-        loss, worst = 0.0, (-math.inf, None)
+        loss, per_text, numbers = 0.0, [], []  # stay on the device until the step's end
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
             with autocast(args):
                 losses = completion_losses(
                     model, *collate(examples, tokenizer.pad_token_id, args.device))
             (weight * losses.sum() / tokens).backward()
-            loss += weight * losses.detach().sum().item() / tokens
-            per_text = losses.detach().split([len(completion) for _, completion, _ in examples])
-            worst = max(worst, *((x.mean().item(), number)
-                                 for x, (_, _, number) in zip(per_text, examples)))
-        loss, worst = total(loss), largest(worst)  # of all processes
-        grad_norm = clip_gradients(model, 1.0)
+            loss += weight * losses.detach().sum() / tokens
+            parts = losses.detach().split([len(completion) for _, completion, _ in examples])
+            per_text += [part.mean() for part in parts]
+            numbers += [number for _, _, number in examples]
+        loss, grad_norm, *per_text = torch.stack(
+            [loss, clip_gradients(model, 1.0), *per_text]).tolist()
+        loss, worst = total(loss), largest(max(zip(per_text, numbers)))  # of all processes
         check_finite(step + 1, loss, grad_norm, args.data, [train[i][2] for i in batch])
         watch.see(step + 1, loss, worst)
         optimizer.step()

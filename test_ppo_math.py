@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 import model as llama
 from model import LlamaBackbone, ScalarHead, sample
+from lib.data import collate
 from ppo import (
     AdaptiveKL,
     entropy_from_logits,
@@ -35,6 +36,7 @@ from ppo import (
     masked_whiten,
     policy_loss,
     ptx_loss,
+    to_rows,
     token_rewards,
     value_loss,
 )
@@ -965,17 +967,19 @@ def test_scores_that_are_all_equal_cannot_be_normalized():
 
 def test_the_shift_between_a_state_and_its_token():
     """Position by position: the token at t was chosen in the state at t - 1."""
-    is_completion = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]).bool()
-    tokens, hidden = torch.arange(12).view(2, 6), random(2, 6, 3)
-    where = [(b, t) for b in range(2) for t in range(6) if is_completion[b, t]]
-    assert llama.tokens_of(tokens, is_completion).tolist() == [tokens[b, t] for b, t in where]
+    tokens, places = collate([([0, 1], [2, 3]), ([6], [7, 8, 9, 10, 11])], pad_token_id=4)
+    assert tokens.tolist() == [[0, 1, 2, 3, 4, 4], [6, 7, 8, 9, 10, 11]]
+    where, hidden = [(0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)], random(2, 6, 3)
+    assert llama.tokens_of(tokens, places).tolist() == [tokens[b, t] for b, t in where]
     assert torch.equal(
-        llama.states_of(hidden, is_completion), torch.stack([hidden[b, t - 1] for b, t in where])
+        llama.states_of(hidden, places), torch.stack([hidden[b, t - 1] for b, t in where])
     )
     assert torch.equal(
-        llama.states_of(hidden[..., 0], is_completion),
+        llama.states_of(hidden[..., 0], places),
         torch.stack([hidden[b, t - 1, 0] for b, t in where]),
     )
+    rows = to_rows(torch.arange(1.0, 8), places, torch.zeros(2, 5))
+    assert rows.tolist() == [[1, 2, 0, 0, 0], [3, 4, 5, 6, 7]]
 
 
 def lr_factor(step, steps, *shape):

@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.data import collate, encode_records, length_batches, read_records
+from lib.data import collate, encode_records, length_batches, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
                              start_processes, total)
 from lib.health import RankingWatch, check_finite
 from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (ScalarHead, add_lora, load_llama, load_tokenizer, save_checkpoint, trainable)
+from model import (ScalarHead, add_lora, last_token, load_llama, load_tokenizer, save_checkpoint,
+                   trainable)
 
 # The demo's values, and those of a pretrained LLaMA: InstructGPT (C.2) trains its 6B model for one
 # epoch, since more overfit, with 64 prompts per batch and 9e-6.
@@ -70,18 +71,19 @@ def ranking_loss(scores, labels):
 
         -log sigmoid(s_better - s_worse)
 
-    `scores` (K,) of the model, `labels` (K,) of people -> a scalar, nats; 0 without such a pair.
-    Each completion goes through the model once, and stands in up to K - 1 pairs.
+    `scores` (K,) of the model, `labels` (K,) of people, on the CPU -> a scalar, nats; 0 without
+    such a pair. Each completion goes through the model once, and stands in up to K - 1 pairs.
     """
-    better = labels[:, None] > labels[None, :]  # [i, j]: i is better than j
-    if not better.any():
+    better = (labels[:, None] > labels[None, :]).flatten().nonzero()[:, 0]  # i K + j: i beats j
+    if not len(better):
         return scores.sum() * 0.0
-    return -F.logsigmoid(scores[:, None] - scores[None, :])[better].mean()
+    losses = -F.logsigmoid(scores[:, None] - scores[None, :]).flatten()
+    return losses[on(scores.device, better)].mean()
 
 
 def regression_loss(scores, labels):
     """The mean over completions of (s - label)^2. `scores`, `labels` (K,) -> a scalar."""
-    return (scores - labels).square().mean()
+    return (scores - on(scores.device, labels)).square().mean()
 
 
 def pair_statistics(scores, labels):
@@ -113,12 +115,6 @@ def normalize_(reward_model, scores):
 # ------------------------------------------------------------------------------------------------
 # Using the model
 
-def last_token(values, is_completion):
-    """Of `values` (B, L) that at the last completion token of each row, (B,)."""
-    positions = torch.arange(is_completion.shape[1], device=values.device) * is_completion
-    return values[torch.arange(len(values), device=values.device), positions.argmax(1)]
-
-
 def score_texts(reward_model, examples, args, pad_token_id):
     """The model's scores (n,) of [(prompt, completion, ...)]."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
@@ -127,9 +123,8 @@ def score_texts(reward_model, examples, args, pad_token_id):
         # 4 times the size, since there are no gradients; in the bar, since it can take minutes
         for rows, weight in tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                                  disable=RANK > 0):
-            input_ids, is_completion = collate([examples[i] for i in rows], pad_token_id,
-                                               args.device)
-            scores[rows] = weight * last_token(reward_model(input_ids), is_completion)
+            input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
+            scores[on(args.device, rows)] = weight * last_token(reward_model(input_ids), places)
     return total(scores)
 
 
@@ -243,25 +238,31 @@ def main(argv=None):
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step, steps, floor=0.1)
-        loss, correct = 0.0, torch.zeros(2)  # pairs that the model gets right, and all pairs
+        loss, scores_of = 0.0, []  # both stay on the device until the step's end
         for part, weight in my_parts(batch, args.micro_batch_size):
             rows = [i for g in part for i in groups[g]]
-            input_ids, is_completion = collate([examples[i] for i in rows], tokenizer.pad_token_id,
-                                               args.device)
+            input_ids, places = collate([examples[i] for i in rows], tokenizer.pad_token_id,
+                                        args.device)
             with autocast(args):
-                scores = last_token(reward_model(input_ids), is_completion)
+                scores = last_token(reward_model(input_ids), places)
             sizes = [len(groups[g]) for g in part]
-            targets = labels[rows].to(scores.device)
-            by_prompt = list(zip(scores.split(sizes), targets.split(sizes)))
+            targets = labels[rows]
+            by_prompt = zip(scores.split(sizes), targets.split(sizes))
             # the mean over the prompts of the batch: each weighs the same, whatever its completions
             micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
             micro_loss.backward()
-            loss += micro_loss.item()
-            for s, t in by_prompt if max(sizes) > 1 else [(scores, targets)]:
-                accuracy = pair_statistics(s.detach(), t)[0]
-                correct += weight * torch.tensor([accuracy.sum().item(), len(accuracy)])
-        loss, correct = total(loss), total(correct)  # of all processes
-        grad_norm = clip_gradients(reward_model, 1.0)
+            loss += micro_loss.detach()
+            # alone in their prompts, completions are compared across them
+            parts = sizes if max(sizes) > 1 else [len(rows)]
+            scores_of += zip(scores.detach().split(parts), targets.split(parts),
+                             len(parts) * [weight])
+        loss, grad_norm, *scores = torch.cat([loss[None], clip_gradients(reward_model, 1.0)[None],
+                                              *(s for s, _, _ in scores_of)]).tolist()
+        right = torch.cat([torch.zeros(0)] + [
+            pair_statistics(s, t)[0] for s, (_, t, weight) in zip(
+                torch.tensor(scores).split([len(t) for _, t, _ in scores_of]), scores_of) if weight])
+        loss, pairs = total(loss), total(len(right))  # of all processes
+        accuracy = total(right.sum().item()) / pairs if pairs else None
         records = [examples[i][2] for g in batch for i in groups[g]]
         check_finite(step + 1, loss, grad_norm, args.data, records)
         watch.see(loss, records)
@@ -269,8 +270,7 @@ def main(argv=None):
         optimizer.zero_grad()
 
         row = dict(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, lr=lr,
-                   accuracy=(correct[0] / correct[1]).item() if correct[1] else None,
-                   grad_norm=grad_norm,
+                   accuracy=accuracy, grad_norm=grad_norm,
                    tokens_per_s=sum(lengths[g] for g in batch) / (time.perf_counter() - started))
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             row["eval_accuracy"], row["eval_margin"], error, _ = evaluate(

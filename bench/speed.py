@@ -406,9 +406,9 @@ def peer_update(work, folder):
         gradient_accumulation_steps=1, num_ppo_epochs=1, response_length=work["new"],
         total_episodes=batch * (WARM_UP + work["updates"]), temperature=1.0,
         stop_token=None if eos == -1 else "eos", local_rollout_forward_batch_size=batch,
-        num_sample_generations=0, save_strategy="no", report_to="none", use_cpu=True,
-        learning_rate=float(LR), bf16="dtype" in work, logging_steps=1, disable_tqdm=True,
-        seed=work["seed"])
+        num_sample_generations=0, save_strategy="no", report_to="none",
+        use_cpu=work.get("device", "cpu") == "cpu", learning_rate=float(LR), bf16="dtype" in work,
+        logging_steps=1, disable_tqdm=True, seed=work["seed"])
     times, texts, generate = [], [], policy.generate
 
     class Clock(TrainerCallback):

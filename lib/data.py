@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 import zlib
+from typing import NamedTuple
 
 import torch
 
@@ -282,19 +283,35 @@ def encode_records(records, tokenizer, max_length, name):
 # ------------------------------------------------------------------------------------------------
 # Batches
 
+class Places(NamedTuple):
+    """Where the N completion tokens of a batch stand: token n is `input_ids[row[n], column[n]]`,
+    and the t[n]-th of its completion, from 0. All (N,), one text after the other. (Indices, and not
+    a mask: to count what a mask chooses, a GPU must be waited for.)"""
+    row: torch.Tensor
+    column: torch.Tensor
+    t: torch.Tensor
+
+
+def on(device, values):
+    """A tensor of numbers, on its way to the device. Nothing waits for it to arrive."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
+
+
 def collate(examples, pad_token_id, device="cpu"):
     """[(prompt, completion, ...)] in tokens -> `input_ids` (B, L): prompt, completion, padding; and
-    `is_completion` (B, L): True on the completion.
+    the `Places` of the completion tokens.
 
     Padding stands only on the right, where causal attention does not look: no mask is needed.
     """
     length = max(len(prompt) + len(completion) for prompt, completion, *_ in examples)
-    input_ids = torch.full((len(examples), length), pad_token_id)
-    is_completion = torch.zeros(len(examples), length, dtype=torch.bool)
+    input_ids, places = torch.full((len(examples), length), pad_token_id), Places([], [], [])
     for i, (prompt, completion, *_) in enumerate(examples):
-        input_ids[i, :len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
-        is_completion[i, len(prompt):len(prompt) + len(completion)] = True
-    return input_ids.to(device), is_completion.to(device)
+        text = [*prompt, *completion]
+        input_ids[i, :len(text)] = torch.tensor(text)
+        places.row.extend([i] * len(completion))
+        places.column.extend(range(len(prompt), len(text)))
+        places.t.extend(range(len(completion)))
+    return on(device, input_ids), Places(*(on(device, numbers) for numbers in places))
 
 
 def left_pad(prompts, pad_token_id, device="cpu"):
@@ -303,7 +320,7 @@ def left_pad(prompts, pad_token_id, device="cpu"):
     length = max(map(len, prompts))
     rows = [[pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+    return on(device, rows), on(device, mask)
 
 
 def length_batches(lengths, batch_size, generator):

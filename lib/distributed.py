@@ -24,8 +24,8 @@ def start_processes(args):
     """Find the other processes that torchrun started. Only the first, rank 0, prints and writes
     files.
 
-    An error in one ends its process, upon which torchrun ends all. Half an hour without a word from
-    one is an error.
+    An error in one ends its process at once, upon which torchrun ends all. --process_timeout
+    minutes without a word from one are an error.
     """
     if WORLD == 1 or started():
         return
@@ -33,7 +33,7 @@ def start_processes(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(minutes=30))
+                            timeout=datetime.timedelta(minutes=args.process_timeout))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
 
@@ -52,10 +52,12 @@ def end_processes():
         atexit.register(leave)
 
 
-def leave():
+def leave(code=0):
+    """End this process without waiting for anyone: what Python does at its end may wait for a
+    group that is no longer whole."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def place(model, args):
@@ -170,9 +172,10 @@ def wait_for_all():
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradient down to length `max_norm` if it is longer -> its length before."""
+    """Scale the gradient down to length `max_norm` if it is longer -> its length before, a
+    scalar."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def named_wholes(model):

@@ -18,13 +18,14 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib import cpu
-from lib.distributed import (RANK, WORLD, as_held, end_processes, in_one_piece, largest,
+from lib.distributed import (RANK, WORLD, as_held, end_processes, in_one_piece, largest, leave,
                              named_wholes, started, wait_for_all)
 
 
@@ -57,8 +58,7 @@ def explain(what, advice="", code=2):
 
 def door(main):
     """Around a script's `main`: Ctrl-C where no step is being finished is told in one line too, and
-    of many processes the group is closed. (Not after an error: a process that fails must not
-    wait.)"""
+    of many processes the group is closed; one that fails waits for no other."""
     @functools.wraps(main)
     def wrapped(argv=None):
         outermost = not started()  # ppo.py may call the main of other stages
@@ -66,10 +66,21 @@ def door(main):
             result = main(argv)
         except KeyboardInterrupt:
             tqdm.write("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        if outermost:
-            end_processes()
-        return result
+            code = 130
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            if not started():
+                raise
+            traceback.print_exc()
+            code = 1
+        else:
+            if outermost:
+                end_processes()
+            return result
+        if started():
+            leave(code)
+        raise SystemExit(code)
     return wrapped
 
 
@@ -135,6 +146,8 @@ COMMON = [
     ("seed", 0, 0, "seed of every random choice", any_whole),
     ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32",
      ["float32", "bfloat16"]),
+    ("tf32", False, False, "on a GPU, float32 products with 10 bits after the point in place of 23: "
+     "faster"),
     ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
      "memory, a third more time"),
     ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
@@ -142,13 +155,15 @@ COMMON = [
     ("keep", 0, 0, "export the model with each saved state, and keep the newest so many", whole),
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
     ("processes", 1, 1, "for --dry_run: among so many processes the model is shared out"),
+    ("process_timeout", 30, 30, "minutes without a word from another process that are an error"),
     ("resume", False, False, "go on with an interrupted run in --out"),
     ("accept_changed_data", False, False, "resume though data or models are not those of before"),
     ("overwrite", False, False, "replace an earlier run in --out"),
 ]
 # What --resume may change: nothing in the result depends on it
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
-        "processes", "gradient_checkpointing", "shard_rollout", "accept_changed_data"}
+        "processes", "process_timeout", "gradient_checkpointing", "shard_rollout",
+        "accept_changed_data"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
@@ -217,6 +232,7 @@ def parse(script, doc, table, argv, real_if):
         if getattr(args, name) is None:
             setattr(args, name, demo if is_demo else real)
     args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if RANK == 0:
         print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
         for name in changed + [row[0] for row in rows if row[0] not in changed]:
@@ -230,6 +246,13 @@ def autocast(args):
     float32."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16,
                           enabled=args.dtype == "bfloat16")
+
+
+def numbers(tensors):
+    """{name: scalar tensor} -> {name: number}, in one go: whoever asks a GPU for a number waits
+    until it has done all that it was given."""
+    values = torch.stack([x.detach().float() for x in tensors.values()]).tolist()
+    return dict(zip(tensors, values))
 
 
 def set_lr(optimizer, peak, step, steps, shape="cosine", floor=0.0):

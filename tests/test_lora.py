@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +31,7 @@ from model import (
     ScalarHead,
     add_lora,
     adapters_off,
+    cast_once,
     merged,
     random_llama,
     trainable,
@@ -128,6 +130,31 @@ def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
     assert set(lora.state_dict()) == {
         name for name, _ in lora.named_parameters(remove_duplicate=False)
     }
+
+
+class Casts(TorchDispatchMode):
+    """Counts the weights that are turned from float32 into bfloat16. (The states of three rows
+    have two dimensions too.)"""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ == "_to_copy" and len(args[0].shape[1:]) == 1:
+            is_weight = args[0].shape[0] > len(IDS) and args[0].dtype == torch.float32
+            self.number += is_weight and out.dtype == torch.bfloat16
+        return out
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_decoding_casts_each_weight_once(rank):
+    """Under autocast, and not once per token, be it frozen or not."""
+    lora = add_lora(tiny(), rank, 16, TARGETS)
+    weights = 7 * 2 * (3 if rank else 1) + 1
+    with torch.autocast("cpu", torch.bfloat16), cast_once(lora), Casts() as casts:
+        model.generate(lora, IDS, torch.ones_like(IDS), 10, [999])
+    assert casts.number == weights
+    assert len(trainable(lora)) == (2 * 2 * 7 if rank else 2 * 9 + 2)  # frozen as before
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -65,6 +65,7 @@ from model import (
     Llama,
     ScalarHead,
     generate,
+    last_token,
     load_llama,
     load_scalar_head,
     load_tokenizer,
@@ -72,7 +73,6 @@ from model import (
     sample,
     save_checkpoint,
 )
-from train_rm import last_token
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -1981,18 +1981,17 @@ def test_encode_records_with_nothing_left(tokenizer, capfd):
 
 
 def test_collate():
-    input_ids, is_completion = collate(
+    input_ids, places = collate(
         [([5, 6, 7], [1]), ([8], [2, 3, 4, 9], "and more"), ([], [4, 2])], 0
     )
     assert (
         input_ids.tolist() == [[5, 6, 7, 1, 0], [8, 2, 3, 4, 9], [4, 2, 0, 0, 0]]
         and input_ids.dtype == torch.long
     )
-    assert (
-        is_completion.long().tolist() == [[0, 0, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-        and is_completion.dtype == torch.bool
-    )
-    assert last_token(input_ids, is_completion).tolist() == [1, 9, 2]
+    assert places.row.tolist() == [0, 1, 1, 1, 1, 2, 2]
+    assert places.column.tolist() == [3, 1, 2, 3, 4, 0, 1]
+    assert places.t.tolist() == [0, 0, 1, 2, 3, 0, 1]
+    assert last_token(input_ids, places).tolist() == [1, 9, 2]
 
 
 @pytest.mark.parametrize("number, size", [(1, 4), (4, 4), (7, 3), (64, 8), (1000, 8), (333, 1)])
@@ -2636,10 +2635,10 @@ def test_scalar_head_is_llama_for_sequence_classification(tmp_path, tokenizer, r
         [*encode_text(tokenizer, text), tokenizer.eos_token_id]
         for text in ("and then", "sleeps", "大", "the day is long, the dog is lazy")
     ]
-    input_ids, is_completion = collate(list(zip(prompts, completions)), tokenizer.pad_token_id)
+    input_ids, places = collate(list(zip(prompts, completions)), tokenizer.pad_token_id)
     with torch.no_grad():
         values = reward_model(input_ids)
-        scores = last_token(values, is_completion)
+        scores = last_token(values, places)
         lengths = torch.tensor([len(p + c) for p, c in zip(prompts, completions)])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         for more in ({}, {"attention_mask": attention_mask}):

@@ -16,10 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
-import data_gen
-import model
 from tools import ratings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,25 +99,15 @@ def test_the_whole_run_in_small(tmp_path):
     """All steps but TRL's, on a tiny LLaMA, twice: the second time there is nothing left to do."""
     people, sentences, _ = review_files(120)
     os.makedirs(tmp_path / "run" / "data")
-    os.makedirs(tmp_path / "llama")
     reviews = ratings.read_reviews(people, sentences)
     records = [ratings.as_record(random.Random(n), *review) for n, review in enumerate(reviews)]
     for k, name in enumerate([*ratings.PARTS, "poor_training_data", "rlhf_training_data"]):
         part = records[12 * k : 12 * k + 12]
         (tmp_path / "run" / "data" / f"{name}.json").write_text(json.dumps(part), "utf-8")
-    (tmp_path / "llama" / "tokenizer.model").write_bytes(
-        data_gen.train_tokenizer([text for text, _ in reviews], vocab_size=350)
-    )
-    tokenizer = model.load_tokenizer(str(tmp_path / "llama"))
-    torch.manual_seed(0)
-    llama = model.random_llama(LlamaConfig(vocab_size=len(tokenizer), **model.DEMO_MODEL))
-    model.save_checkpoint(llama, tokenizer, str(tmp_path / "llama"))
     command = [
         sys.executable,
         ROOT / "bench" / "real_run.py",
         "--small",
-        "--model",
-        tmp_path / "llama",
         "--out",
         tmp_path / "run",
         "--seeds",

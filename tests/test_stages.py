@@ -52,6 +52,7 @@ import sft
 import train_rm
 from lib.data import collate, deal, encode_prompt, encode_records, read_records
 from tools import rewards
+from waits import waits
 from model import LlamaBackbone, ScalarHead, load_llama, load_scalar_head, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -970,8 +971,8 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
     exported."""
     losses, poison = sft.completion_losses, home.tokenizer.encode("&", add_special_tokens=False)[-1]
 
-    def poisoned(llama, input_ids, is_completion):
-        result = losses(llama, input_ids, is_completion)
+    def poisoned(llama, input_ids, places):
+        result = losses(llama, input_ids, places)
         if not (input_ids == poison).any():
             return result
         return result * math.nan if what == "loss" else steep(result)
@@ -1055,7 +1056,7 @@ def test_rm_export_in_plain_transformers(rm_run, home):
     examples = examples_of(home.demos, home.tokenizer)
     scores = torch.tensor(plain_scores(rm_run.folder, examples))
     assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
-    input_ids, is_completion = collate(examples[:16], home.tokenizer.pad_token_id)
+    input_ids, _ = collate(examples[:16], home.tokenizer.pad_token_id)
     classifier = AutoModelForSequenceClassification.from_pretrained(rm_run.folder).eval()
     assert (
         classifier.config.problem_type == "regression" and abs(classifier.config.score_mean) > 1e-3
@@ -1121,12 +1122,12 @@ def test_last_token():
         [2, 2, 2, 2, 2],
         [0],
     ]
-    input_ids, is_completion = collate(list(zip(prompts, completions)), 0)
+    input_ids, places = collate(list(zip(prompts, completions)), 0)
     values = torch.arange(input_ids.numel() * 3.0).view(*input_ids.shape, 3)
     ends = [len(p) + len(c) - 1 for p, c in zip(prompts, completions)]
     expected = torch.stack([row[end] for row, end in zip(values, ends)])
-    assert torch.equal(train_rm.last_token(values, is_completion), expected)
-    assert train_rm.last_token(input_ids, is_completion).tolist() == [2, 3, 2, 0]
+    assert torch.equal(model.last_token(values, places), expected)
+    assert model.last_token(input_ids, places).tolist() == [2, 3, 2, 0]
 
 
 def test_rm_evaluate(rm_run, home):
@@ -1973,6 +1974,55 @@ def test_ppo_stops_on_what_is_not_finite(
         load_scalar_head(str(out / "critic")),
     ):
         assert flat(loaded.parameters()).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------
+# Waiting for a GPU
+
+
+def waits_of_steps(monkeypatch, script, argv):
+    """How often each step of a stage waits for the device, without evaluating and saving."""
+    counts, log, pair_statistics = [], lib.run.Run.log, train_rm.pair_statistics
+    with waits() as found:
+
+        def see(run, **row):
+            counts.append(len(found))
+            log(run, **row)
+            found.clear()
+
+        def on_the_cpu(*given):  # where nobody is waited for
+            before = len(found)
+            result = pair_statistics(*given)
+            del found[before:]
+            return result
+
+        monkeypatch.setattr(lib.run.Run, "log", see)
+        monkeypatch.setattr(train_rm, "pair_statistics", on_the_cpu)
+        script.main(argv)
+    return counts[1:]  # before the first step everything is loaded
+
+
+def test_sft_waits_once_a_step(sft_argv, tmp_path, monkeypatch):
+    argv = sft_argv(batch_size=8, micro_batch_size=2, out=tmp_path / "out")
+    assert set(waits_of_steps(monkeypatch, sft, argv)) == {1}
+
+
+@pytest.mark.parametrize("loss", ["regression", "ranking"])
+def test_rm_waits_once_a_step(rm_argv, tmp_path, monkeypatch, loss):
+    """The labels are on the CPU: what is asked of them, once a step, once a micro-batch and, for
+    its pairs, once a prompt, waits for nobody."""
+    argv = rm_argv(eval_data=None, epochs=1, loss=loss, out=tmp_path / "out")
+    waited = waits_of_steps(monkeypatch, train_rm, argv)
+    assert 1 <= max(waited) <= 1 + 1 + 3 + 8 * (loss == "ranking")
+
+
+def test_ppo_waits_once_a_token_and_once_a_minibatch(ppo_argv, tmp_path, monkeypatch):
+    """Per update: once per token of the longest response; for the prompts' lengths, the responses,
+    their lengths, and the statistics; once per mini-batch, and for its rows, on the CPU; once per
+    micro-batch of demonstrations."""
+    argv = ppo_argv(eval_prompts=None, gold=None, out=tmp_path / "out")
+    waited = waits_of_steps(monkeypatch, ppo, argv)
+    assert len(waited) == 2 and max(waited) <= 8 + 4 + 4 * 2 + 4 * 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -322,8 +322,8 @@ def measure(stage, name, freed, options):
         batch = [(text(1), text(args.max_length - 1)) for _ in range(rows)]
         if stage == "sft":
             return sft.completion_losses(model, *collate(batch, 0)).mean()
-        input_ids, is_completion = collate(4 * batch, 0)
-        scores = train_rm.last_token(model(input_ids), is_completion)
+        input_ids, places = collate(4 * batch, 0)
+        scores = last_token(model(input_ids), places)
         return train_rm.ranking_loss(scores, torch.arange(len(scores)))
 
     for _ in range(2):

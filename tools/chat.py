@@ -123,7 +123,7 @@ def stream(tokenizer, llama, prompt, limit, args, how):
     steps = decode(llama, *left_pad([prompt], tokenizer.pad_token_id, args.device), limit,
                    tokenizer.end_ids, **how)
     try:
-        for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, _ in steps)):
+        for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, *_ in steps)):
             piece = piece if text else piece.lstrip()
             text += piece
             print(piece, end="", flush=True)

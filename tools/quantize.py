@@ -96,9 +96,9 @@ def answer_logprobs(llama, texts):
     the likeliest (N,)."""
     logprobs, likeliest = [], []
     for text in texts:
-        input_ids, is_completion = collate([text], 0)
-        tokens = tokens_of(input_ids, is_completion)
-        logits = llama.lm_head(states_of(llama(input_ids), is_completion)).float()
+        input_ids, places = collate([text], 0)
+        tokens = tokens_of(input_ids, places)
+        logits = llama.lm_head(states_of(llama(input_ids), places)).float()
         logprobs.append(-F.cross_entropy(logits, tokens, reduction="none"))
         likeliest.append(logits.argmax(-1) == tokens)
     return torch.cat(logprobs), torch.cat(likeliest)

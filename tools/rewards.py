@@ -22,7 +22,7 @@ from lib.checkpoints import quiet
 from lib.data import collate, encode_completion
 from lib.distributed import RANK
 from lib.run import explain, first_line, stop
-from model import load_scalar_head, load_tokenizer
+from model import last_token, load_scalar_head, load_tokenizer
 
 
 def of_texts(args, tokenizer):
@@ -126,9 +126,8 @@ def from_model(path, tokenizer, device, batch_size):
             examples = [encode_completion(theirs, *pair) for pair in zip(asked, completions)]
             examples = [(prompt[max(0, len(prompt) + len(completion) - longest):], completion)
                         for prompt, completion in examples]
-            input_ids, is_completion = collate(examples, theirs.pad_token_id, device)
-            places = torch.arange(is_completion.shape[1], device=device) * is_completion
-            return model(input_ids)[range(len(examples)), places.argmax(1)]
+            input_ids, places = collate(examples, theirs.pad_token_id, device)
+            return last_token(model(input_ids), places)
     else:
         with explain(f"{path}: no reward model can be loaded from it"), quiet():
             theirs = AutoTokenizer.from_pretrained(path)
