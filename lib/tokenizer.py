@@ -129,8 +129,9 @@ def read_tokenizer_model(path):
 
 
 def read_tokenizer_gguf(path):
-    """The tokenizer of a `.gguf` file. LLaMA 3's as transformers builds it, less what it gets
-    wrong: an <|endoftext|> more than the embedding has, and words that no merge makes."""
+    """The tokenizer of a `.gguf` file. LLaMA 3's as transformers builds it, less what its versions
+    get wrong: an <|endoftext|> more than the embedding has, words that no merge makes, where a text
+    is split before it is merged, and a space before it that is lost."""
     reader = open_gguf(path)
 
     def said(key, default=None):
@@ -151,8 +152,14 @@ def read_tokenizer_gguf(path):
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in vocab]
     state["model"]["ignore_merges"] = True
     special = {role: token for role, token in roles_of(theirs).items() if token in vocab}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-                                   chat_template=theirs.chat_template, **special)
+    backend = Tokenizer.from_str(json.dumps(state))
+    if said("ggml.pre") == "llama-bpe":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(TikTokenConverter().pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=theirs.chat_template,
+                                   **special)
 
 
 def read_tokenizer_hugging_face(path):

@@ -47,6 +47,11 @@ def test_parameters_are_those_of_the_real_model_and_of_the_formula(tied, heads):
     assert lora["adapters"] == 3 * 2 * (2 * (d + q) + 2 * (d + k) + 3 * (d + i))
 
 
+def nearly(flops):
+    """Some versions of transformers find the angles of rope by a product, of 2 h / 2 T FLOP."""
+    return pytest.approx(flops, rel=1e-4)
+
+
 def test_flops_are_those_of_the_flop_counter():
     c = config(num_key_value_heads=2)
     llama, ids = Llama(c), torch.randint(101, (5, 16))
@@ -55,8 +60,8 @@ def test_flops_are_those_of_the_flop_counter():
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     counted, texts = forward.get_total_flops(), 5 * [16]
-    assert counted == budget.forward_flops(c, texts, 5 * 16) + HIDDEN_PAIRS
-    assert counted + backward.get_total_flops() == (
+    assert counted == nearly(budget.forward_flops(c, texts, 5 * 16) + HIDDEN_PAIRS)
+    assert counted + backward.get_total_flops() == nearly(
         budget.training_flops(c, texts, 5 * 16, settings()) + 3 * HIDDEN_PAIRS
     )
 
@@ -66,7 +71,9 @@ def test_generation_flops_are_those_of_the_flop_counter():
     ids = torch.randint(101, (5, 16))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         generate(Llama(c), ids, torch.ones_like(ids), 7, eos_token_id=-1)
-    assert counter.get_total_flops() == budget.generation_flops(c, 5 * [(16, 7)]) + HIDDEN_PAIRS
+    assert counter.get_total_flops() == nearly(
+        budget.generation_flops(c, 5 * [(16, 7)]) + HIDDEN_PAIRS
+    )
 
 
 def test_an_update_asks_the_actor_once_more_where_it_is_not_exact():
