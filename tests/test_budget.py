@@ -49,7 +49,7 @@ def test_parameters_are_those_of_the_real_model_and_of_the_formula(tied, heads):
 
 def nearly(flops):
     """Some versions of transformers find the angles of rope by a product, of 2 h / 2 T FLOP."""
-    return pytest.approx(flops, rel=1e-4)
+    return pytest.approx(flops, rel=2e-4)
 
 
 def test_flops_are_those_of_the_flop_counter():
