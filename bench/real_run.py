@@ -49,7 +49,7 @@ from train_rm import pair_statistics  # noqa: E402
 
 STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "report"]
 FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=200, held_out=600, eval=128,
-            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=63)
+            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=36)
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
              best_of_prompts=4, every=2, trl_episodes=32, over_updates=2)
 LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
