@@ -69,6 +69,9 @@ def door(main):
             code = 130
         except SystemExit as end:
             code = end.code
+        except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
         except Exception:
             if not started():
                 raise

@@ -2,6 +2,8 @@
 keeps."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -203,3 +205,17 @@ def test_a_configuration_that_is_not_there_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         budget.dry_run("sft", str(tmp_path), SimpleNamespace())
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback():
+    """As in `python -m tools.budget | head -1`."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "tools.budget"],
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout.readline().startswith("| GiB per process |")
+    program.stdout.close()
+    assert program.stderr.read() == "" and program.wait() == 1
