@@ -65,20 +65,25 @@ SETTINGS = [
 # ------------------------------------------------------------------------------------------------
 # The maths
 
+def pairs(labels):
+    """The indices (better, worse) of all pairs of `labels` (K,) that differ. Labels are on the CPU:
+    who counts pairs there need not wait for a GPU."""
+    return (labels[:, None] > labels[None, :]).nonzero(as_tuple=True)
+
+
 def ranking_loss(scores, labels):
     """InstructGPT eq. 1 for the K completions of one prompt: the mean over all pairs with different
     labels of
 
         -log sigmoid(s_better - s_worse)
 
-    `scores` (K,) of the model, `labels` (K,) of people, on the CPU -> a scalar, nats; 0 without
-    such a pair. Each completion goes through the model once, and stands in up to K - 1 pairs.
+    `scores` (K,) of the model, `labels` (K,) of people -> a scalar, nats; 0 without such a pair.
+    Each completion goes through the model once, and stands in up to K - 1 pairs.
     """
-    better = (labels[:, None] > labels[None, :]).flatten().nonzero()[:, 0]  # i K + j: i beats j
+    better, worse = (on(scores.device, rows) for rows in pairs(labels))
     if not len(better):
         return scores.sum() * 0.0
-    losses = -F.logsigmoid(scores[:, None] - scores[None, :]).flatten()
-    return losses[on(scores.device, better)].mean()
+    return -F.logsigmoid(scores[:, None] - scores[None, :])[better, worse].mean()
 
 
 def regression_loss(scores, labels):
@@ -92,9 +97,9 @@ def pair_statistics(scores, labels):
     accuracy: 1 if the model prefers the one with the higher label, 0.5 at equal scores; margin:
     s_better - s_worse.
     """
-    i, j = (labels[:, None] > labels[None, :]).nonzero(as_tuple=True)
-    margin = scores[i] - scores[j]
-    return (margin.sign() + 1) / 2, margin, labels[i] - labels[j]
+    better, worse = pairs(labels)
+    margin = scores[on(scores.device, better)] - scores[on(scores.device, worse)]
+    return (margin.sign() + 1) / 2, margin, labels[better] - labels[worse]
 
 
 def normalize_(reward_model, scores):
@@ -238,7 +243,9 @@ def main(argv=None):
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step, steps, floor=0.1)
-        loss, scores_of = 0.0, []  # both stay on the device until the step's end
+        # all on the device until the step's end: the pairs that the model gets right, and how many
+        # pairs there are
+        loss, right, number = 0.0, 0.0, 0
         for part, weight in my_parts(batch, args.micro_batch_size):
             rows = [i for g in part for i in groups[g]]
             input_ids, places = collate([examples[i] for i in rows], tokenizer.pad_token_id,
@@ -247,22 +254,18 @@ def main(argv=None):
                 scores = last_token(reward_model(input_ids), places)
             sizes = [len(groups[g]) for g in part]
             targets = labels[rows]
-            by_prompt = zip(scores.split(sizes), targets.split(sizes))
+            by_prompt = list(zip(scores.split(sizes), targets.split(sizes)))
             # the mean over the prompts of the batch: each weighs the same, whatever its completions
             micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
             micro_loss.backward()
             loss += micro_loss.detach()
-            # alone in their prompts, completions are compared across them
-            parts = sizes if max(sizes) > 1 else [len(rows)]
-            scores_of += zip(scores.detach().split(parts), targets.split(parts),
-                             len(parts) * [weight])
-        loss, grad_norm, *scores = torch.cat([loss[None], clip_gradients(reward_model, 1.0)[None],
-                                              *(s for s, _, _ in scores_of)]).tolist()
-        right = torch.cat([torch.zeros(0)] + [
-            pair_statistics(s, t)[0] for s, (_, t, weight) in zip(
-                torch.tensor(scores).split([len(t) for _, t, _ in scores_of]), scores_of) if weight])
-        loss, pairs = total(loss), total(len(right))  # of all processes
-        accuracy = total(right.sum().item()) / pairs if pairs else None
+            # where each completion is alone in its prompt, they are compared across prompts
+            for s, t in by_prompt if max(sizes) > 1 else [(scores, targets)]:
+                accuracy = pair_statistics(s.detach(), t)[0]
+                right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
+        grad_norm = clip_gradients(reward_model, 1.0)
+        loss, right, grad_norm = torch.stack([loss, right, grad_norm]).tolist()
+        loss, right, number = total(loss), total(right), total(number)  # of all processes
         records = [examples[i][2] for g in batch for i in groups[g]]
         check_finite(step + 1, loss, grad_norm, args.data, records)
         watch.see(loss, records)
@@ -270,7 +273,7 @@ def main(argv=None):
         optimizer.zero_grad()
 
         row = dict(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, lr=lr,
-                   accuracy=accuracy, grad_norm=grad_norm,
+                   accuracy=right / number if number else None, grad_norm=grad_norm,
                    tokens_per_s=sum(lengths[g] for g in batch) / (time.perf_counter() - started))
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             row["eval_accuracy"], row["eval_margin"], error, _ = evaluate(
