@@ -45,6 +45,7 @@ from transformers import (
 )
 
 import data_gen
+from lib import cpu
 from lib.checkpoints import add_older_keys, read_meta
 from lib.cpu import linear
 from lib.data import (
@@ -2329,6 +2330,20 @@ def test_logprobs_are_those_of_a_training_pass(speaker, temperature):
     for prompt, (tokens, logprobs) in zip(prompts, rows_of(result)):
         assert len(tokens) == 24
         assert_close(logprobs, training_logprobs(speaker, prompt, tokens, temperature), 1e-4)
+
+
+def test_rows_of_masks_are_aligned_while_decoding(speaker, monkeypatch):
+    """On a GPU fused attention copies every mask whose rows are not 16 numbers apart, or 32, ..."""
+    strides, attention = [], cpu.attention
+
+    def see(q, k, v, mask):
+        if q.shape[2] == 1:
+            strides.append(mask.stride(0))
+        return attention(q, k, v, mask)
+
+    monkeypatch.setattr(cpu, "attention", see)
+    generate(speaker, *left_pad([[1] * 3, [1] * 5], 0), 6, -1, temperature=0)
+    assert strides and all(stride % 16 == 0 for stride in strides)
 
 
 def test_a_padded_batch_answers_each_prompt_as_if_it_stood_alone(speaker):
