@@ -49,7 +49,7 @@ from lib.run import Run  # noqa: E402
 from model import Llama, generate, states_of, tokens_of  # noqa: E402
 from tools.budget import budget, networks, settings, update_flops  # noqa: E402
 
-LIMITS = dict(checks=60, demo=100, start=40, smollm2=70, large=80, resume=50, real=80)  # seconds
+LIMITS = dict(checks=50, demo=170, start=35, smollm2=60, large=70, resume=45, real=50)  # seconds
 SIZE_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                  num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
                  tie_word_embeddings=True)
@@ -209,12 +209,13 @@ def update(args, tell, size, name, *options):
     """A PPO update, the median of three after one that warms up."""
     batch, prompt, new = (8, 16, 16) if args.small else (64, 64, 128)
     config = LlamaConfig(**size)
-    settings_ = settings("ppo", [
+    ppo_args = settings("ppo", [
         f"--batch_size={batch}", f"--minibatch_size={batch}", "--ppo_epochs=1",
         f"--micro_batch_size={min(16, batch)}", f"--max_prompt_length={prompt}",
         f"--max_new_tokens={new}", f"--device={args.device}", "--rm=-", "--prompts=-", *options])
     torch.manual_seed(0)
-    actor, critic, ref, reward_model = networks("ppo", config, settings_, args.device)
+    actor, critic, ref, reward_model = (
+        model.to(args.device) for model in networks("ppo", config, ppo_args, args.device))
     trained = {which: (model, torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-6, eps=1e-5, fused=True))
         for which, model in (("actor", actor), ("critic", critic))}
@@ -231,18 +232,18 @@ def update(args, tell, size, name, *options):
         synchronize(args)
         started = time.perf_counter()
         experience, _ = ppo.make_experience(actor, critic, reward_model, ref, prompts, [rows],
-                                            tokenizer, settings_, 0.05, generator)
+                                            tokenizer, ppo_args, 0.05, generator)
         synchronize(args)
         clock["experience"] = time.perf_counter() - started
         clocked(args, clock, "training", ppo.train_minibatch)(trained, experience, rows, [],
-                                                              tokenizer, settings_)
+                                                              tokenizer, ppo_args)
         clock["reference and critic"] = (clock.pop("experience") - clock["rollout"]
                                          - clock["reward model"])
         clocks.append(clock)
     ppo.answer, ppo.score_responses = originals
     clock = {part: statistics.median(clock[part] for clock in clocks[1:]) for part in clocks[0]}
     seconds = sum(clock.values())
-    flops = update_flops(config, [(prompt, new)] * batch, settings_) / seconds
+    flops = update_flops(config, [(prompt, new)] * batch, ppo_args) / seconds
     tell(f"{name}: seconds per update", seconds)
     for part, spent in clock.items():
         tell(f"{name}: share of the time, {part}", spent / seconds)
@@ -250,7 +251,7 @@ def update(args, tell, size, name, *options):
     tell(f"{name}: tokens per second, training", batch * (prompt + new) / clock["training"])
     tell(f"{name}: TFLOP/s", flops / 1e12)
     tell(f"{name}: MFU", flops / 1e12 / args.peak_tflops)
-    tell(f"{name}: GiB predicted", budget("ppo", config, settings_)["peak"] / 2**30)
+    tell(f"{name}: GiB predicted", budget("ppo", config, ppo_args)["peak"] / 2**30)
     if args.device.startswith("cuda"):
         tell(f"{name}: GiB at the peak", torch.cuda.max_memory_allocated() / 2**30)
 
