@@ -14,7 +14,8 @@ like. The steps:
     rm        reward model A on ratings A; the gold reward model on ratings B, other sentences,
               which PPO never sees; and a poor one on 200 ratings
     ppo       each of --seeds, from the same SFT model and reward model A
-    over      over-optimization: the poor reward model, without a KL penalty
+    over      over-optimization: the poor reward model, without a KL penalty, at four times the
+              learning rate
     trl       TRL's PPOTrainer from the same models, with the same prompts and settings
     report    report.md and its pictures, in --out
 
@@ -125,17 +126,17 @@ def train(args):
     for seed in args.seeds if "ppo" in args.steps else ():
         run(args, f"ppo-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed))
     if "over" in args.steps:
-        run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0))
+        run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0, "1e-4"))
 
 
-def ppo_options(args, reward_model, updates, kl_coef, seed):
+def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
     data = f"{args.out}/data"
     return ["--sft", f"{args.out}/sft", "--rm", f"{args.out}/{reward_model}", "--prompts",
             f"{data}/rlhf_training_data.json", "--eval_prompts",
             f"{data}/rlhf_training_data_eval.json", "--eval_number", args.eval, "--gold",
             f"{ROOT}/bench/gold_judge.py", "--updates", updates, "--batch_size", args.batch,
             "--minibatch_size", args.batch // 2, "--micro_batch_size", min(16, args.batch),
-            "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", LR,
+            "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", lr,
             "--critic_lr", CRITIC_LR, "--kl_coef", kl_coef, "--eval_every", args.every,
             "--save_every", 3, "--seed", seed]
 
