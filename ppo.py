@@ -328,9 +328,9 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
 @torch.no_grad()
 def score_responses(reward_model, texts, tokenizer, args):
     """What the reward model says (B,) at the last token of each response, and whether that is
-    end-of-sequence (B,). Where it is not, the response was cut, such texts it never saw in
-    training, and a fixed score takes the place of its own (lm-human-preferences; Stiennon et al.
-    2020)."""
+    end-of-sequence (B,). Where it is not, the response was cut; the reward model never saw such
+    texts in training, and the caller puts a fixed score in place of its own (lm-human-preferences;
+    Stiennon et al. 2020)."""
     ended = on(args.device, [response[-1] in tokenizer.end_ids for _, response in texts])
     if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
         return total(on(args.device, reward_model.scores(texts))), ended
@@ -665,9 +665,10 @@ def main(argv=None):
         dealt = iter(demonstration_order[(update - 1) * args.ppo_epochs * B:])
         minibatches = [rows.tolist() for _ in range(args.ppo_epochs)
                        for rows in torch.randperm(B).split(args.minibatch_size)]
+        first_pass = minibatches[:len(minibatches) // args.ppo_epochs]
         experience, row = make_experience(
-            actor, critic, reward_model, ref, batch, minibatches[:-(-B // args.minibatch_size)],
-            tokenizer, args, kl_control.coef, generator, normalize)
+            actor, critic, reward_model, ref, batch, first_pass, tokenizer, args, kl_control.coef,
+            generator, normalize)
         health.finite(row["score"], "the reward model's score", args.out)
 
         passes = []
