@@ -239,8 +239,8 @@ def tokens_of(input_ids, places):
 
 
 def last_token(values, places):
-    """Of `values` (B, L) those at the last completion token of each row, where all is said ->
-    (B,)."""
+    """The entries of `values` (B, L) at the last completion token of each row, where the text is
+    complete -> (B,)."""
     last = places.column.new_zeros(len(values)).scatter_reduce(0, places.row, places.column, "amax")
     return values[torch.arange(len(values), device=values.device), last]
 
@@ -260,8 +260,8 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
         if not resize:
             extra = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
             stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks {more} of the "
-                 f"tokenizer's {len(tokenizer)} tokens, such as {extra[0]}; if they belong together, "
-                 "--resize_embedding of sft.py or train_rm.py adds rows for them")
+                 f"tokenizer's {len(tokenizer)} tokens, such as {extra[0]}; if they belong "
+                 "together, --resize_embedding of sft.py or train_rm.py adds rows for them")
         for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
             mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
             tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
@@ -405,10 +405,12 @@ def adapters_off(model):
 
 @contextlib.contextmanager
 def cast_once(model):
-    """Inside, autocast keeps what it casts of frozen weights as well, as it does of those that
-    learn; it would cast them again for each token that is decoded. Only for what needs no
-    gradient."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and WORLD == 1]
+    """Inside, autocast casts each weight once. By itself it keeps the casts of weights that learn,
+    and casts frozen ones again for each token that is decoded. Only for passes without gradients;
+    with FSDP it changes nothing."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if WORLD > 1:
+        frozen = []
     for parameter in frozen:
         parameter.requires_grad_()
     try:
@@ -470,9 +472,9 @@ def similar(lengths):
 @torch.no_grad()
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
-    """Yields for each step the rows still being written (n,), their new tokens (n,) and log
-    probabilities (n,), and which of them are alive (n,): some have ended before. The rows come in
-    the order of their prompts' lengths.
+    """Yields for each step rows of the batch (n,), in the order of their prompts' lengths, their
+    new tokens (n,) and log probabilities (n,), and which of them count (n,): those of a row that
+    ended in an earlier step do not.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which is yielded.
@@ -487,15 +489,16 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     input_ids, attention_mask = input_ids[rows], attention_mask[rows]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     blocked = -1e30  # -inf would give nan where all is blocked
-    room = -(-(length + max_new_tokens) // 16) * 16  # what fused attention wants of a mask's rows
+    # a multiple of 16: on a GPU fused attention copies masks whose rows are not aligned
+    room = -(-(length + max_new_tokens) // 16) * 16
     padding = torch.zeros(batch, 1, 1, room, dtype=dtype, device=device)
     padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
     cache = Cache(model.config, batch, room, dtype, device)
 
     def next_logits(new, positions, mask, cache):
-        # inference mode saves a tenth of a step on CPU, but is not for FSDP; nor for autocast, which
-        # keeps nothing of what it casts there, and would cast each weight again for each token
+        # inference mode saves a tenth of a step on a CPU. Not with FSDP, nor with autocast, which
+        # keeps no casts in it and would cast each weight again for each token
         with torch.inference_mode(WORLD == 1 and not mixed), torch.no_grad():
             return model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
 

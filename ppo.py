@@ -35,7 +35,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from lib import health
 from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge, on,
@@ -72,7 +71,7 @@ SETTINGS = [
     ("batch_size",        64,       64,     "prompts per round"),
     ("max_prompt_length", 128,      384,    "tokens; a longer prompt loses its beginning"),
     ("max_new_tokens",    40,       128,    "tokens; a longer response is cut"),
-    ("temperature",       1.0,      1.0,    "of sampling, and so of all log probabilities"),
+    ("temperature",       1.0,      1.0,    "sampling temperature; all log probabilities have it too"),
     "reward",
     ("kl_coef",           0.1,      0.05,   "score units per nat of KL to the reference"),
     ("kl_kind",           "k1",     "k1",   "estimator of the KL", ["k1", "k2", "k3"]),
@@ -89,9 +88,9 @@ SETTINGS = [
     "training",
     ("ppo_epochs",        2,        1,      "passes over each round's experience"),
     ("minibatch_size",    32,       32,     "responses per optimizer step"),
-    ("micro_batch_size",  32,       4,      "of the longest responses, per forward pass: bounds "
-                                            "the memory (but decoding has the whole batch)"),
-    ("lr",                2e-4,     2.5e-5, "learning rate of the actor; falls to 0 in a line"),
+    ("micro_batch_size",  32,       4,      "responses per forward pass, if all are the longest: "
+                                            "bounds the memory (but decoding runs the whole batch)"),
+    ("lr",                2e-4,     2.5e-5, "learning rate of the actor; decays linearly to 0"),
     ("critic_lr",         1e-3,     5e-5,   "learning rate of the critic, likewise"),
     ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
     ("value_clip",        0.2,      0.2,    "how far the value may move, in score units"),
@@ -100,7 +99,7 @@ SETTINGS = [
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
                                             "far from the one that sampled", float),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
-    "looking",
+    "evaluation",
     ("eval_every",        20,       20,     "updates between evaluations, each with an export"),
     ("eval_number",       300,      64,     "held-out prompts to evaluate on"),
     ("shard_rollout",     False,    False,  "many processes: gather layer by layer for each token; "
@@ -360,9 +359,9 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     scores = torch.where(ended, model_scores, args.no_eos_score)
 
     # In bf16 the same row gives other log probabilities in another batch: its sums are rounded at
-    # other places. So everyone is asked about the very micro-batches on which the first pass will
-    # train: its ratios are then 1, and the KL begins at 0. In float32 those from the sampling
-    # itself are as good.
+    # other places. So every model is asked about the very micro-batches of the first training
+    # pass: its ratios are then 1, and the KL begins at 0. In float32 the log probabilities from
+    # the sampling itself are as good.
     exact = args.dtype == args.base_dtype == "float32" and not args.tf32
     old_logprobs, ref_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
     values = torch.zeros_like(mask)
@@ -408,9 +407,10 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
         explained_variance=1 - unexplained / variance.clamp(min=1e-8),
         objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
-    for name, none in (("score_ended", 0.0), ("score_cut", 1.0)):
-        if statistics["ended"] == none:
-            statistics[name] = None
+    if statistics["ended"] == 0:
+        statistics["score_ended"] = None
+    if statistics["ended"] == 1:
+        statistics["score_cut"] = None
     return experience, statistics
 
 
@@ -487,14 +487,15 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     # clipping)
     norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
              for name, (model, _) in trained.items()}
-    found = numbers(s | norms)
-    s = {name: (largest if name == "largest_ratio" else total)(found[name]) for name in s}
+    values = numbers(s | norms)
+    s = {name: (largest if name == "largest_ratio" else total)(values[name]) for name in s}
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         health.finite(s[name], name.replace("_", " "), args.out)
     for name in norms:
-        health.finite(found[name], name, args.out)
+        health.finite(values[name], name, args.out)
+    too_far = args.target_kl and s["approx_kl"] > args.target_kl
     for _, optimizer in trained.values():
-        if not (args.target_kl and s["approx_kl"] > args.target_kl):
+        if not too_far:
             optimizer.step()
         optimizer.zero_grad()
     return s

@@ -46,7 +46,7 @@ SETTINGS = [
     ("micro_batch_size",  32,     8,      "demonstrations per forward pass: bounds the memory, and "
                                           "changes nothing else"),
     ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
-    ("weight_decay",      0.1,    0.0,    "of AdamW"),
+    ("weight_decay",      0.1,    0.0,    "AdamW's weight decay"),
     ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the "
                                           "beginning of its prompt"),
 ]
@@ -116,7 +116,9 @@ def main(argv=None):
         # tokens of the whole batch. (Dividing each micro-batch by its own makes those of short ones
         # weigh more.)
         tokens = sum(len(train[i][1]) for i in batch)
-        loss, per_text, numbers = 0.0, [], []  # stay on the device until the step's end
+        # loss and per_text, the loss per token of each record, stay on the device until the step's
+        # end: asking for a number waits for the device
+        loss, per_text, records = 0.0, [], []
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
             with autocast(args):
@@ -126,10 +128,10 @@ def main(argv=None):
             loss += weight * losses.detach().sum() / tokens
             parts = losses.detach().split([len(completion) for _, completion, _ in examples])
             per_text += [part.mean() for part in parts]
-            numbers += [number for _, _, number in examples]
+            records += [number for _, _, number in examples]
         loss, grad_norm, *per_text = torch.stack(
             [loss, clip_gradients(model, 1.0), *per_text]).tolist()
-        loss, worst = total(loss), largest(max(zip(per_text, numbers)))  # of all processes
+        loss, worst = total(loss), largest(max(zip(per_text, records)))  # of all processes
         check_finite(step + 1, loss, grad_norm, args.data, [train[i][2] for i in batch])
         watch.see(step + 1, loss, worst)
         optimizer.step()

@@ -13,7 +13,7 @@ completions of a prompt it learns either
     regression  L = mean  (r - score)^2
 
 (InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized, so that the exported model
-alone gives scores with mean 0 and deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on
+alone gives scores with mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on
 samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and InstructGPT, C.2.)
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
@@ -46,7 +46,7 @@ SETTINGS = [
     ("data",              "data/reward_training_data.json", None, "scored completions"),
     ("eval_data",         "data/reward_training_data_eval.json", None, "held out, likewise"),
     ("demonstrations",    "data/actor_training_data.json", None,
-     "on which the scores get mean 0 and deviation 1"),
+     "on which the scores get mean 0 and standard deviation 1"),
     ("out",               "runs/rm", "runs/rm", "run directory"),
     "training",
     ("loss",              "ranking", "ranking", "what to learn", ["ranking", "regression"]),
@@ -66,8 +66,8 @@ SETTINGS = [
 # The maths
 
 def pairs(labels):
-    """The indices (better, worse) of all pairs of `labels` (K,) that differ. Labels are on the CPU:
-    who counts pairs there need not wait for a GPU."""
+    """The indices (better, worse) of all pairs with different `labels` (K,), each (number of
+    pairs,). Labels are kept on the CPU, so that counting pairs need not wait for a GPU."""
     return (labels[:, None] > labels[None, :]).nonzero(as_tuple=True)
 
 
@@ -78,7 +78,7 @@ def ranking_loss(scores, labels):
         -log sigmoid(s_better - s_worse)
 
     `scores` (K,) of the model, `labels` (K,) of people -> a scalar, nats; 0 without such a pair.
-    Each completion goes through the model once, and stands in up to K - 1 pairs.
+    Each completion goes through the model once, and occurs in up to K - 1 pairs.
     """
     better, worse = (on(scores.device, rows) for rows in pairs(labels))
     if not len(better):
@@ -134,7 +134,7 @@ def score_texts(reward_model, examples, args, pad_token_id):
 
 
 def warn_of_labels(path, records, examples):
-    """Say where a text stands with several scores: no model can learn two of them."""
+    """Report texts that occur with different scores: no model can learn both."""
     seen, twice = {}, []
     for *_, number in examples:
         record = records[number - 1]
@@ -143,8 +143,8 @@ def warn_of_labels(path, records, examples):
         if records[first - 1]["score"] != record["score"]:
             twice.append(f"{first} and {number}")
     if twice:
-        print(f"warning: {path}: {len(twice)} times the same text has another score, as in the "
-              f"records {', '.join(twice[:3])}")
+        print(f"warning: {path}: {len(twice)} texts occur again with another score, as in records "
+              f"{', '.join(twice[:3])}")
 
 
 def group_by_prompt(records, examples):
@@ -219,7 +219,7 @@ def main(argv=None):
                  "nothing to rank; --loss regression learns the scores themselves")
         if same:
             print(f"{path}: of {len(groups)} prompts, {len(same)} left out: no two completions "
-                  f"with different scores, as of record {examples[same[0][0]][2]}")
+                  f"with different scores, such as record {examples[same[0][0]][2]}")
         return examples, useful, labels
 
     examples, groups, labels = read(args.data)
@@ -243,8 +243,8 @@ def main(argv=None):
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step, steps, floor=0.1)
-        # all on the device until the step's end: the pairs that the model gets right, and how many
-        # pairs there are
+        # loss and right, the pairs that the model gets right out of `number`, stay on the device
+        # until the step's end: asking for a number waits for the device
         loss, right, number = 0.0, 0.0, 0
         for part, weight in my_parts(batch, args.micro_batch_size):
             rows = [i for g in part for i in groups[g]]
@@ -297,7 +297,7 @@ def main(argv=None):
         accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args,
                                                tokenizer.pad_token_id)
         print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores "
-              f"{margin:.2f}; by how far the labels of a pair lie apart:")
+              f"{margin:.2f}; by label gap:")
         for upto, gap_accuracy, pairs in by_gap:
             print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {pairs} pairs")
     save_checkpoint(reward_model, tokenizer, args.out)

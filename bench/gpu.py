@@ -5,7 +5,7 @@
     python bench/gpu.py --small --device cpu         # does everything run? The figures mean nothing
 
 The steps, in the order of their worth. Each is a process of its own with a time limit, and writes
-what it finds as it finds it, so that a run that is cut off still tells:
+down what it finds at once, so that a run that is cut off is not lost:
 
     checks    logits and gradients beside transformers in float32 and bf16, generation beside a
               model without a cache, how often a step waits for the device
@@ -44,15 +44,14 @@ sys.path[:0] = [ROOT, f"{ROOT}/bench", f"{ROOT}/tests"]
 
 import ppo  # noqa: E402
 import sft  # noqa: E402
+import speed  # noqa: E402: of bench/
 from lib.data import collate, left_pad  # noqa: E402
-from lib.run import Run  # noqa: E402
 from model import Llama, generate, states_of, tokens_of  # noqa: E402
 from tools.budget import budget, networks, settings, update_flops  # noqa: E402
+from waits import waits, waits_of_steps  # noqa: E402: of tests/
 
 LIMITS = dict(checks=50, demo=170, start=35, smollm2=60, large=70, resume=45, real=50)  # seconds
-SIZE_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                 num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
-                 tie_word_embeddings=True)
+SIZE_135M = dict(speed.SIZE_135M, vocab_size=49152)
 SIZE_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                num_attention_heads=32, num_key_value_heads=8, head_dim=64,
                max_position_embeddings=2048, tie_word_embeddings=True)
@@ -112,31 +111,22 @@ def checks(args, tell):
     trained = ppo.logprobs_from_logits(logits, tokens_of(input_ids, places))
     tell("log probabilities of sampling beside those of training, largest difference",
          (trained - out.logprobs[out.mask.bool()]).abs().max().item())
-    from waits import waits
     with waits() as found:
         generate(ours, *padded, 20, [999], generator=generator)
     tell("waits for the device in 20 tokens", len(found))
-    counts, log = [], Run.log
     demonstrations(args)
-    with waits() as found:
-        def see(run, **row):
-            counts.append(len(found))
-            log(run, **row)
-            found.clear()
-        Run.log = see
-        sft.main(["--data", f"{args.out}/demos.json", "--tokenizer",
-                  f"{args.out}/demo/data/tokenizer", "--eval_data", "", "--epochs", "1",
-                  "--batch_size", "16", "--micro_batch_size", "4", "--device", args.device,
-                  "--out", f"{args.out}/sft", "--overwrite"])
-        Run.log = log
-    tell("waits for the device in a step of sft.py", max(counts[1:]))
+    counts = waits_of_steps(sft, [
+        "--data", f"{args.out}/demos.json", "--tokenizer", f"{args.out}/demo/data/tokenizer",
+        "--eval_data", "", "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "4",
+        "--device", args.device, "--out", f"{args.out}/sft", "--overwrite"])
+    tell("waits for the device in a step of sft.py", max(counts))
 
 
-def run_script(*argv, folder, **options):
+def run_script(*argv, folder):
     """A script of the repository, in a folder of its own."""
     os.makedirs(folder, exist_ok=True)
-    return subprocess.run([sys.executable, f"{ROOT}/{argv[0]}", *map(str, argv[1:])], cwd=folder,
-                          check=True, capture_output=True, text=True, **options)
+    subprocess.run([sys.executable, f"{ROOT}/{argv[0]}", *map(str, argv[1:])], cwd=folder,
+                   check=True)
 
 
 def demonstrations(args):
@@ -178,12 +168,11 @@ def demo(args, tell):
 
 
 def start(args, tell):
-    """One minibatch, of one pass: every ratio is that before the first step."""
+    """One mini-batch, of one pass: every ratio is that before the first step."""
+    demo_run, out = f"{args.out}/demo", f"{args.out}/start"
     for name, options in {"float32": [], "TF32": ["--tf32"], "bf16": ["--dtype", "bfloat16"],
                           "LoRA, bf16 base": ["--dtype", "bfloat16", "--base_dtype", "bfloat16",
                                               "--lora_rank", "4"]}.items():
-        out = f"{args.out}/start"
-        demo_run = f"{args.out}/demo"
         ppo.main(["--sft", f"{demo_run}/runs/sft", "--rm", f"{demo_run}/runs/rm", "--prompts",
                   f"{demo_run}/data/rlhf_training_data.json", "--updates", "1", "--ppo_epochs", "1",
                   "--batch_size", "64", "--minibatch_size", "64", "--micro_batch_size", "16",
@@ -266,7 +255,6 @@ def smollm2(args, tell):
         import trl  # noqa: F401
     except ImportError:
         return tell("TRL", "not installed")
-    import speed
     folder = f"{args.out}/trl"
     os.makedirs(folder, exist_ok=True)
     work = speed.REAL | dict(kind="ppo", dtype="bfloat16", device=args.device, seed=0, updates=2,
@@ -318,16 +306,14 @@ def real(args, tell):
     folder = args.real or f"{args.out}/real"
     command = [sys.executable, f"{ROOT}/bench/real_run.py", "--out", folder, "--seeds", "0",
                "--device", args.device, "--episodes", "40320"]
-    process = subprocess.Popen([*command, "--small"] if args.small else command,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--small"] if args.small else command)
     while process.poll() is None:
         time.sleep(1)
         with contextlib.suppress(OSError, IndexError):
             judged = [row for row in rows_of(f"{folder}/ppo-0") if row["eval_gold"]]
             tell("gold score of greedy answers", [float(row["eval_gold"]) for row in judged])
             tell("after updates", [int(row["update"]) for row in judged])
-    if process.returncode:
-        tell("ended with", process.stderr.read().strip().splitlines()[-1:])
+    tell("exit code", process.returncode)
 
 
 # ------------------------------------------------------------------------------------------------

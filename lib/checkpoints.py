@@ -48,12 +48,12 @@ def refuse_others(path):
         if os.path.isfile(file) and os.path.getsize(file) < 1024:
             with open(file, "rb") as opened:
                 if opened.read(40).startswith(b"version https://git-lfs"):
-                    stop(f"{file}: a pointer of Git LFS, not the file: run git lfs pull beside it")
+                    stop(f"{file}: a Git LFS pointer, not the file: run git lfs pull in its folder")
     if "adapter_config.json" in names:
-        stop(f"{path}: an adapter of PEFT: merge it into its base model first (merge_and_unload), "
+        stop(f"{path}: a PEFT adapter: merge it into its base model first (merge_and_unload), "
              "and name the result")
     if "params.json" in names and "consolidated.safetensors" in names:
-        stop(f"{path}: a model of Mistral in its own format; only LLaMA's architecture is "
+        stop(f"{path}: a Mistral model in its own format; only LLaMA's architecture is "
              "implemented here")
 
 

@@ -31,7 +31,7 @@ def read_values(path, whole=False):
     except (OSError, EOFError, zlib.error) as error:
         stop(f"{path}: cannot be read ({error})")
     if text.startswith("version https://git-lfs"):
-        stop(f"{path}: a pointer of Git LFS, not the file: run git lfs pull beside it")
+        stop(f"{path}: a Git LFS pointer, not the file: run git lfs pull in its folder")
     number = 0
     try:
         if text.lstrip().startswith("["):
@@ -98,9 +98,9 @@ def what_is_wrong(field, value):
     if isinstance(value, str):
         return half_character(value)
     if field == "completion":
-        return "must be a text"
+        return "must be a string"
     if not isinstance(value, list) or not value:
-        return "must be a text or a list of chat messages"
+        return "must be a string or a list of chat messages"
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return 'has a message that is not {"role": ..., "content": text}'
@@ -284,16 +284,16 @@ def encode_records(records, tokenizer, max_length, name):
 # Batches
 
 class Places(NamedTuple):
-    """Where the N completion tokens of a batch stand: token n is `input_ids[row[n], column[n]]`,
-    and the t[n]-th of its completion, from 0. All (N,), one text after the other. (Indices, and not
-    a mask: to count what a mask chooses, a GPU must be waited for.)"""
+    """Where the N completion tokens of a batch are: token n is `input_ids[row[n], column[n]]`, and
+    token t[n] of its completion, from 0. All (N,), one text after the other. (Indices rather than a
+    mask: how many tokens a mask selects is known only once the GPU has been waited for.)"""
     row: torch.Tensor
     column: torch.Tensor
     t: torch.Tensor
 
 
 def on(device, values):
-    """A tensor of numbers, on its way to the device. Nothing waits for it to arrive."""
+    """A tensor of these numbers on the device. Python goes on while it is copied."""
     return torch.as_tensor(values).to(device, non_blocking=True)
 
 
@@ -301,7 +301,7 @@ def collate(examples, pad_token_id, device="cpu"):
     """[(prompt, completion, ...)] in tokens -> `input_ids` (B, L): prompt, completion, padding; and
     the `Places` of the completion tokens.
 
-    Padding stands only on the right, where causal attention does not look: no mask is needed.
+    Padding is only on the right, where causal attention does not look: no mask is needed.
     """
     length = max(len(prompt) + len(completion) for prompt, completion, *_ in examples)
     input_ids, places = torch.full((len(examples), length), pad_token_id), Places([], [], [])

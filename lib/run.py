@@ -1,4 +1,4 @@
-"""What every run needs and no lesson: settings, the run directory, saved state and resuming,
+"""What every run needs and no lesson is about: settings, the run directory, saved state and resuming,
 signals.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
@@ -57,8 +57,8 @@ def explain(what, advice="", code=2):
 
 
 def door(main):
-    """Around a script's `main`: Ctrl-C where no step is being finished is told in one line too, and
-    of many processes the group is closed; one that fails waits for no other."""
+    """Around a script's `main`: Ctrl-C outside a step ends in one line too. With many processes the
+    group is closed at the end; a process that fails waits for no other."""
     @functools.wraps(main)
     def wrapped(argv=None):
         outermost = not started()  # ppo.py may call the main of other stages
@@ -149,18 +149,17 @@ COMMON = [
     ("seed", 0, 0, "seed of every random choice", any_whole),
     ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32",
      ["float32", "bfloat16"]),
-    ("tf32", False, False, "on a GPU, float32 products with 10 bits after the point in place of 23: "
-     "faster"),
+    ("tf32", False, False, "on a GPU, faster float32 products, with mantissas of 10 bits, not 23"),
     ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
      "memory, a third more time"),
     ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
     ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
-    ("keep", 0, 0, "export the model with each saved state, and keep the newest so many", whole),
+    ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
-    ("processes", 1, 1, "for --dry_run: among so many processes the model is shared out"),
-    ("process_timeout", 30, 30, "minutes without a word from another process that are an error"),
+    ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
+    ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
     ("resume", False, False, "go on with an interrupted run in --out"),
-    ("accept_changed_data", False, False, "resume though data or models are not those of before"),
+    ("accept_changed_data", False, False, "resume even if data or models have changed"),
     ("overwrite", False, False, "replace an earlier run in --out"),
 ]
 # What --resume may change: nothing in the result depends on it
@@ -252,8 +251,8 @@ def autocast(args):
 
 
 def numbers(tensors):
-    """{name: scalar tensor} -> {name: number}, in one go: whoever asks a GPU for a number waits
-    until it has done all that it was given."""
+    """{name: scalar tensor} -> {name: number}, all at once: asking a GPU for a number waits until
+    it has finished all that it was given."""
     values = torch.stack([x.detach().float() for x in tensors.values()]).tolist()
     return dict(zip(tensors, values))
 
@@ -301,7 +300,7 @@ class Run:
             whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
                                      for name in (args.out, path))
             if whole_out.startswith(whole_path) or whole_path.startswith(whole_out):
-                stop(f"--out {args.out} and --{setting} {path} lie one in the other: a run does "
+                stop(f"--out {args.out} and --{setting} {path} overlap: a run does "
                      "not write where it reads; name another --out")
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
@@ -435,8 +434,8 @@ class Run:
                 print(f"--{name} {value}, where {before[name]} were planned: from here on the "
                       "learning rate falls as in a run of this length")
             elif name not in FREE and before.get(name) != value:
-                stop(f"--{name} {value} contradicts the run in {self.folder}, which has "
-                     f"{before.get(name)}; give it that, or another --out")
+                stop(f"--{name} {value} conflicts with the run in {self.folder}, which has "
+                     f"{before.get(name)}; use that, or another --out")
         with explain(f"{tensors}: missing or damaged", over):
             state["tensors"] = load_file(tensors)
         return state
@@ -466,7 +465,7 @@ class Run:
                 else:
                     generator.manual_seed(self.args.seed + self.state["progress"]["step"])
                     print(f"saved on {device}: on {generator.device.type} the random numbers of "
-                          f"{name} are others")
+                          f"{name} are different")
             torch.set_rng_state(tensors["random.torch"])
         return self.state["progress"]
 

@@ -2,6 +2,7 @@
 keeps."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -219,3 +220,13 @@ def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback():
     assert program.stdout.readline().startswith("| GiB per process |")
     program.stdout.close()
     assert program.stderr.read() == "" and program.wait() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_check_measures_a_step_of_each_stage(stage, monkeypatch, capsys):
+    monkeypatch.setitem(budget.CHECKED, "tiny", (SIZE | dict(max_position_embeddings=256), 4))
+    budget.measure(stage, "tiny", "returned", [])
+    assert re.fullmatch(
+        rf"\| {stage} \| tiny \| returned \|( \d+ MiB \|){{3}} [\d.]+ \|\n", capsys.readouterr().out
+    )

@@ -345,7 +345,7 @@ def test_neighbours_of_one_role_become_one_message():
         ('[{"instruction": " "}]', "no record is left"),
         ('[{"conversations": 3}]', "no record is left"),
         (json.dumps([SHP | {"score_ratio": None}]), "no record is left"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
     ],
 )
 def test_import_of_bad_files(tmp_path, capsys, text, said):
@@ -637,9 +637,9 @@ def test_import_what_people_have(tmp_path, capsys, name):
         ({"question": None, "answer": "x"}, "there is no prompt"),
         ({"question": EN, "answer": ""}, "its completion is empty"),
         ({"question": EN}, "its answer is missing"),
-        ({"question": 7, "answer": "x"}, "a dialogue is no list of messages"),
+        ({"question": 7, "answer": "x"}, "a dialogue is not a list of messages"),
         (7, "not a JSON object"),
-        ({"question": EN, "answer": 3}, "a field that should be a text is none"),
+        ({"question": EN, "answer": 3}, "a field that should be a string is not one"),
         (
             {"question": EN, "answer": "\ud83d"},
             "its completion holds half a character (a lone surrogate)",
@@ -767,7 +767,7 @@ def test_parquet(tmp_path, capsys):
 def test_import_overwrites_nothing_unasked(tmp_path, capsys):
     source = write(tmp_path / "x.json", [{"instruction": EN}, {"instruction": ZH}])
     write(tmp_path / "rlhf_training_data_eval.json", "mine")
-    assert "rlhf_training_data_eval.json: is there already" in refused(
+    assert "rlhf_training_data_eval.json: already exists" in refused(
         capsys, lambda: run("import", source, out=tmp_path)
     )
     assert (tmp_path / "rlhf_training_data_eval.json").read_text() == "mine" and not (
@@ -1466,7 +1466,7 @@ def test_templates(tmp_path, llm, capsys, monkeypatch):
     [
         (["score", "x.json", "--out", "y.json"], "needs --model or --judge"),
         (["score", "x.json", "--out", "x.json", "--model", "m"], "is the file that is read"),
-        (["score", "x.json", "--out", "z.json", "--model", "m"], "is there already"),
+        (["score", "x.json", "--out", "z.json", "--model", "m"], "already exists"),
         (
             ["score", "x.json", "--out", "y.json", "--model", "m", "--api_base", "localhost:8000"],
             "does not begin with http",

@@ -62,7 +62,6 @@ from lib.data import (
 from lib.run import write_whole
 from lib.tokenizer import CHAT_TEMPLATE, LLAMA3_SPECIAL
 from model import (
-    LlamaBackbone,
     Llama,
     ScalarHead,
     generate,

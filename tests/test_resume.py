@@ -336,7 +336,7 @@ def test_a_state_of_another_kind_of_device(argv, tmp_path, capsys):
     path.write_text(json.dumps(state))
     ppo.main([*options, "--updates", "3", "--resume"])
     assert (
-        "saved on cuda: on cpu the random numbers of sampling are others" in capsys.readouterr().out
+        "saved on cuda: on cpu the random numbers of sampling are different" in capsys.readouterr().out
     )
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 5
 

@@ -1,6 +1,7 @@
-"""Counts how often Python waits for the device. On a GPU PyTorch itself counts (its warnings in
-`torch.cuda.set_sync_debug_mode`); without one, what would wait there is counted on the CPU: a number
-or a list that is asked for, a size that depends on what a tensor holds, an index that is a list."""
+"""Counts how often Python waits for the device. On a GPU PyTorch itself counts, by the warnings of
+`torch.cuda.set_sync_debug_mode`. Without one, everything that would wait there is counted on the
+CPU: a number or a list that is asked for, a size that depends on what a tensor holds, an index that
+is a list. That also counts what even with a GPU is on the CPU."""
 
 import contextlib
 import warnings
@@ -8,6 +9,8 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lib.run import Run
 
 SIZES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
 
@@ -57,3 +60,21 @@ def waits():
     else:
         with OnCPU(found), Asked(found):
             yield found
+
+
+def waits_of_steps(script, argv):
+    """How often each step of a stage waits for the device, without evaluating and saving."""
+    counts, log = [], Run.log
+    with waits() as found:
+
+        def see(run, **row):
+            counts.append(len(found))
+            log(run, **row)
+            found.clear()
+
+        Run.log = see
+        try:
+            script.main(argv)
+        finally:
+            Run.log = log
+    return counts[1:]  # before the first step everything is loaded

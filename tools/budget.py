@@ -29,8 +29,8 @@ from lib.checkpoints import read_config
 from lib.data import collate
 from lib.distributed import clip_gradients, place
 from lib.run import autocast, door, parse
-from model import (DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, add_lora, load_tokenizer,
-                   trainable)
+from model import (DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, add_lora, last_token,
+                   load_tokenizer, trainable)
 
 
 def widths(config):

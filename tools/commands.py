@@ -67,7 +67,7 @@ class Journal:
     def __init__(self, path, outputs, overwrite):
         there = [output for output in outputs if os.path.exists(output)]
         if there and not os.path.exists(path) and not overwrite:
-            stop(f"{there[0]}: is there already; name another --out, or give --overwrite to "
+            stop(f"{there[0]}: already exists; name another --out, or give --overwrite to "
                  "replace it")
         self.path, self.answers, self.lock, whole = path, {}, threading.Lock(), 0
         with explain(f"{path}: cannot be written"):

@@ -94,7 +94,7 @@ def save_sets(records, args, make, overwrite):
         stop("nothing to write: no record is left")
     for path in sorted(files):
         if os.path.exists(path) and not overwrite:
-            stop(f"{path}: is there already; name another folder, or give --overwrite to replace "
+            stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
                  "it")
     for path in sorted(files):
         save(path, files[path])

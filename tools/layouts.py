@@ -8,7 +8,6 @@ more than names. What a record holds is used, or named: see `Found`.
 import csv
 import gzip
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -82,11 +81,11 @@ def dialogue(value):
         said = []
         for message in [value] if isinstance(value, dict) else value:
             if not isinstance(message, dict):
-                raise LeftOut("a message is no object")
+                raise LeftOut("a message is not an object")
             role = message.get("role", message.get("from"))
             said.append((role, text_of(message.get("content", message.get("value")))))
     else:
-        raise LeftOut("a dialogue is no list of messages")
+        raise LeftOut("a dialogue is not a list of messages")
     messages = []
     for theirs, text in said:
         role = ROLES.get(str(theirs).lower())
@@ -147,7 +146,7 @@ def words(value):
     if value is None or value == "<noinput>":
         return ""
     if not isinstance(value, str):
-        raise LeftOut("a field that should be a text is none")
+        raise LeftOut("a field that should be a string is not one")
     return value
 
 
@@ -165,7 +164,7 @@ def asked_in(record, parts):
         raise LeftOut("its text has no turns")
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise LeftOut("its history is no list of pairs")
+            raise LeftOut("its history is not a list of pairs")
         messages += [{"role": role, "content": words(text)}
                      for role, text in zip(("user", "assistant"), pair)]
     prompt = record.get(parts.get("prompt"))

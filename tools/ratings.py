@@ -110,7 +110,7 @@ def download(args):
              for name, records in sets_of_reviews(reviews, args.seed).items()}
     for path in files:
         if os.path.exists(path) and not args.overwrite:
-            stop(f"{path}: is there already; name another folder, or give --overwrite to replace "
+            stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
                  "it")
     for path, records in files.items():
         save(path, records)

@@ -60,7 +60,7 @@ class TextReward:
 
     def scores(self, texts):
         """[(prompt, response)] in tokens -> their scores, a list. Of many processes the first asks,
-        and the others add zeros. Ends the program if a score is no finite number."""
+        and the others add zeros. Ends the program if a score is not a finite number."""
         if RANK > 0:
             return [0.0] * len(texts)
         started = time.perf_counter()
@@ -73,7 +73,7 @@ class TextReward:
         for user_input, score in zip(asked, scores):
             if not isinstance(score, (int, float)) or not math.isfinite(score):
                 stop(f"{self.name}: the score of a response to {str(user_input)[:100]!r} is "
-                     f"{score!r}, which is no finite number; --resume goes on from the last saved "
+                     f"{score!r}, which is not a finite number; --resume goes on from the last saved "
                      "state", code=1)
         self.seconds += time.perf_counter() - started
         return [float(score) for score in scores]
