@@ -313,7 +313,8 @@ def real(args, tell):
             judged = [row for row in rows_of(f"{folder}/ppo-0") if row["eval_gold"]]
             tell("gold score of greedy answers", [float(row["eval_gold"]) for row in judged])
             tell("after updates", [int(row["update"]) for row in judged])
-    tell("exit code", process.returncode)
+    if process.returncode:
+        raise SystemExit(process.returncode)
 
 
 # ------------------------------------------------------------------------------------------------
