@@ -276,7 +276,8 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
 
 
 def random_llama(config):
-    """A LLaMA that has learned nothing: Gaussian matrices with the configuration's deviation."""
+    """A LLaMA that has learned nothing: Gaussian matrices, of standard deviation
+    `config.initializer_range`."""
     llama = Llama(config)
     for parameter in llama.parameters():
         if parameter.dim() > 1:

@@ -41,7 +41,7 @@ from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, l
                       read_records)
 from lib.distributed import (RANK, WORLD, clip_gradients, gathered, largest, micro_batches,
                              my_parts, place, start_processes, total, wait_for_all)
-from lib.run import Run, autocast, door, numbers, parse, set_lr, stop
+from lib.run import Run, autocast, door, explain, numbers, parse, set_lr, stop
 from model import (ScalarHead, adapters_off, add_lora, cast_once, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, save_checkpoint, states_of, tokens_of,
                    trainable)
@@ -71,17 +71,19 @@ SETTINGS = [
     ("batch_size",        64,       64,     "prompts per round"),
     ("max_prompt_length", 128,      384,    "tokens; a longer prompt loses its beginning"),
     ("max_new_tokens",    40,       128,    "tokens; a longer response is cut"),
-    ("temperature",       1.0,      1.0,    "sampling temperature; all log probabilities have it too"),
+    ("temperature",       1.0,      1.0,    "of the sampling, and of all log probabilities"),
     "reward",
-    ("kl_coef",           0.1,      0.05,   "score units per nat of KL to the reference"),
+    ("kl_coef",           0.05,     0.05,   "score units per nat of KL to the reference"),
     ("kl_kind",           "k1",     "k1",   "estimator of the KL", ["k1", "k2", "k3"]),
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
      float),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
     ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the "
                                             "reward model's"),
-    ("normalize_reward",  False,    False,  "divide the scores by their running deviation"),
-    ("whiten_rewards",    False,    False,  "scale the rewards about their mean to deviation 1"),
+    ("normalize_reward",  False,    False,  "divide the scores by their running standard "
+                                            "deviation"),
+    ("whiten_rewards",    False,    False,  "scale the rewards about their mean to standard "
+                                            "deviation 1"),
     ("gamma",             1.0,      1.0,    "discount of later rewards; 1: none"),
     ("lam",               0.95,     0.95,   "lambda of GAE: 0 trusts the critic, 1 the rewards"),
     ("no_whiten_advantages", False, False,  "leave the advantages as they are"),
@@ -89,7 +91,7 @@ SETTINGS = [
     ("ppo_epochs",        2,        1,      "passes over each round's experience"),
     ("minibatch_size",    32,       32,     "responses per optimizer step"),
     ("micro_batch_size",  32,       4,      "responses per forward pass, if all are the longest: "
-                                            "bounds the memory (but decoding runs the whole batch)"),
+                                            "bounds the memory (decoding runs the whole batch)"),
     ("lr",                2e-4,     2.5e-5, "learning rate of the actor; decays linearly to 0"),
     ("critic_lr",         1e-3,     5e-5,   "learning rate of the critic, likewise"),
     ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
@@ -155,7 +157,7 @@ def masked_whiten(x, mask, shift_mean=True):
     """(x - mean) / sqrt(variance + 1e-8) over the mask of the whole batch, plus the mean again if
     not `shift_mean`.
 
-    `x`, `mask` (B, T) -> (B, T), 0 outside the mask. One mean and one deviation over all tokens, so
+    `x`, `mask` (B, T) -> (B, T), 0 outside the mask. One mean and one variance over all tokens, so
     that responses stay comparable with each other. All-equal x gives 0.
     """
     mean = masked_mean(x, mask)
@@ -505,7 +507,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
 # The run
 
 def run_missing_stages(args):
-    """The stages of the demo whose result is not at its default place; one interrupted goes on."""
+    """The stages of the demo whose result is not at its default place. An interrupted one is
+    resumed."""
     import data_gen  # only here does one stage know another
     import sft
     import train_rm
@@ -613,11 +616,9 @@ def main(argv=None):
         print(f"{args.demonstrations} is not used: --ptx_coef is 0")
     gold = load_judge("--gold", args.gold) if args.gold else None
     for number, record in enumerate(eval_records if gold else [], 1):
-        try:
+        with explain(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it",
+                     "; without a judge: --gold ''"):
             gold(record["user_input"], "")
-        except ValueError as error:
-            stop(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it ({error}); "
-                 "without a judge: --gold ''")
 
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
     # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)

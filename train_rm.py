@@ -13,8 +13,9 @@ completions of a prompt it learns either
     regression  L = mean  (r - score)^2
 
 (InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized, so that the exported model
-alone gives scores with mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on
-samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and InstructGPT, C.2.)
+alone gives scores with mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
+do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
+InstructGPT, C.2.)
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from lib.data import collate, encode_records, length_batches, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
                              start_processes, total)
-from lib.health import RankingWatch, check_finite
+from lib.health import RankingWatch, check_finite, warn_of_labels
 from lib.run import Run, autocast, door, parse, set_lr, stop
 from model import (ScalarHead, add_lora, last_token, load_llama, load_tokenizer, save_checkpoint,
                    trainable)
@@ -103,13 +104,13 @@ def pair_statistics(scores, labels):
 
 
 def normalize_(reward_model, scores):
-    """Let the model give r' = (r - mean) / deviation, where `scores` (n,) are its r of some texts:
-    the deviation goes into the weights of the head, the mean into `config.score_mean`, since
-    Hugging Face's classification head has no bias -> mean, deviation."""
+    """Let the model give r' = (r - mean) / (standard deviation), where `scores` (n,) are its r of
+    some texts: the deviation goes into the weights of the head, the mean into `config.score_mean`,
+    since Hugging Face's classification head has no bias -> mean, deviation."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
-        stop(f"the demonstrations all have the score {mean}, so their deviation cannot be made 1: "
-             "the reward model has learned nothing", code=1)
+        stop(f"the demonstrations all have the score {mean}, so their standard deviation cannot be "
+             "made 1: the reward model has learned nothing", code=1)
     release(reward_model)
     with torch.no_grad():
         reward_model.score.weight /= deviation
@@ -131,20 +132,6 @@ def score_texts(reward_model, examples, args, pad_token_id):
             input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
             scores[on(args.device, rows)] = weight * last_token(reward_model(input_ids), places)
     return total(scores)
-
-
-def warn_of_labels(path, records, examples):
-    """Report texts that occur with different scores: no model can learn both."""
-    seen, twice = {}, []
-    for *_, number in examples:
-        record = records[number - 1]
-        text = json.dumps([record["user_input"], record["completion"]])
-        first = seen.setdefault(text, number)
-        if records[first - 1]["score"] != record["score"]:
-            twice.append(f"{first} and {number}")
-    if twice:
-        print(f"warning: {path}: {len(twice)} texts occur again with another score, as in records "
-              f"{', '.join(twice[:3])}")
 
 
 def group_by_prompt(records, examples):
@@ -291,8 +278,8 @@ def main(argv=None):
 
     mean, deviation = normalize_(reward_model, score_texts(
         reward_model, demonstrations, args, tokenizer.pad_token_id))
-    print(f"normalized: on the demonstrations, mean {mean:.3f} and deviation {deviation:.3f} "
-          "became 0 and 1")
+    print(f"normalized: on the demonstrations, mean {mean:.3f} and standard deviation "
+          f"{deviation:.3f} became 0 and 1")
     if held_out:
         accuracy, margin, _, by_gap = evaluate(reward_model, *held_out, args,
                                                tokenizer.pad_token_id)

@@ -6,7 +6,7 @@ with several seeds.
 
 The held-out scores are those of the end; KL and the like are means over the last 5 updates. Every
 seed has its own data, SFT model and reward models. Runs lie in --out; one that is complete is not
-run again, so an interrupted table goes on where it stopped.
+run again, so the same command completes an interrupted table.
 """
 
 import argparse

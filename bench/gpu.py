@@ -16,6 +16,7 @@ down what it finds at once, so that a run that is cut off is not lost:
               TRL's update, if it is installed
     large     the same at 1.2 billion parameters in bf16, all weights and LoRA
     resume    kill -9 and --resume, twice: the same weights?
+    tests     pytest of the maths, the stages, LoRA and resuming; a stage takes the GPU by itself
     real      bench/real_run.py with ten times the episodes, as far as the time goes; its data and
               model are fetched from the network, or lie in --real
 
@@ -29,6 +30,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -50,7 +52,8 @@ from model import Llama, generate, states_of, tokens_of  # noqa: E402
 from tools.budget import budget, networks, settings, update_flops  # noqa: E402
 from waits import waits, waits_of_steps  # noqa: E402: of tests/
 
-LIMITS = dict(checks=50, demo=170, start=35, smollm2=60, large=70, resume=45, real=50)  # seconds
+LIMITS = dict(checks=45, demo=150, start=35, smollm2=60, large=60, resume=40, tests=50,
+              real=40)  # seconds
 SIZE_135M = dict(speed.SIZE_135M, vocab_size=49152)
 SIZE_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                num_attention_heads=32, num_key_value_heads=8, head_dim=64,
@@ -302,6 +305,26 @@ def resume(args, tell):
          max((whole[name] - killed[name]).abs().max().item() for name in whole))
 
 
+def tests(args, tell):
+    """Told test by test, since the time may not do for all."""
+    files = [f"{ROOT}/test_ppo_math.py",
+             *(f"{ROOT}/tests/test_{name}.py" for name in ("stages", "resume", "lora"))]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files]
+    hidden = {} if args.device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command + (["-k", "gae or whiten"] if args.small else []), cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True, env=os.environ | hidden)
+    found = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if match := re.match(r"(.+::.+) (PASSED|FAILED|ERROR|SKIPPED)", line):
+            name, outcome = match.groups()
+            found[outcome].append(name)
+            tell(f"tests {outcome.lower()}", len(found[outcome]))
+            tell("which failed", ", ".join(found["FAILED"] + found["ERROR"]) or "none")
+    if process.wait() not in (0, 1):  # 1: some failed, which the report says
+        raise SystemExit(process.returncode)
+
+
 def real(args, tell):
     folder = args.real or f"{args.out}/real"
     command = [sys.executable, f"{ROOT}/bench/real_run.py", "--out", folder, "--seeds", "0",
@@ -329,7 +352,7 @@ def step_alone(args):
         with open(path + ".part", "w", encoding="utf-8") as file:
             json.dump(found, file)
         os.replace(path + ".part", path)
-        if args.step != "real":
+        if args.step not in ("tests", "real"):  # told again and again
             print(f"{args.step}: {name}: {value}", flush=True)
 
     globals()[args.step](args, tell)

@@ -1,7 +1,7 @@
 """RLHF from people's ratings on a real LLaMA: does it make it better, and by what judge?
 
     pip install -r requirements.txt -r bench/requirements.txt
-    python bench/real_run.py                      # hours on 2 cores; the same command goes on
+    python bench/real_run.py                      # hours on 2 cores; run it again to resume
     python bench/real_run.py --steps sft rm ppo --seeds 0
     python bench/real_run.py --report             # only the report, of what has been run
     python bench/real_run.py --small              # does everything run? A minute, a tiny LLaMA
@@ -12,16 +12,17 @@ like. The steps:
     data      the rated sentences (tools/ratings.py), and the model
     sft       demonstrations
     rm        reward model A on ratings A; the gold reward model on ratings B, other sentences,
-              which PPO never sees; and a poor one on 200 ratings
+              which PPO never sees; and a poor one on 100 ratings
     ppo       each of --seeds, from the same SFT model and reward model A
     over      over-optimization: the poor reward model, without a KL penalty, at four times the
               learning rate
-    trl       TRL's PPOTrainer from the same models, with the same prompts and settings
+    trl       TRL's PPOTrainer, and ours beside it: the same models, prompts, settings and number of
+              answers
     report    report.md and its pictures, in --out
 
-The score of an answer is the reward model's, the gold score the gold reward model's; both in units
-of the SFT model's answers' deviation is how the report compares them. The lexicon's score is
-VADER's compound, from -1 to 1.
+The score of an answer is the reward model's, the gold score the gold reward model's. A gain is in
+standard deviations of the SFT model's answers. The lexicon's score is VADER's compound, from -1 to
+1.
 """
 
 import argparse
@@ -49,15 +50,15 @@ from model import (DEMO_MODEL, generate, last_token, load_llama, load_scalar_hea
 from train_rm import pair_statistics  # noqa: E402
 
 STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "report"]
-FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=200, held_out=600, eval=128,
-            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=36)
+FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_out=600, eval=128,
+            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=45)
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
              best_of_prompts=4, every=2, trl_episodes=32, over_updates=2)
 LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
 
 
 def run(args, folder, script, *options):
-    """A stage in a process of its own, unless it is complete. An interrupted one goes on."""
+    """A stage in a process of its own, unless it is complete. An interrupted one is resumed."""
     out, done = f"{args.out}/{folder}", f"{args.out}/{folder}/done"
     if os.path.exists(done):
         return
@@ -68,7 +69,7 @@ def run(args, folder, script, *options):
     print(f"+ {' '.join(command)}", flush=True)
     environment = os.environ | {"GOLD": f"{args.out}/gold", "PYTHONPATH": ROOT}
     if subprocess.run(command, env=environment).returncode:
-        raise SystemExit(f"error: {script}.py did not end well; the same command goes on")
+        raise SystemExit(f"error: {script}.py failed; the same command resumes it")
     seconds = time.time() - started
     with open(done, "w") as file:
         json.dump(dict(seconds=None if begun else seconds), file)
@@ -127,6 +128,12 @@ def train(args):
         run(args, f"ppo-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed))
     if "over" in args.steps:
         run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0, "1e-4"))
+    if "trl" in args.steps:
+        # As TRL's: one learning rate for actor and critic; and with gradient accumulation, whatever
+        # its num_mini_batches, one optimizer step per update
+        updates = args.trl_episodes // args.batch
+        run(args, "beside", "ppo", *ppo_options(args, "rm", updates, KL_COEF, 0),
+            "--critic_lr", LR, "--minibatch_size", args.batch)
 
 
 def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
@@ -145,8 +152,8 @@ def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
 # TRL's side
 
 def trl(args):
-    """PPOTrainer with the settings above, its policy exported every `every` updates. It has one
-    learning rate for actor and critic. The seconds of the exports are not counted."""
+    """PPOTrainer with the settings of our run beside it, its policy exported every `every` updates.
+    The seconds of the exports are not counted."""
     from datasets import Dataset
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                               AutoTokenizer, TrainerCallback)
@@ -164,7 +171,7 @@ def trl(args):
                                  for record in records])
     config = PPOConfig(
         output_dir=f"{args.out}/trl", per_device_train_batch_size=min(16, args.batch),
-        gradient_accumulation_steps=args.batch // min(16, args.batch), num_mini_batches=2,
+        gradient_accumulation_steps=args.batch // min(16, args.batch), num_mini_batches=1,
         num_ppo_epochs=1, total_episodes=args.trl_episodes, response_length=args.new,
         temperature=1.0, stop_token="eos", missing_eos_penalty=1.0, kl_coef=float(KL_COEF),
         learning_rate=float(LR), bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu",
@@ -380,6 +387,9 @@ def report(args):
     if os.path.exists(f"{args.out}/over/done"):
         name = f"PPO, {args.poor} ratings, no KL penalty"
         measured[name] = remembered(args, "over", policy("over"))
+    if os.path.exists(f"{args.out}/beside/done"):
+        name = f"ours beside TRL, {args.trl_episodes} answers"
+        measured[name] = remembered(args, "beside", policy("beside"))
     reward_models = remembered(args, "reward_models", lambda: judge_reward_models(args, judges))
     best = remembered(args, "best_of_n", lambda: best_of_n(args, judges, asked))
     exports = sorted(glob.glob(f"{args.out}/trl/step-*"), key=lambda name: int(name.split("-")[-1]))
@@ -391,7 +401,7 @@ def report(args):
             step = int(folder.rsplit("-", 1)[1])
             found = remembered(args, f"trl-{step}", policy(f"trl/step-{step}"))
             theirs.append(found | clock[step - 1])
-        measured[f"TRL, {theirs[-1]['episodes']} episodes"] = theirs[-1]
+        measured[f"TRL, {theirs[-1]['episodes']} answers"] = theirs[-1]
 
     deviation = measured["SFT"]["gold_deviation"]
     lines = ["# Report card", "", "`python bench/real_run.py`; " + machine(args), "",
@@ -407,7 +417,8 @@ def report(args):
                    greedy_lexicon="lexicon, greedy", kl="KL, nats", length="tokens",
                    ended="ended", distinct_2="distinct-2", perplexity="perplexity")
     lines += ["", f"## Policies, on {len(asked)} held-out prompts, sampled at temperature 1", "",
-              f"One deviation of the SFT model's gold scores is {deviation:.3f}.", "",
+              "The gain in standard deviations of the SFT model's gold scores, each "
+              f"{deviation:.3f}.", "",
               "| policy | gold gain, deviations | " + " | ".join(columns.values()) + " |",
               "| --- " * (len(columns) + 2) + "|"]
     for name, found in measured.items():
@@ -435,49 +446,60 @@ def machine(args):
 
 
 def draw(args, seeds, best, theirs, measured):
-    """Gold score against episodes, with the band of the seeds, and against time; against KL, beside
-    best-of-n; and over-optimization. PPO's are those of its own greedy evaluations."""
+    """Scores and KL of the seeds, their band; TRL against episodes and against time; gold score
+    against KL, beside best-of-n; and over-optimization. Greedy answers, other than beside
+    best-of-n."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4))
-    runs = {seed: metrics(f"{args.out}/ppo-{seed}") for seed in seeds}
-    judged = [[row for row in rows if "eval_gold" in row] for rows in runs.values()]
-    episodes = [row["update"] * args.batch for row in judged[0]]
-    for name, label, color in (("eval_gold", "gold score", "tab:green"),
-                               ("eval_score", "score", "tab:orange")):
-        curves = list(zip(*[[row[name] for row in rows] for rows in judged]))
-        axes[0].plot(episodes, [mean(curve) for curve in curves], color=color, label=label)
-        axes[0].fill_between(episodes, list(map(min, curves)), list(map(max, curves)), color=color,
-                             alpha=0.2)
-    axes[0].set(title=f"greedy answers, {len(seeds)} seeds", xlabel="episodes")
-    minutes = [0.0]
-    for row in runs[seeds[0]][1:]:  # tokens_per_s counts prompts too, and no evaluation
-        tokens = args.batch * (args.prompt_tokens + row["response_length"])
-        minutes.append(minutes[-1] + tokens / row["tokens_per_s"] / 60)
-    ours = [(minutes[int(row["update"])], row["eval_gold"]) for row in judged[0]]
-    axes[1].plot(*zip(*ours), "o-", label="this repo", ms=3)
-    if theirs:
-        start = measured["SFT"]["greedy_gold"]
-        axes[1].plot([0] + [row["seconds"] / 60 for row in theirs],
-                     [start] + [row["greedy_gold"] for row in theirs], "s--", label="TRL", ms=3)
-        axes[0].plot([0] + [row["episodes"] for row in theirs],
-                     [start] + [row["greedy_gold"] for row in theirs], "s--", ms=3,
-                     label="TRL, gold")
-    axes[1].set(title="gold score of greedy answers", xlabel="minutes")
-    axes[2].plot([row["kl"] for row in best], [row["gold"] for row in best], "o--",
-                 label="best of n, SFT model")
+    figure, ((scores, kl, frontier), (episodes, clock, over)) = plt.subplots(2, 3, figsize=(14, 7))
+    runs = [metrics(f"{args.out}/ppo-{seed}") for seed in seeds]
+
+    def band(axis, name, label, color):
+        rows = [[row for row in run if name in row] for run in runs]
+        x = [row["update"] * args.batch for row in rows[0]]
+        curves = list(zip(*[[row[name] for row in run] for run in rows]))
+        axis.plot(x, [mean(curve) for curve in curves], color=color, label=label)
+        axis.fill_between(x, list(map(min, curves)), list(map(max, curves)), color=color, alpha=0.2)
+
+    band(scores, "eval_gold", "gold score", "tab:green")
+    band(scores, "eval_score", "score", "tab:orange")
+    band(kl, "kl", "nats per answer", "tab:blue")
+    scores.set(title=f"mean and range of {len(seeds)} seeds", xlabel="episodes")
+    kl.set(title="KL to the SFT model", xlabel="episodes")
+
+    frontier.plot([row["kl"] for row in best], [row["gold"] for row in best], "o--",
+                  label="best of n, SFT model")
     finals = [found for name, found in measured.items() if name.startswith("PPO, seed")]
-    axes[2].plot([found["kl"] for found in finals], [found["gold"] for found in finals], "D",
-                 label="PPO, each seed")
-    axes[2].set(title="gold score of samples", xlabel="KL to the SFT model (nats per answer)")
+    frontier.plot([found["kl"] for found in finals], [found["gold"] for found in finals], "D",
+                  label="PPO, each seed")
+    frontier.set(title="gold score of samples", xlabel="KL to the SFT model (nats per answer)")
+
+    if os.path.exists(f"{args.out}/beside/done"):
+        rows, minutes = metrics(f"{args.out}/beside"), [0.0]
+        for row in rows[1:]:  # tokens_per_s counts prompts too, and no evaluation
+            tokens = args.batch * (args.prompt_tokens + row["response_length"])
+            minutes.append(minutes[-1] + tokens / row["tokens_per_s"] / 60)
+        judged = [row for row in rows if "eval_gold" in row]
+        gold = [row["eval_gold"] for row in judged]
+        episodes.plot([row["update"] * args.batch for row in judged], gold, "o-", label="this repo",
+                      ms=3)
+        clock.plot([minutes[int(row["update"])] for row in judged], gold, "o-", label="this repo",
+                   ms=3)
+    if theirs:
+        gold = [found["greedy_gold"] for found in (measured["SFT"], *theirs)]
+        episodes.plot([0] + [row["episodes"] for row in theirs], gold, "s--", label="TRL", ms=3)
+        clock.plot([0] + [row["seconds"] / 60 for row in theirs], gold, "s--", label="TRL", ms=3)
+    episodes.set(title="gold score, beside TRL", xlabel="episodes")
+    clock.set(title="gold score, beside TRL", xlabel="minutes")
+
     if os.path.exists(f"{args.out}/over/done"):
         rows = [row for row in metrics(f"{args.out}/over") if "eval_gold" in row]
         for name, label, style in (("eval_score", "its score", "s--"), ("eval_gold", "gold", "o-")):
-            axes[3].plot([row.get("kl", 0.0) for row in rows], [row[name] for row in rows], style,
-                         label=label, ms=3)
-    axes[3].set(title=f"{args.poor} ratings, no KL penalty", xlabel="KL (nats per answer)")
-    for axis in axes:
+            over.plot([row.get("kl", 0.0) for row in rows], [row[name] for row in rows], style,
+                      label=label, ms=3)
+    over.set(title=f"{args.poor} ratings, no KL penalty", xlabel="KL (nats per answer)")
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)

@@ -1,6 +1,7 @@
-"""What an unhealthy run looks like, told in one line with its likely cause and the option to
-turn."""
+"""What an unhealthy run looks like, reported in one line, with its likely cause and the option to
+change."""
 
+import json
 import math
 
 from tqdm import tqdm
@@ -48,6 +49,20 @@ class LossWatch:
             distance = abs(loss - self.usual)
             self.usual = 0.95 * self.usual + 0.05 * loss
             self.spread = 0.95 * self.spread + 0.05 * distance
+
+
+def warn_of_labels(path, records, examples):
+    """Report texts that occur with different scores: no model can learn both."""
+    seen, twice = {}, []
+    for *_, number in examples:
+        record = records[number - 1]
+        text = json.dumps([record["user_input"], record["completion"]])
+        first = seen.setdefault(text, number)
+        if records[first - 1]["score"] != record["score"]:
+            twice.append(f"{first} and {number}")
+    if twice:
+        print(f"warning: {path}: {len(twice)} texts occur again with another score, as in records "
+              f"{', '.join(twice[:3])}")
 
 
 class RankingWatch:

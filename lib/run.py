@@ -1,5 +1,5 @@
-"""What every run needs and no lesson is about: settings, the run directory, saved state and resuming,
-signals.
+"""What every run needs and no lesson is about: settings, the run directory, saved state and
+resuming, signals.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
     runs/sft/last/         the state to resume from     runs/sft/*            the exported model
@@ -158,7 +158,7 @@ COMMON = [
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
     ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
     ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
-    ("resume", False, False, "go on with an interrupted run in --out"),
+    ("resume", False, False, "continue an interrupted run in --out"),
     ("accept_changed_data", False, False, "resume even if data or models have changed"),
     ("overwrite", False, False, "replace an earlier run in --out"),
 ]
@@ -292,9 +292,9 @@ class Run:
         holds = [name for name in ("metrics.csv", "config.json", "last")
                  if os.path.exists(os.path.join(args.out, name))]
         if args.resume and args.overwrite:
-            stop("--resume goes on with a run, --overwrite starts it over: give one of them")
+            stop("--resume continues a run, --overwrite starts it over: give one of them")
         if holds and not (args.resume or args.overwrite):
-            stop(f"{args.out}: holds an earlier run; --resume goes on with it, --overwrite "
+            stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
                  "replaces it, --out names another")
         for setting, path in inputs_of(args).items():
             whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
@@ -309,7 +309,8 @@ class Run:
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
             self.state = self.read_state()
         elif args.resume and "config.json" in holds:
-            stop(f"{self.last}: missing, so this run cannot go on; another --out starts a new one")
+            stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
+                 "one")
 
     def begin(self, columns, steps, trained, generators={}):
         """Open metrics.csv, and put back what was saved -> the progress that `save` was given, or
@@ -322,7 +323,7 @@ class Run:
         for name, before in (self.state or {}).get("inputs", {}).items():
             if self.inputs.get(name) != before and not self.args.accept_changed_data:
                 stop(f"--{name} {getattr(self.args, name)}: no longer what it was when this run "
-                     "was saved; --accept_changed_data goes on with it as it is now")
+                     "was saved; --accept_changed_data continues with it as it is now")
         wait_for_all()  # until each process has seen what the folder held
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
@@ -349,7 +350,7 @@ class Run:
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
         with explain(f"{self.file.name}: cannot be written",
-                     "; --resume goes on from the last saved state", code=1):
+                     "; --resume continues from the last saved state", code=1):
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
@@ -385,7 +386,7 @@ class Run:
         return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
 
     def save(self, **progress):
-        """Write `last/`: all that is needed to go on exactly as if nothing had happened. The
+        """Write `last/`: all that is needed to continue exactly as if nothing had happened. The
         tensors go into a new file, then state.json, which names it, takes the place of the old one:
         at every moment one of the two states is whole. `progress`: numbers, texts and lists."""
         tensors = {}
@@ -496,7 +497,7 @@ class Signals:
         """The end of an interrupted run, its state being saved: exit code 128 + the signal's
         number."""
         self.restore()
-        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume goes on",
+        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume continues",
                    file=sys.stderr)
         raise SystemExit(128 + self.caught)
 

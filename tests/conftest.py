@@ -4,9 +4,7 @@ thread."""
 import os
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # a test that names a model of the hub finds it on disk, or nowhere
-)
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a hub model finds it on disk, or nowhere
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch  # noqa: E402

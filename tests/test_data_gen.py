@@ -1163,7 +1163,7 @@ def test_ctrl_c_loses_nothing(tmp_path, llm):
         assert first.poll() is None
     first.send_signal(signal.SIGINT)
     error = first.communicate(timeout=60)[1]
-    assert first.returncode == 1 and "run this again to go on" in error and "Traceback" not in error
+    assert first.returncode == 1 and "run this again to continue" in error and "Traceback" not in error
     assert not (tmp_path / "y.json").exists() and len(server.answered) < 24
     subprocess.run(argv, check=True, capture_output=True, timeout=60)
     assert set(server.answered.values()) == {1} and len(server.answered) == 24

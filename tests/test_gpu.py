@@ -17,7 +17,7 @@ COMMAND = [str(ROOT / "bench" / "gpu.py"), "--small", "--device", "cpu", "--out"
 
 def test_all_steps_in_small(tmp_path):
     """All but the real run and resuming, which have tests of their own."""
-    steps = ["checks", "demo", "start", "smollm2", "large"]
+    steps = ["checks", "demo", "start", "smollm2", "large", "tests"]
     done = subprocess.run(
         [sys.executable, *COMMAND, tmp_path, "--steps", *steps], capture_output=True, text=True
     )
@@ -37,6 +37,7 @@ def test_all_steps_in_small(tmp_path):
         assert abs(found["start"][f"KL, {how}"]) < 0.01
     shares = [v for name, v in found["smollm2"].items() if name.startswith("bf16: share")]
     assert len(shares) == 4 and sum(shares) == pytest.approx(1)
+    assert found["tests"]["tests passed"] > 10 and found["tests"]["which failed"] == "none"
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Not a GPU") and "| 4 of 4 |" in text
 

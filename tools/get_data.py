@@ -138,8 +138,8 @@ def download(args):
     paths = []
     for folder in args.parts or folders:
         path = f"{folder}/{name}"
-        with explain(f"{repository}/{path}: cannot be downloaded", ". Run this again to go on, or "
-                     f"fetch the file by other means and: python data_gen.py import {name}", 1):
+        with explain(f"{repository}/{path}: cannot be downloaded", ". Run this again to continue, "
+                     f"or fetch the file by other means and: python data_gen.py import {name}", 1):
             paths.append(huggingface_hub.hf_hub_download(repository, path, repo_type="dataset"))
     number = args.number_of_samples and math.ceil(args.number_of_samples / len(paths))
     save_sets(convert(paths, number), args, args.make, args.overwrite)

@@ -178,7 +178,7 @@ def ask(args, journal, questions, read, title):
         stopped.set()
         pool.shutdown(cancel_futures=True)  # waits for the answers under way: they are paid for
         stop(f"{args.api_base}: {first_line(error)}; {len(results)} of {len(futures)} questions "
-             f"are answered, and kept in {journal.path}: run this again to go on", code=1)
+             f"are answered, and kept in {journal.path}: run this again to continue", code=1)
     bar.close()
     last = f" (the last: {unanswered[-1]})" if unanswered else ""
     unusable = sum(value is None for value in results.values())

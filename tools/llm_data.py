@@ -6,7 +6,7 @@
 
 (or python -m tools.llm_data score ...). The LLM is any server with OpenAI's chat API, at
 --api_base. Every answer is on disk the moment it arrives, in a journal beside the output: the same
-command goes on where it was stopped, and asks nothing twice.
+command continues where it stopped, and asks nothing twice.
 """
 
 import argparse

@@ -73,8 +73,8 @@ class TextReward:
         for user_input, score in zip(asked, scores):
             if not isinstance(score, (int, float)) or not math.isfinite(score):
                 stop(f"{self.name}: the score of a response to {str(user_input)[:100]!r} is "
-                     f"{score!r}, which is not a finite number; --resume goes on from the last saved "
-                     "state", code=1)
+                     f"{score!r}, which is not a finite number; --resume continues from the last "
+                     "saved state", code=1)
         self.seconds += time.perf_counter() - started
         return [float(score) for score in scores]
 
@@ -165,7 +165,7 @@ def from_model(path, tokenizer, device, batch_size):
 
 
 class RunningDeviation:
-    """Divides scores by the deviation of all that came so far (Welford 1962), for
+    """Divides scores by the standard deviation of all that came so far (Welford 1962), for
     --normalize_reward. `state` is what --resume needs."""
 
     def __init__(self, number=0, mean=0.0, squares=0.0):
@@ -175,7 +175,7 @@ class RunningDeviation:
         return dict(number=self.number, mean=self.mean, squares=self.squares)
 
     def __call__(self, scores):
-        """`scores` (B,) -> (B,) over the deviation, these being counted in; as they are while it is
+        """`scores` (B,) -> (B,) over that deviation, in which they count; unchanged while it is
         0."""
         for score in scores.tolist():
             self.number += 1

@@ -4,7 +4,7 @@
     python data_gen.py rank samples.json --out ranked.json
 
 (or python -m tools.sample rank ...). What is written or typed is on disk at once, in a journal
-beside the output: the same command goes on where it was stopped.
+beside the output: the same command continues where it stopped.
 """
 
 import argparse
