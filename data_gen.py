@@ -372,7 +372,7 @@ def main(argv=None):
         description="Write the built-in data sets of the three stages, and their tokenizer.",
         epilog="The commands get, make and judge other data; each has its own --help.")
     parser.add_argument("--out", default="data", help="the folder to write them to (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other prompts and "
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other prompts and "
                         "completions (default: 0)")
     args = parser.parse_args(argv)
     data = make_data(args.seed)

@@ -306,7 +306,7 @@ def fill(model, tensors, path, dtype):
     for wrong, why in ((missing, "missing"), (unused, "of no use here")):
         if wrong:
             stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
-    with explain(f"{path}: its tensors are not those of its configuration"):
+    with explain(f"{path}: its tensors do not match its configuration"):
         model.load_state_dict(tensors, strict=False, assign=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -360,7 +360,7 @@ def add_lora(model, rank, alpha, targets, base_dtype="float32"):
     """
     if rank == 0:
         if base_dtype != "float32":
-            stop(f"--base_dtype {base_dtype} is of weights that are frozen: it needs --lora_rank")
+            stop(f"--base_dtype {base_dtype} is for frozen weights: it needs --lora_rank")
         return model
     for name, parameter in model.named_parameters():
         if name != "score.weight":

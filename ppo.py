@@ -53,7 +53,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SETTINGS = [
     # name                demo      real    what it is
     "what goes in and out",
-    ("sft",               "runs/sft", "runs/sft", "the SFT model: actor and reference begin as it"),
+    ("sft",               "runs/sft", "runs/sft", "the SFT model: start of actor and reference"),
     ("rm",                "runs/rm", "runs/rm", "the reward model: ours, or any with one label"),
     ("reward",            None,     None,   "in place of --rm: a Python file with "
                                             "score(user_input, completion) -> float"),

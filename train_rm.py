@@ -45,7 +45,7 @@ SETTINGS = [
     ("tokenizer",         None,     None,   "where its tokenizer is, if not with the model"),
     ("resize_embedding",  False,    False,  "add rows for tokens that the model's embedding lacks"),
     ("data",              "data/reward_training_data.json", None, "scored completions"),
-    ("eval_data",         "data/reward_training_data_eval.json", None, "held out, likewise"),
+    ("eval_data",         "data/reward_training_data_eval.json", None, "held-out completions"),
     ("demonstrations",    "data/actor_training_data.json", None,
      "on which the scores get mean 0 and standard deviation 1"),
     ("out",               "runs/rm", "runs/rm", "run directory"),

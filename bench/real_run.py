@@ -17,7 +17,7 @@ like. The steps:
     over      over-optimization: the poor reward model, without a KL penalty, at four times the
               learning rate
     trl       TRL's PPOTrainer, and ours beside it: the same models, prompts, settings and number of
-              answers
+              answers; ours also with one optimizer step per update, as TRL takes them
     report    report.md and its pictures, in --out
 
 The score of an answer is the reward model's, the gold score the gold reward model's. A gain is in
@@ -55,6 +55,7 @@ FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
              best_of_prompts=4, every=2, trl_episodes=32, over_updates=2)
 LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
+OURS_BESIDE = {"beside": "ours", "beside-one-step": "ours, one step per update"}
 
 
 def run(args, folder, script, *options):
@@ -129,11 +130,10 @@ def train(args):
     if "over" in args.steps:
         run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0, "1e-4"))
     if "trl" in args.steps:
-        # As TRL's: one learning rate for actor and critic; and with gradient accumulation, whatever
-        # its num_mini_batches, one optimizer step per update
         updates = args.trl_episodes // args.batch
-        run(args, "beside", "ppo", *ppo_options(args, "rm", updates, KL_COEF, 0),
-            "--critic_lr", LR, "--minibatch_size", args.batch)
+        for folder, rows in zip(OURS_BESIDE, (args.batch // 2, args.batch)):
+            run(args, folder, "ppo", *ppo_options(args, "rm", updates, KL_COEF, 0),
+                "--critic_lr", LR, "--minibatch_size", rows)
 
 
 def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
@@ -152,8 +152,10 @@ def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
 # TRL's side
 
 def trl(args):
-    """PPOTrainer with the settings of our run beside it, its policy exported every `every` updates.
-    The seconds of the exports are not counted."""
+    """PPOTrainer with the settings of our run beside it: one learning rate for actor and critic, two
+    mini-batches. (But with gradient accumulation TRL 1.12 takes one optimizer step per update,
+    whatever the mini-batches.) Its policy is exported every `every` updates; the seconds of the
+    exports are not counted."""
     from datasets import Dataset
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                               AutoTokenizer, TrainerCallback)
@@ -171,7 +173,7 @@ def trl(args):
                                  for record in records])
     config = PPOConfig(
         output_dir=f"{args.out}/trl", per_device_train_batch_size=min(16, args.batch),
-        gradient_accumulation_steps=args.batch // min(16, args.batch), num_mini_batches=1,
+        gradient_accumulation_steps=args.batch // min(16, args.batch), num_mini_batches=2,
         num_ppo_epochs=1, total_episodes=args.trl_episodes, response_length=args.new,
         temperature=1.0, stop_token="eos", missing_eos_penalty=1.0, kl_coef=float(KL_COEF),
         learning_rate=float(LR), bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu",
@@ -387,9 +389,10 @@ def report(args):
     if os.path.exists(f"{args.out}/over/done"):
         name = f"PPO, {args.poor} ratings, no KL penalty"
         measured[name] = remembered(args, "over", policy("over"))
-    if os.path.exists(f"{args.out}/beside/done"):
-        name = f"ours beside TRL, {args.trl_episodes} answers"
-        measured[name] = remembered(args, "beside", policy("beside"))
+    for folder, label in OURS_BESIDE.items():
+        if os.path.exists(f"{args.out}/{folder}/done"):
+            name = f"{label}, {args.trl_episodes} answers"
+            measured[name] = remembered(args, folder, policy(folder))
     reward_models = remembered(args, "reward_models", lambda: judge_reward_models(args, judges))
     best = remembered(args, "best_of_n", lambda: best_of_n(args, judges, asked))
     exports = sorted(glob.glob(f"{args.out}/trl/step-*"), key=lambda name: int(name.split("-")[-1]))
@@ -475,17 +478,17 @@ def draw(args, seeds, best, theirs, measured):
                   label="PPO, each seed")
     frontier.set(title="gold score of samples", xlabel="KL to the SFT model (nats per answer)")
 
-    if os.path.exists(f"{args.out}/beside/done"):
-        rows, minutes = metrics(f"{args.out}/beside"), [0.0]
+    for folder, label in OURS_BESIDE.items():
+        if not os.path.exists(f"{args.out}/{folder}/done"):
+            continue
+        rows, minutes = metrics(f"{args.out}/{folder}"), [0.0]
         for row in rows[1:]:  # tokens_per_s counts prompts too, and no evaluation
             tokens = args.batch * (args.prompt_tokens + row["response_length"])
             minutes.append(minutes[-1] + tokens / row["tokens_per_s"] / 60)
         judged = [row for row in rows if "eval_gold" in row]
         gold = [row["eval_gold"] for row in judged]
-        episodes.plot([row["update"] * args.batch for row in judged], gold, "o-", label="this repo",
-                      ms=3)
-        clock.plot([minutes[int(row["update"])] for row in judged], gold, "o-", label="this repo",
-                   ms=3)
+        episodes.plot([row["update"] * args.batch for row in judged], gold, "o-", label=label, ms=3)
+        clock.plot([minutes[int(row["update"])] for row in judged], gold, "o-", label=label, ms=3)
     if theirs:
         gold = [found["greedy_gold"] for found in (measured["SFT"], *theirs)]
         episodes.plot([0] + [row["episodes"] for row in theirs], gold, "s--", label="TRL", ms=3)

@@ -231,7 +231,7 @@ def read_meta(path, device="cpu"):
         config = LlamaConfig(**sizes, vocab_size=vocab_size, rope_parameters=rope,
                              intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0],
                              max_position_embeddings=length, tie_word_embeddings=False)
-    with explain(f"{path}: its tensors are not those of its params.json"):
+    with explain(f"{path}: its tensors do not match its params.json"):
         return config, renamed(tensors, META_NAMES, config)
 
 

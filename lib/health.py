@@ -82,7 +82,7 @@ class RankingWatch:
     def end_epoch(self, epoch):
         if (mean := self.losses / self.steps) > 0.98 * math.log(2):
             tqdm.write(f"warning: epoch {epoch}: the mean loss is {mean:.3f}, and log 2 = 0.693 is "
-                       "that of equal scores: nothing is learned yet. Raise --lr, or look whether "
+                       "that of equal scores: nothing is learned yet. Raise --lr, or check whether "
                        f"the scores of {self.path} say what is better: the loss was largest "
                        f"({self.worst[0]:.2f}) on the records "
                        f"{', '.join(map(str, self.worst[1][:8]))}")

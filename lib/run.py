@@ -109,13 +109,15 @@ def write_whole(path, data):
 def positive(text):
     """argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def whole(text):
     """argparse type: a whole number from 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
 
 
 def any_whole(text):
@@ -140,7 +142,7 @@ def usable_device(text):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMON = [
     "LoRA (Hu et al. 2021): a few weights learn beside frozen ones",
-    ("lora_rank", 0, 0, "rank of the adapters; 0: without, every weight is trained", whole),
+    ("lora_rank", 0, 0, "rank of the adapters; 0: no adapters, every weight is trained", whole),
     ("lora_alpha", 16, 16, "the adapters' output is scaled by this over the rank"),
     ("lora_targets", *2 * ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
      "matrices of each layer that get one"),

@@ -741,7 +741,7 @@ def test_scores_of_a_table_are_numbers(tmp_path, capsys):
     assert read(tmp_path / "out/reward_training_data.json") == [
         {"user_input": EN, "completion": "Good.", "score": 4.5}
     ]
-    assert "left out 1: its score is no number (records 2)" in capsys.readouterr().out
+    assert "left out 1: its score is not a number (records 2)" in capsys.readouterr().out
 
 
 def test_parquet_without_its_package(tmp_path, capsys, monkeypatch):

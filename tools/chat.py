@@ -64,7 +64,7 @@ def parse_args(argv):
     if not 0 <= args.temperature < math.inf:
         stop("--temperature must be a number from 0")
     if not 0 < args.top_p <= 1:
-        stop("--top_p must lie above 0 and not above 1")
+        stop("--top_p must be above 0 and at most 1")
     if args.prompt is not None and args.prompts:
         stop("--prompt or --prompts, not both")
     if args.out and not (args.prompts and args.out.endswith((".md", ".csv"))):

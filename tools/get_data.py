@@ -107,7 +107,7 @@ def import_files(args):
     mapped = dict(pair.partition("=")[::2] for pair in args.map.split(",")) if args.map else {}
     for part, field in mapped.items():
         if part not in PARTS or not field:
-            stop(f"--map {args.map}: a part, =, and the name of a field, with commas between; the "
+            stop(f"--map {args.map}: must be part=field pairs, with commas between; the "
                  f"parts are {', '.join(PARTS)}")
     records = convert(args.files, mapped=mapped, all_turns=args.all_turns)
     save_sets(records, args, args.make, args.overwrite)
@@ -155,7 +155,7 @@ def main(argv=None):
         "rated film reviews from PyPI.",
         "python data_gen.py download hh --parts helpful-base --number_of_samples 5000 --make "
         "reward rlhf --path data/hh",
-        ("number_of_samples", None, "pairs to take, as many from each part, its first; without: "
+        ("number_of_samples", None, "pairs to take, equally from the start of each part; without: "
          "all", positive),
         EVAL_SHARE)
     hub.add_argument("dataset", choices=[*HUB, "ratings"], help="ratings: sentences of film "
@@ -167,7 +167,7 @@ def main(argv=None):
     local = add_command(
         commands, "import", import_files,
         "Files in the layouts that people have, as our data sets; the layout is recognized, and "
-        "said.",
+        "reported.",
         "python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out "
         "data/alpaca",
         OUT, EVAL_SHARE)

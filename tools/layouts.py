@@ -154,7 +154,7 @@ def number(value):
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise LeftOut("its score is no number") from None
+        raise LeftOut("its score is not a number") from None
 
 
 def asked_in(record, parts):
@@ -191,7 +191,7 @@ def from_parts(record, parts, all_turns):
     if isinstance(completion, (list, dict)):
         said = dialogue(completion)
         if [message["role"] for message in said] != ["assistant"]:
-            raise LeftOut("its completion is no message of the assistant")
+            raise LeftOut("its completion is not a message of the assistant")
         completion = said[0]["content"]
     if completion is not None:
         messages = [*messages, {"role": "assistant", "content": words(completion)}]

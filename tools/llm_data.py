@@ -278,7 +278,7 @@ def invent(args, journal, template, seeds):
                     taken[language].append(entry)
                     pool.append(rouge_tokens(entry))
         idle = idle + 1 if len(new) == before else 0
-    print(f"{len(new)} new instructions of {args.number}; not taken: "
+    print(f"{len(new)} of {args.number} new instructions; not taken: "
           + (", ".join(f"{n} {why}" for why, n in unfit.items()) or "none"))
     if not new:
         stop(f"{args.api_base}: nothing usable in three rounds; look at the answers in "
@@ -324,8 +324,8 @@ def main(argv=None):
             f"python data_gen.py {name} seed_tasks.jsonl --number 1000 --language both --api_base "
             "http://localhost:8000/v1 --model llama --out data/new",
             ("number", 100, "new instructions", positive),
-            ("per_request", 8, "of them in one answer", positive),
-            ("forbidden_words", None, "no instruction has one of these, comma-separated; without: "
+            ("per_request", 8, "instructions per answer", positive),
+            ("forbidden_words", None, "comma-separated; no instruction may contain one; without: "
              "what text cannot show", str),
             OUT, EVAL_SHARE)
         command.set_defaults(template=template, make=make)
