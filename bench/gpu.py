@@ -306,7 +306,7 @@ def resume(args, tell):
 
 
 def tests(args, tell):
-    """Told test by test, since the time may not do for all."""
+    """Reported test by test, since there may not be time for all."""
     files = [f"{ROOT}/test_ppo_math.py",
              *(f"{ROOT}/tests/test_{name}.py" for name in ("stages", "resume", "lora"))]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files]
@@ -352,7 +352,7 @@ def step_alone(args):
         with open(path + ".part", "w", encoding="utf-8") as file:
             json.dump(found, file)
         os.replace(path + ".part", path)
-        if args.step not in ("tests", "real"):  # told again and again
+        if args.step not in ("tests", "real"):  # these report the same names again and again
             print(f"{args.step}: {name}: {value}", flush=True)
 
     globals()[args.step](args, tell)

@@ -420,9 +420,8 @@ def report(args):
                    greedy_lexicon="lexicon, greedy", kl="KL, nats", length="tokens",
                    ended="ended", distinct_2="distinct-2", perplexity="perplexity")
     lines += ["", f"## Policies, on {len(asked)} held-out prompts, sampled at temperature 1", "",
-              "The gain in standard deviations of the SFT model's gold scores, each "
-              f"{deviation:.3f}.", "",
-              "| policy | gold gain, deviations | " + " | ".join(columns.values()) + " |",
+              f"One standard deviation of the SFT model's gold scores is {deviation:.3f}.", "",
+              "| policy | gold gain, standard deviations | " + " | ".join(columns.values()) + " |",
               "| --- " * (len(columns) + 2) + "|"]
     for name, found in measured.items():
         gain = (found["gold"] - measured["SFT"]["gold"]) / deviation
@@ -449,9 +448,9 @@ def machine(args):
 
 
 def draw(args, seeds, best, theirs, measured):
-    """Scores and KL of the seeds, their band; TRL against episodes and against time; gold score
-    against KL, beside best-of-n; and over-optimization. Greedy answers, other than beside
-    best-of-n."""
+    """Six panels: scores and KL of the seeds, mean and range; gold score against KL, beside
+    best-of-n; gold score against episodes and against time, beside TRL; over-optimization. Scores
+    are those of greedy answers, except beside best-of-n."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -68,7 +68,8 @@ def read_sentencepiece(model, template=""):
         vocab={piece: i for i, piece in enumerate(pieces)}, merges=[pair[2:] for pair in pairs],
         unk_token=next((p for p, kind in zip(pieces, kinds) if kind == UNKNOWN), None),
         fuse_unk=True, byte_fallback=BYTE in kinds, ignore_merges=bool(whole)))
-    spaces = [normalizers.Prepend("▁")] * rules.add_dummy_prefix + [normalizers.Replace(" ", "▁")]
+    spaces = [normalizers.Prepend("▁")] if rules.add_dummy_prefix else []
+    spaces.append(normalizers.Replace(" ", "▁"))
     backend.normalizer = normalizers.Sequence(spaces)
     if whole:
         # User-defined pieces are cut out first, the longest first, and `ignore_merges` takes them
