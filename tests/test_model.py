@@ -2368,7 +2368,7 @@ def test_positions_are_counted_from_the_first_token_of_each_prompt(speaker):
     alone would not tell."""
     prompts, seen = sorted(make_prompts(6, seed=3), key=len), []
     hook = speaker.model.rotary_emb.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[1])
+        lambda module, inputs: seen.append(inputs[1].clone())  # a step moves it on in place
     )
     input_ids, mask = left_pad(prompts, 0)
     generate(speaker, input_ids, mask, 5, -1, temperature=0)
