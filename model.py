@@ -240,6 +240,20 @@ class ScalarHead(nn.Module):
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
 
 
+def over_vocabulary(llama, states, tokens, function, piece=512):
+    """`function(logits, tokens)`, a tensor (N,), where `states` (N, d), `tokens` (N,) and the
+    logits (N, V) come a `piece` at a time: logits are the largest tensors of a pass, and so their
+    memory does not grow with N. Those of each piece are computed again in the backward pass."""
+    def compute(states, tokens):
+        return function(llama.lm_head(states), tokens)
+
+    if len(states) <= piece:
+        return compute(states, tokens)
+    pieces = zip(states.split(piece), tokens.split(piece))
+    return torch.cat([checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False)
+                      for part in pieces])
+
+
 # ------------------------------------------------------------------------------------------------
 # The shift between a state and its token
 
