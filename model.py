@@ -583,24 +583,23 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     tokens = input_ids.new_zeros(batch, max_new_tokens)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)
     tokens[:, 0], logprobs[:, 0] = first, first_logprobs
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    ended = (token == ends).any(-1)
 
-    def step():
+    def step(columns):
         mask.index_fill_(3, cache.columns, 0.0)
-        logits = next_logits(token, position, mask, cache)
+        logits = next_logits(token, position, mask[..., :columns], cache)
         drawn = sample(logits, temperature, top_k, top_p, uniform.index_select(1, n))
         token.copy_(drawn[0][:, None])
         tokens.index_copy_(1, n, token)
         logprobs.index_copy_(1, n, drawn[1][:, None])
+        ended.logical_or_((token == ends).any(-1))
         for counter in (position, cache.columns, n):
             counter.add_(1)
 
-    run, asked = None, 0
+    replay = None
     for done in range(1, max_new_tokens + 1):
         if device.type == "cpu" or done % 16 == 0 or done == max_new_tokens:
             yield rows, tokens[:, :done], logprobs[:, :done]
-            ended = ended | torch.isin(tokens[:, asked:done], ends).any(-1)
-            asked = done
             left = (~ended).nonzero()[:, 0]  # the one place where a GPU is waited for
             if (total(len(left)) if in_step else len(left)) == 0 or done == max_new_tokens:
                 return
@@ -609,10 +608,14 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
                 rows, token, position, mask, uniform, tokens, logprobs, ended = (
                     x[left] for x in (rows, token, position, mask, uniform, tokens, logprobs, ended))
                 cache.tensor = cache.tensor[:, :, left]
-                run = None
-        if run is None:
-            run = captured(step, (token, position, cache.columns, n, mask)) if capture else step
-        run()
+                replay = None
+        if not capture:
+            step(length + done)
+        else:  # a graph has fixed shapes: all columns, those still empty behind the mask
+            if replay is None:
+                replay = captured(lambda: step(room),
+                                  (token, position, cache.columns, n, mask, ended))
+            replay()
 
 
 @dataclass
