@@ -110,8 +110,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, d, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
 
+    def down(self, gate, up):
+        return self.down_proj(self.activation(gate) * up)
+
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():  # silu and product, a quarter of what would be kept, are quick
+            return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self.down(gate, up)
 
 
 class Block(nn.Module):
@@ -240,10 +246,10 @@ class ScalarHead(nn.Module):
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
 
 
-def over_vocabulary(llama, states, tokens, function, piece=512):
-    """`function(logits, tokens)`, a tensor (N,), where `states` (N, d), `tokens` (N,) and the
-    logits (N, V) come a `piece` at a time: logits are the largest tensors of a pass, and so their
-    memory does not grow with N. Those of each piece are computed again in the backward pass."""
+def over_vocabulary(llama, states, tokens, function, piece=1024):
+    """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, d), `tokens` (N,) and the
+    logits (N, V), made a `piece` of rows at a time: logits are the largest tensors of a pass, and
+    so their memory does not grow with N. The backward pass computes those of each piece again."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 

@@ -44,8 +44,8 @@ from lib.distributed import (RANK, WORLD, clip_gradients, largest, micro_batches
                              place, start_processes, total, wait_for_all)
 from lib.run import Run, autocast, door, explain, numbers, parse, set_lr, stop
 from model import (ScalarHead, adapters_off, add_lora, decoding_copy, generate, last_token, load_llama,
-                   load_scalar_head, load_tokenizer, save_checkpoint, states_of, tokens_of,
-                   trainable)
+                   load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
+                   tokens_of, trainable)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
@@ -289,16 +289,26 @@ def to_rows(flat, places, mask):
     return rows.index_put((places.row, places.t), flat)
 
 
-def response_logits(actor, input_ids, places):
-    """The logits (N, V) with which the N response tokens were chosen: only the states before these
-    go through the vocabulary projection, and nothing here has the size (B, L, V)."""
-    return actor.lm_head(states_of(actor(input_ids), places))
+def response_logprobs(actor, input_ids, places, mask, args):
+    """log pi (B, T) of the response tokens. Only the states in which these were chosen go through
+    the vocabulary projection: nothing here has the size (B, L, V)."""
+    def look(logits, tokens):
+        return logprobs_from_logits(logits, tokens, args.temperature)
+
+    states = states_of(actor(input_ids), places)
+    return to_rows(over_vocabulary(actor, states, tokens_of(input_ids, places), look), places, mask)
 
 
-def response_logprobs(logits, input_ids, places, mask, args):
-    """log pi (B, T) of the response tokens, from `response_logits`."""
-    tokens = tokens_of(input_ids, places)
-    return to_rows(logprobs_from_logits(logits, tokens, args.temperature), places, mask)
+def response_logprobs_and_entropy(actor, input_ids, places, mask, args):
+    """The same, and the entropy (B, T) of the distributions that the tokens were drawn from."""
+    def look(logits, tokens):
+        with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
+            entropy = entropy_from_logits(logits, args.temperature)
+        return torch.stack([logprobs_from_logits(logits, tokens, args.temperature), entropy], -1)
+
+    states = states_of(actor(input_ids), places)
+    found = over_vocabulary(actor, states, tokens_of(input_ids, places), look)
+    return [to_rows(x, places, mask) for x in found.unbind(-1)]
 
 
 def response_values(critic, input_ids, places, mask):
@@ -379,11 +389,9 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         batch = *collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device), mask[at]
         with autocast(args):
             if not exact:
-                logits = response_logits(actor, *batch[:2])
-                old_logprobs[at] = weight * response_logprobs(logits, *batch, args)
+                old_logprobs[at] = weight * response_logprobs(actor, *batch, args)
             with adapters_off(ref):
-                logits = response_logits(ref, *batch[:2])
-            ref_logprobs[at] = weight * response_logprobs(logits, *batch, args)
+                ref_logprobs[at] = weight * response_logprobs(ref, *batch, args)
             values[at] = weight * response_values(critic, *batch)
     old_logprobs = out.logprobs if exact else total(old_logprobs)
     ref_logprobs = total(ref_logprobs)  # now every process has them all
@@ -449,11 +457,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         share = weight * mask.sum() / all_tokens
 
         with autocast(args):
-            logits = response_logits(actor, input_ids, places)
-            logprobs = response_logprobs(logits, input_ids, places, mask, args)
-            with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
-                entropy = to_rows(entropy_from_logits(logits, args.temperature), places, mask)
-            del logits  # the largest tensor of the step; the backward pass holds what it needs
+            logprobs, entropy = response_logprobs_and_entropy(actor, input_ids, places, mask, args)
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow

@@ -25,7 +25,7 @@ from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
 from lib.health import LossWatch, check_finite
 from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (add_lora, load_llama, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
+from model import (add_lora, load_llama, load_tokenizer, save_checkpoint, states_of,
                    tokens_of, trainable)
 
 # The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). One that has
@@ -52,13 +52,27 @@ SETTINGS = [
 ]
 
 
-def completion_losses(model, input_ids, places):
-    """The loss -log pi(token) of each completion token, (N,), float32; inputs from `collate`. Only
-    the states in which one is chosen go through the vocabulary projection."""
-    def losses(logits, tokens):
-        return F.cross_entropy(logits.float(), tokens, reduction="none")
-    return over_vocabulary(model, states_of(model(input_ids), places),
-                           tokens_of(input_ids, places), losses)
+def completion_losses(model, input_ids, places, args, scale=None, piece=512):
+    """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
+    `collate`. With a `scale` also the backward pass of scale times their sum.
+
+    Only the states in which a completion token is chosen go through the vocabulary projection, and
+    a `piece` of them at a time, forward and at once backward: the logits of all would be the
+    largest tensors of the step. The gradient of the states then goes through the layers.
+    """
+    with autocast(args):
+        states = states_of(model(input_ids), places)
+    leaf, losses = states.detach().requires_grad_(), []
+    for part, tokens in zip(leaf.split(piece), tokens_of(input_ids, places).split(piece)):
+        with autocast(args):
+            logits = model.lm_head(part).float()
+        losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+        if scale is not None:
+            (scale * losses[-1].sum()).backward()
+        losses[-1] = losses[-1].detach()
+    if scale is not None:
+        states.backward(leaf.grad)
+    return torch.cat(losses)
 
 
 def evaluate(model, examples, args, pad_token_id):
@@ -66,10 +80,10 @@ def evaluate(model, examples, args, pad_token_id):
     tokens of short batches double.)"""
     loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    with torch.no_grad(), autocast(args):
+    with torch.no_grad():
         for part, weight in my_parts(order, args.micro_batch_size):
             batch = collate([examples[i] for i in part], pad_token_id, args.device)
-            losses = completion_losses(model, *batch)
+            losses = completion_losses(model, *batch, args)
             loss, tokens = loss + weight * losses.sum().item(), tokens + weight * len(losses)
     return total(loss) / total(tokens)
 
@@ -122,12 +136,11 @@ def main(argv=None):
         loss, per_text, records = 0.0, [], []
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
-            with autocast(args):
-                losses = completion_losses(
-                    model, *collate(examples, tokenizer.pad_token_id, args.device))
-            (weight * losses.sum() / tokens).backward()
-            loss += weight * losses.detach().sum() / tokens
-            parts = losses.detach().split([len(completion) for _, completion, _ in examples])
+            losses = completion_losses(
+                model, *collate(examples, tokenizer.pad_token_id, args.device), args,
+                scale=weight / tokens)
+            loss += weight * losses.sum() / tokens
+            parts = losses.split([len(completion) for _, completion, _ in examples])
             per_text += [part.mean() for part in parts]
             records += [number for _, _, number in examples]
         loss, grad_norm, *per_text = torch.stack(

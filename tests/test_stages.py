@@ -807,12 +807,16 @@ def test_sft_export_in_plain_transformers(sft_run, home):
     assert_same_llama(sft_run.folder, sft_run.exported[sft_run.folder], home.tokenizer)
 
 
+FLOAT32 = SimpleNamespace(device="cpu", dtype="float32")
+
+
 def test_completion_losses(sft_run, ragged, home):
     """Against a loop over tokens; none for a prompt token, none for padding, and one for
     end-of-sequence."""
     llama = load_llama(sft_run.folder, home.tokenizer)
     prompts, completions, _ = zip(*ragged.examples)
-    losses = sft.completion_losses(llama, *collate(ragged.examples, home.tokenizer.pad_token_id))
+    batch = collate(ragged.examples, home.tokenizer.pad_token_id)
+    losses = sft.completion_losses(llama, *batch, FLOAT32, piece=5)
     slow = [
         -slow_token_logprobs(copy.deepcopy(llama).double(), p, c)[0]
         for p, c in zip(prompts, completions)
@@ -834,9 +838,8 @@ def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
         kept.append(output)
 
     llama.model.register_forward_hook(keep)
-    sft.completion_losses(
-        llama, *collate(ragged.examples, home.tokenizer.pad_token_id)
-    ).sum().backward()
+    batch = collate(ragged.examples, home.tokenizer.pad_token_id)
+    sft.completion_losses(llama, *batch, FLOAT32, scale=1.0, piece=5)
     touched = kept[0].grad.abs().sum(-1).nonzero().tolist()
     ends = [
         (len(prompt), len(prompt) + len(completion))
@@ -971,11 +974,11 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
     exported."""
     losses, poison = sft.completion_losses, home.tokenizer.encode("&", add_special_tokens=False)[-1]
 
-    def poisoned(llama, input_ids, places):
-        result = losses(llama, input_ids, places)
-        if not (input_ids == poison).any():
-            return result
-        return result * math.nan if what == "loss" else steep(result)
+    def poisoned(llama, input_ids, *rest, **options):
+        result = losses(llama, input_ids, *rest, **options)
+        if (input_ids == poison).any():
+            (result if what == "loss" else llama.lm_head.weight.grad)[0] = math.nan
+        return result
 
     monkeypatch.setattr(sft, "completion_losses", poisoned)
     argv = suspicious({9: {"user_input": "What is 3 plus 4?", "completion": "7 & 8."}})

@@ -321,7 +321,7 @@ def measure(stage, name, freed, options):
         """Of a micro-batch. One token is the prompt: the budget takes all for completion."""
         batch = [(text(1), text(args.max_length - 1)) for _ in range(rows)]
         if stage == "sft":
-            return sft.completion_losses(model, *collate(batch, 0)).mean()
+            return sft.completion_losses(model, *collate(batch, 0), args, scale=1.0)
         input_ids, places = collate(4 * batch, 0)
         scores = last_token(model(input_ids), places)
         return train_rm.ranking_loss(scores, torch.arange(len(scores)))
