@@ -261,7 +261,10 @@ def ppo_step(work, actor, critic, ref, reward_model, pad_token_id, eos):
     options = [f"--{name}={value}" for name, value in options.items()]
     has_lib = hasattr(ppo, "SETTINGS")
     if has_lib:
-        from lib.run import parse
+        try:
+            from lib.settings import parse
+        except ImportError:  # it is older
+            from lib.run import parse
         args, _ = parse("ppo.py", ppo.__doc__, ppo.SETTINGS, options, real_if=["sft", "rm"])
     else:
         args, _ = ppo.parse(options)
