@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lib import checkpoints, cpu
 from lib.distributed import RANK, WORLD, is_sharded, named_wholes, total, wait_for_all
-from lib.run import explain, stop
+from lib.errors import explain, stop
 from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,

@@ -42,7 +42,10 @@ from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, l
                       read_records)
 from lib.distributed import (RANK, WORLD, clip_gradients, largest, micro_batches, my_parts,
                              place, start_processes, total, wait_for_all)
-from lib.run import Run, autocast, door, explain, numbers, parse, set_lr, stop
+from lib.errors import clean_exit, explain, stop
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, numbers, set_lr
 from model import (ScalarHead, adapters_off, add_lora, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
                    tokens_of, trainable)
@@ -553,7 +556,7 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
     return completions, result
 
 
-@door
+@clean_exit
 def main(argv=None):
     args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
     if args.temperature <= 0:

@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
+from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
-from lib.run import Run, autocast, door, parse, set_lr, stop
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, set_lr
 from model import (add_lora, load_llama, load_tokenizer, save_checkpoint, states_of,
                    tokens_of, trainable)
 
@@ -88,7 +91,7 @@ def evaluate(model, examples, args, pad_token_id):
     return total(loss) / total(tokens)
 
 
-@door
+@clean_exit
 def main(argv=None):
     args, _ = parse("sft.py", __doc__, SETTINGS, argv, real_if=["model"])
     if args.model and not args.data and not args.dry_run:

@@ -31,8 +31,11 @@ from tqdm import tqdm
 from lib.data import collate, encode_records, length_batches, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
                              start_processes, total)
+from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite, warn_of_labels
-from lib.run import Run, autocast, door, parse, set_lr, stop
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, set_lr
 from model import (ScalarHead, add_lora, last_token, load_llama, load_tokenizer, save_checkpoint,
                    trainable)
 
@@ -169,7 +172,7 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     return accuracy.mean().item(), margin.mean().item(), error, by_gap
 
 
-@door
+@clean_exit
 def main(argv=None):
     args, _ = parse("train_rm.py", __doc__, SETTINGS, argv, real_if=["model"])
     if not (args.data and args.demonstrations) and not args.dry_run:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib.run import explain, first_line, stop, write_whole
+from lib.errors import explain, first_line, stop, write_whole
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 
 from tqdm import tqdm
 
-from lib.run import stop
+from lib.errors import stop
 
 
 def check_finite(step, loss, grad_norm, path, records):

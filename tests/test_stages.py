@@ -46,6 +46,7 @@ from transformers import (
 
 import data_gen
 import lib.run
+import lib.settings
 import model
 import ppo
 import sft
@@ -87,7 +88,7 @@ def options(**values):
 def parse(script, argv):
     """The settings that a script has with these options."""
     real_if = ["sft", "rm"] if script is ppo else ["model"]
-    return lib.run.parse(f"{script.__name__}.py", script.__doc__, script.SETTINGS, argv, real_if)[0]
+    return lib.settings.parse(f"{script.__name__}.py", script.__doc__, script.SETTINGS, argv, real_if)[0]
 
 
 def with_demo(script, **values):

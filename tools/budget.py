@@ -28,7 +28,9 @@ from lib import cpu
 from lib.checkpoints import read_config
 from lib.data import collate
 from lib.distributed import clip_gradients, place
-from lib.run import autocast, door, parse
+from lib.errors import clean_exit
+from lib.settings import parse
+from lib.training import autocast
 from model import (DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, add_lora, last_token,
                    load_tokenizer, trainable)
 
@@ -349,7 +351,7 @@ def measure(stage, name, freed, options):
     return abs(predicted / measured - 1) > 0.15
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

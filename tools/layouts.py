@@ -13,7 +13,7 @@ import re
 from collections import Counter
 
 from lib.data import read_values, what_is_wrong
-from lib.run import explain, stop
+from lib.errors import explain, stop
 
 # Part: the names of the field that plays it. The first that a file has counts, but all of `input`.
 PARTS = {

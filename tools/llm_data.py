@@ -19,7 +19,8 @@ import unicodedata
 from collections import Counter
 
 from lib.data import load_judge, read_records, save, what_is_wrong
-from lib.run import door, explain, positive, stop
+from lib.errors import clean_exit, explain, stop
+from lib.settings import positive
 from tools.commands import EVAL_SHARE, OUT, Journal, add_command, journal_of
 from tools.get_data import as_text, convert, save_sets
 from tools.llm import add_llm, ask
@@ -310,7 +311,7 @@ def new_data(args):
     save_sets(records, args, args.make, overwrite=True)  # what is there comes from this journal
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

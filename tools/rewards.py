@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from lib.checkpoints import quiet
 from lib.data import collate, encode_completion
 from lib.distributed import RANK
-from lib.run import explain, first_line, stop
+from lib.errors import explain, first_line, stop
 from model import last_token, load_scalar_head, load_tokenizer
 
 
