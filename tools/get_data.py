@@ -80,8 +80,8 @@ def sets_of(records, make):
     sets = {"actor": unscored + demonstrations, "reward": scored, "rlhf": list(prompts.values())}
     for name in make:
         if not sets[name]:
-            what = "scored completions" if name == "reward" else "completions"
-            stop(f"--make {name}: the files hold no {what}")
+            what = {"actor": "completions", "reward": "scored completions", "rlhf": "prompts"}
+            stop(f"--make {name}: the files hold no {what[name]}")
     return {name: sets[name] for name in make}
 
 

@@ -14,13 +14,14 @@ PARTS = {
     "history": ["history"],            # earlier turns: [[question, answer], ...]
     "messages": ["messages", "conversations", "conversation", "dialogue", "data", "text"],
     "prompt": ["user_input", "prompt", "instruction", "question", "problem", "query", "input",
-               "context"],
+               "inputs", "context"],
     "input": ["input", "context"],     # what the prompt is about, where it is not the prompt
-    "completion": ["completion", "output", "response", "solution", "answer", "target"],
+    "completion": ["completion", "output", "response", "solution", "answer", "target",
+                   "targets"],
     "chosen": ["chosen", "chosen_response", "preferred_output", "preferred"],
     "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred"],
     "score": ["score", "rating", "overall_score", "helpfulness"],
-    "label": ["label", "kto_tag"],     # whether the completion is a good one
+    "label": ["label", "kto_tag", "is_safe", "is_correct"],  # whether the completion is a good one
 }
 ROLES = {"system": "system", "developer": "system", "human": "user", "user": "user",
          "prompter": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -36,8 +37,17 @@ class LeftOut(Exception):
 
 def turns_of(text):
     """Chat messages from a text: turns after "### Human:" (guanaco), after "Human:" at the
-    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE); else one
-    message of the user."""
+    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML or
+    in [INST] of LLaMA 2; else one message of the user."""
+    if text.lstrip().startswith("<|im_start|>"):
+        found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", text, re.S)
+        return [(role, said.strip()) for role, said in found]
+    if re.match(r"\s*(<s>)?\s*\[INST\]", text):
+        system, rest = re.fullmatch(r"(?:.*?<<SYS>>\s*(.*?)\s*<</SYS>>)?(.*)", text, re.S).groups()
+        turns = re.split(r"\[/?INST\]|</s>|<s>", rest)
+        said = [turn.strip() for turn in turns if turn.strip()]
+        return [("system", system)] * bool(system) + [
+            (("user", "assistant")[i % 2], turn) for i, turn in enumerate(said)]
     mark = r"(?:^|\n\n)(Human|Assistant):"
     if re.match(r"\s*### (Human|Assistant):", text):
         mark = r"### (Human|Assistant):"
@@ -61,7 +71,8 @@ def text_of(content):
 
 def dialogue(value):
     """Chat messages from a text (see `turns_of`), from a message or a list of them, {"role",
-    "content"} or ShareGPT's {"from", "value"}, or from a list of texts that take turns.
+    "content"} or ShareGPT's {"from", "value"}, from a list of texts that take turns, or from a list
+    of exchanges, {"human", "assistant"} or {"input", "output"}.
 
     Neighbours of one role become one message: many chat templates take no other dialogue.
     """
@@ -76,6 +87,12 @@ def dialogue(value):
         for message in [value] if isinstance(value, dict) else value:
             if not isinstance(message, dict):
                 raise LeftOut("a message is not an object")
+            exchange = [named_in(message, PARTS["prompt"] + ["human", "user"]),
+                        named_in(message, PARTS["completion"] + ["assistant", "gpt"])]
+            if all(exchange):
+                said += [("user", text_of(message[exchange[0][0]])),
+                         ("assistant", text_of(message[exchange[1][0]]))]
+                continue
             role = message.get("role", message.get("from"))
             said.append((role, text_of(message.get("content", message.get("value")))))
     else:
@@ -151,6 +168,8 @@ def words(value):
 
 def answer_of(value):
     """The text of an answer, which may come as a message of the assistant."""
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        raise LeftOut("its completion is a list of texts, and nothing says which is the better")
     if isinstance(value, (list, dict)):
         said = dialogue(value)
         if [message["role"] for message in said] != ["assistant"]:
@@ -181,15 +200,16 @@ def asked_in(record, parts):
     """The messages before the answer, or with it where the record is a whole dialogue."""
     messages = dialogue(record[parts["messages"]]) if record.get(parts.get("messages")) else []
     if parts.get("messages", "").lower() == "text" and len(messages) < 2:
-        raise LeftOut("its text has no turns")
+        raise LeftOut(f"its {parts['messages']} has no turns (--map prompt={parts['messages']} takes "
+                      "it as a prompt)")
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LeftOut("its history is not a list of pairs")
         messages += [{"role": role, "content": words(text)}
                      for role, text in zip(("user", "assistant"), pair)]
     prompt = record.get(parts.get("prompt"))
-    if prompt is not None:
-        messages = messages + dialogue(prompt)
+    if prompt is not None and (asked := dialogue(prompt))[-1:] not in [[m] for m in messages]:
+        messages = messages + asked  # where it is not said already: no_robots has both
     more = [text for name in parts.get("input", []) if (text := words(record.get(name)))]
     if more and messages and messages[-1]["role"] == "user":
         last = messages[-1]["content"]
@@ -208,8 +228,9 @@ def from_parts(record, parts, all_turns):
     completion, is_ours = record.get(parts.get("completion")), parts.get("prompt") == "user_input"
     if completion is None and "completion" in parts and not is_ours:  # ours may be a bare prompt
         raise LeftOut(f"its {parts['completion']} is missing")
-    if completion is not None:
-        messages = [*messages, {"role": "assistant", "content": answer_of(completion)}]
+    if completion is not None and "completion" in parts:
+        answer = {"role": "assistant", "content": answer_of(completion)}
+        messages = messages if messages[-1:] == [answer] else [*messages, answer]
     if not messages or messages[-1]["role"] != "assistant":
         return [{"user_input": as_prompt(messages)}], 0
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -233,7 +254,10 @@ def answer_in(messages, i):
 
 
 def from_pair(before, chosen, rejected, better=1.0):
-    return from_sides(before, [chosen, rejected], [better, 0.0])
+    """Of a prompt, each side may be a list of texts too: several answers, as in RewardBench 2."""
+    answers = [(answer, score) for side, score in ((chosen, better), (rejected, 0.0)) for answer in
+               (side if before and isinstance(side, list) and isinstance(side[0], str) else [side])]
+    return from_sides(before, *zip(*answers))
 
 
 def from_sides(before, sides, scores):

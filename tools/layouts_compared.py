@@ -139,7 +139,7 @@ def find_sides(fields, parts):
     models = list(sides_in(fields, ["model", "generator"]).values())
     ties = named_in(fields, ["winner_tie", "winner_model_tie"])
     verdict = named_in(fields, VERDICTS)[:1]
-    if not sides or "messages" in parts:
+    if not sides:
         return None
     if list(marks) == names:
         by = list(marks.values())
@@ -205,6 +205,9 @@ def from_seed_task(r):
 def from_summaries(r):
     info = r["info"]
     post = "\n\n".join(words(info.get(name)) for name in ("title", "post") if info.get(name))
+    if "summary" in r:
+        return [{"user_input": post, "completion": words(r["summary"]["text"]).strip(),
+                 "score": r["summary"]["axes"]["overall"]}]
     return scored(post, [(words(summary["text"]).strip(), float(i == int(r["choice"])))
                          for i, summary in enumerate(r["summaries"])])
 
@@ -239,6 +242,7 @@ LAYOUTS = [
     ("self-instruct seed tasks", {"instruction", "instances"}, {"input", "output"}, from_seed_task),
     ("summaries with feedback", {"info", "summaries", "choice"}, {"title", "post", "text"},
      from_summaries),
+    ("rated summaries", {"info", "summary"}, {"title", "post", "text", "axes"}, from_summaries),
     ("OASST trees", {"message_tree_id", "prompt"},
      {"message_id", "parent_id", "message_tree_id", "role", "text", "replies", "rank", "deleted"},
      from_tree),

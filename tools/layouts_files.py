@@ -12,12 +12,13 @@ from collections import Counter
 from lib.data import read_values, what_is_wrong
 from lib.run import explain, stop
 from tools.layouts import LeftOut, from_parts, named_in, parts_of, score_of
-from tools.layouts_compared import LAYOUTS, find_list, find_sides, is_something
+from tools.layouts_compared import (ANSWERS, LAYOUTS, find_list, find_sides, is_something,
+                                    rows_of, sides_in)
 from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
-KEPT = ["answer", "ground_truth", "solution", "final_answer", "expected_answer", "reward_model",
-        "verification_info", "test", "tests", "test_list", "test_cases", "unit_tests"]
+KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
+        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases", "unit_tests"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ KEPT = ["answer", "ground_truth", "solution", "final_answer", "expected_answer",
 
 def read_file(path):
     """The records of a file: what `read_values` reads, one object over several lines, a list in the
-    field "data", tables with a head (.csv, .tsv), .parquet."""
+    field "data" or "rows", an object of columns, tables with a head (.csv, .tsv), .parquet."""
     name = path.removesuffix(".gz")
     if name.endswith(".parquet"):
         try:
@@ -37,9 +38,18 @@ def read_file(path):
     if not name.endswith((".csv", ".tsv")):
         values = read_values(path, whole=True)
         if isinstance(values, dict):
-            inner = values.get("data")
-            is_list = isinstance(inner, list) and inner and isinstance(inner[0], dict)
-            return inner if is_list else [values]
+            for inner in (values.get("data"), values.get("rows")):  # rows: of the hub's viewer
+                if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+                    return [item.get("row", item) if isinstance(item, dict) else item
+                            for item in inner]
+            if all(isinstance(column, dict) and "0" in column for column in values.values()):
+                values = {name: list(column.values()) for name, column in values.items()}  # pandas
+            if len(values) > 1 and all(isinstance(column, list) and
+                                       not any(isinstance(item, list | dict) for item in column)
+                                       for column in values.values()):
+                with explain(f"{path}: its columns are not of one length"):
+                    return rows_of(values)
+            return [values]
         return values
     with explain(f"{path}: cannot be read"):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -97,7 +107,11 @@ def find_layout(path, objects, mapped):
     what = [f"{name} as {part}" if name != part else name
             for part, names in lists.items() for name in [" and ".join(names)]]
     used = {name for names in lists.values() for name in names}
-    inner = {"messages", "role", "from", "content", "value", "full_text"}
+    sides = sides_in(fields, ANSWERS).values()
+    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
+        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
+    inner = {"messages", "role", "from", "content", "value", "full_text", "human", "assistant",
+             "input", "output"}
     if not compared:
         return ", ".join(what), used, inner, lambda r, all_turns: from_parts(r, parts, all_turns)
     how, used_too, inner_too, convert = compared
@@ -187,6 +201,6 @@ def convert_file(path, number, mapped, all_turns, keep=()):
             items = theirs[field] if isinstance(theirs[field], list) else [theirs[field]]
             unused |= {f"{field}: {name}" for item in items if isinstance(item, dict)
                        for name in item if name not in inner and is_something(item[name])}
-        found.unused.update(unused)
+        found.unused.update(sorted(unused))
     found.say(path, len(values), "Label Studio's tasks: " * is_labelled + what)
     return found.records
