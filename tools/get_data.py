@@ -20,7 +20,9 @@ from lib.errors import clean_exit, explain, stop
 from lib.settings import positive
 from tools import ratings
 from tools.commands import EVAL_SHARE, OUT, add_command
-from tools.layouts import PARTS, convert_file
+from tools.layouts import PARTS
+from tools.layouts_files import KEPT, convert_file
+
 
 def prompt_key(user_input):
     """A text that stands for the prompt, equal for equal prompts."""
@@ -34,15 +36,16 @@ def as_text(user_input):
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in user_input)
 
 
-def convert(paths, number=None, mapped={}, all_turns=False):
-    """Our records of files in any layout, of each file's first `number`, without exact
-    duplicates."""
+def convert(paths, number=None, mapped={}, all_turns=False, keep=()):
+    """Our records of files in any layout, of each file's first `number`, without exact duplicates.
+    Those with fields to keep have them in {"kept": {field: value}}."""
     records, found = {}, 0
     for path in paths:
-        made = convert_file(path, number, mapped, all_turns)
+        made = convert_file(path, number, mapped, all_turns, keep)
         found += len(made)
         for ours in made:
-            key = prompt_key(ours["user_input"]), ours.get("completion"), ours.get("score")
+            key = (prompt_key(ours["user_input"]), ours.get("completion"), ours.get("score"),
+                   json.dumps(ours.get("kept"), sort_keys=True))
             records.setdefault(key, ours)
     if found > len(records):
         print(f"{found - len(records)} exact duplicates dropped")
@@ -55,25 +58,31 @@ def convert(paths, number=None, mapped={}, all_turns=False):
 def sets_of(records, make):
     """{name: records} of the data sets `make`, or if that is empty, of those that the records are.
     Made are demonstrations of the best of scored completions, and PPO's prompts of all."""
+    prompts, others = {}, 0
+    for r in records:
+        if make or "completion" not in r:
+            prompt = {"user_input": r["user_input"]} | r.get("kept", {})
+            others += prompts.setdefault(prompt_key(r["user_input"]), prompt) != prompt
+    if others and (not make or "rlhf" in make):
+        print(f"{others} prompts come again with other values in the fields that are kept: the "
+              "first is taken")
+    records = [{field: r[field] for field in r if field != "kept"} for r in records]
     scored = [r for r in records if "score" in r]
     unscored = [r for r in records if "completion" in r and "score" not in r]
     if not make:
-        bare = [r for r in records if "completion" not in r]
-        return {"actor": unscored, "reward": scored, "rlhf": bare}
-    best, prompts = {}, {}
+        return {"actor": unscored, "reward": scored, "rlhf": list(prompts.values())}
+    best = {}
     for r in scored:
         now = best.setdefault(prompt_key(r["user_input"]), r)
         if r["score"] > now["score"]:
             best[prompt_key(r["user_input"])] = r
-    for r in records:
-        prompts[prompt_key(r["user_input"])] = {"user_input": r["user_input"]}
     demonstrations = [{"user_input": r["user_input"], "completion": r["completion"]}
                       for r in best.values()]
     sets = {"actor": unscored + demonstrations, "reward": scored, "rlhf": list(prompts.values())}
     for name in make:
         if not sets[name]:
-            what = "scored completions" if name == "reward" else "completions"
-            stop(f"--make {name}: the files hold no {what}")
+            what = {"actor": "completions", "reward": "scored completions", "rlhf": "prompts"}
+            stop(f"--make {name}: the files hold no {what[name]}")
     return {name: sets[name] for name in make}
 
 
@@ -110,7 +119,14 @@ def import_files(args):
         if part not in PARTS or not field:
             stop(f"--map {args.map}: must be part=field pairs, with commas between; the "
                  f"parts are {', '.join(PARTS)}")
-    records = convert(args.files, mapped=mapped, all_turns=args.all_turns)
+    keep = args.keep.split(",") if args.keep else []
+    if not all(keep) or "user_input" in keep:
+        stop(f"--keep {args.keep}: must be fields of the files, with commas between; a prompt keeps "
+             "its user_input anyway")
+    records = convert(args.files, mapped=mapped, all_turns=args.all_turns, keep=keep)
+    if keep and "rlhf" not in args.make and any("completion" in r for r in records):
+        stop(f"--keep {args.keep}: only prompts keep fields, and these records are more than "
+             "prompts: add --make rlhf")
     save_sets(records, args, args.make, args.overwrite)
 
 
@@ -176,6 +192,9 @@ def main(argv=None):
                        ".gz of them; Parquet")
     local.add_argument("--map", help="which field plays which part, such as "
                        f"prompt=question,completion=answer; the parts are {', '.join(PARTS)}")
+    local.add_argument("--keep", metavar="FIELD,...", help="fields of theirs that the records of "
+                       "rlhf_training_data keep, for a reward function (default: those of "
+                       f"{', '.join(KEPT)} that play no other part)")
     local.add_argument("--all_turns", action="store_true", help="every answer of a dialogue "
                        "demonstrates, not only the last")
     for command in (hub, local):

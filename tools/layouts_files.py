@@ -1,0 +1,206 @@
+"""Files of others as ours: reading them, finding their layout, saying what was found.
+
+What a record holds is used, kept, or named: see `Found`.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections import Counter
+
+from lib.data import read_values, what_is_wrong
+from lib.errors import explain, stop
+from tools.layouts import LeftOut, from_parts, named_in, parts_of, score_of
+from tools.layouts_compared import (ANSWERS, LAYOUTS, find_list, find_sides, is_something,
+                                    rows_of, sides_in)
+from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
+
+# what a reward function may ask for: kept with the prompts unasked, where it plays no other part
+KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
+        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases", "unit_tests"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+def read_file(path):
+    """The records of a file: what `read_values` reads, one object over several lines, a list in the
+    field "data" or "rows", an object of columns, tables with a head (.csv, .tsv), .parquet."""
+    name = path.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            stop(f"{path}: reading .parquet needs a package: pip install pyarrow")
+        with explain(f"{path}: cannot be read"):
+            return pyarrow.parquet.read_table(path).to_pylist()
+    if not name.endswith((".csv", ".tsv")):
+        values = read_values(path, whole=True)
+        if isinstance(values, dict):
+            for inner in (values.get("data"), values.get("rows")):  # rows: of the hub's viewer
+                if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+                    return [item.get("row", item) if isinstance(item, dict) else item
+                            for item in inner]
+            if all(isinstance(column, dict) and "0" in column for column in values.values()):
+                values = {name: list(column.values()) for name, column in values.items()}  # pandas
+            if len(values) > 1 and all(isinstance(column, list) and
+                                       not any(isinstance(item, list | dict) for item in column)
+                                       for column in values.values()):
+                with explain(f"{path}: its columns are not of one length"):
+                    return rows_of(values)
+            return [values]
+        return values
+    with explain(f"{path}: cannot be read"):
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+        csv.field_size_limit(2**31 - 1)
+        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ","))
+
+
+# ------------------------------------------------------------------------------------------------
+# A file
+
+class Found:
+    """What a file held: our records, and what of theirs was left out or not used."""
+
+    def __init__(self):
+        self.records, self.left_out, self.turns = [], {}, 0
+        self.kept, self.unused = Counter(), Counter()
+
+    def leave_out(self, n, reason):
+        self.left_out.setdefault(reason, []).append(n)
+
+    def say(self, path, number, what):
+        print(f"{path}: {number} records, {what}")
+        for reason, records in self.left_out.items():
+            numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
+            print(f"  left out {len(records)}: {reason} (records {numbers})")
+        if self.turns:
+            print(f"  {self.turns} answers of earlier turns are not used: --all_turns takes them")
+        if self.kept:
+            kept = [f"{field} (in {n} records)" for field, n in self.kept.most_common()]
+            print(f"  kept in prompts (--make rlhf): {', '.join(kept)}")
+        lost = [f"{field} (in {n} records)" for field, n in self.unused.most_common()]
+        print(f"  not used: {', '.join(lost)}" if lost else "  all fields used")
+
+
+def find_layout(path, objects, mapped):
+    """(what the file holds, its fields that are used, those of what lies in them, a function from a
+    record and `all_turns` to our records and the number of answers that are not used)."""
+    fields = set().union(*objects)
+    parts, compared = parts_of(fields, mapped), None
+    if not mapped:
+        for name, theirs, inner, convert in LAYOUTS:
+            if theirs <= fields:
+                return name, theirs, inner, lambda r, all_turns: (convert(r), 0)
+    if not mapped and not {"chosen", "rejected"} <= parts.keys():
+        asked = {part: parts[part] for part in ("system", "history", "messages", "prompt", "input")
+                 if part in parts}
+        compared = find_list(objects, fields, asked) or find_sides(fields, asked)
+        parts = asked if compared else parts
+    if not compared and not (parts.keys() & {"prompt", "messages"} or
+                             {"chosen", "rejected"} <= parts.keys()):
+        stop(f"{path}: none of the fields {', '.join(sorted(fields))} is known as a prompt: say "
+             "which plays which part, as in --map prompt=question,completion=answer")
+    lists = {part: [names] if isinstance(names, str) else names for part, names in parts.items()}
+    what = [f"{name} as {part}" if name != part else name
+            for part, names in lists.items() for name in [" and ".join(names)]]
+    used = {name for names in lists.values() for name in names}
+    sides = sides_in(fields, ANSWERS).values()
+    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
+        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
+    inner = {"messages", "role", "from", "content", "value", "full_text", "human", "assistant",
+             "input", "output"}
+    if not compared:
+        return ", ".join(what), used, inner, lambda r, all_turns: from_parts(r, parts, all_turns)
+    how, used_too, inner_too, convert = compared
+    return (", ".join([*what, how]), used | used_too, inner | inner_too,
+            lambda r, all_turns: (convert(r), 0))
+
+
+def with_numbers(ours):
+    """Our records with their scores as numbers, and what these are out of (see `score_of`)."""
+    records, scales = [], set()
+    for record in ours:
+        if "score" in record:
+            score, scale = score_of(record["score"])
+            record = record | {"score": score}
+            scales.add("a plain number" if scale is None else f"out of {scale:g}")
+        for field, value in record.items():
+            if wrong := what_is_wrong(field, value):
+                raise LeftOut(f"its {field} {wrong}")
+        records.append(record)
+    if len(scales) > 1:
+        raise LeftOut("its scores are on different scales")
+    return records, scales.pop() if scales else None
+
+
+def kept_of(r, keep, must):
+    """What stands in the fields to keep. `must`: each has to be there."""
+    kept = {field: r[field] for field in keep if r.get(field) is not None}
+    for field in keep:
+        if must and field not in kept:
+            raise LeftOut(f"it has no {field}, which --keep names")
+        try:
+            json.dumps(kept.get(field), ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError):  # of a Parquet file: a date, bytes
+            raise LeftOut(f"its {field} cannot be written as JSON") from None
+    return kept
+
+
+def convert_file(path, number, mapped, all_turns, keep=()):
+    """Our records of one file, of its first `number`. The fields `keep` of theirs, or those of KEPT
+    that play no other part, stand in {"kept": {field: value}}. Says what was found."""
+    values, found, made = read_file(path)[:number], Found(), []
+    if not values:
+        stop(f"{path}: holds no records")
+    if all(isinstance(value, list) for value in values):
+        values = [{"messages": value} for value in values]  # bare lists of messages
+    rows = [(n, value) for n, value in enumerate(values, 1) if isinstance(value, dict)]
+    for n, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            found.leave_out(n, "not a JSON object")
+    is_labelled = bool(rows) and all(is_task(r) for _, r in rows)
+    with explain(f"{path}: not what tasks of Label Studio look like"):
+        rows = [(n, task_of(r) if is_labelled else r) for n, r in rows]
+    original = dict(rows)
+    rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read_strings([r for _, r in rows]))])
+    for n in lost:
+        found.leave_out(n, "the message that it answers is not in the file")
+    objects = [r for _, r in rows]
+    what, used, inner, convert = find_layout(path, objects, mapped)
+    fields = set().union(*objects)
+    for field in keep:
+        if field not in fields:
+            stop(f"--keep {field}: no record of {path} has it; they have {', '.join(sorted(fields))}")
+    kept = keep or [field for field in named_in(fields, KEPT) if field not in used]
+    for n, theirs in rows:
+        try:
+            ours, turns = convert(theirs, all_turns)
+            ours, scale = with_numbers(ours)
+            extra = kept_of(theirs | original[n], kept, keep)
+        except LeftOut as reason:
+            found.leave_out(n, str(reason))
+            continue
+        except (LookupError, TypeError, ValueError, AttributeError):
+            found.leave_out(n, f"not what {what} look like")
+            continue
+        made.append((n, theirs, ours, turns, scale, extra))
+    scales = Counter(scale for _, _, _, _, scale, _ in made if scale)
+    for n, theirs, ours, turns, scale, extra in made:
+        if scale and scale != (most := scales.most_common(1)[0][0]):
+            found.leave_out(n, f"its score is {scale}, where most are {most}")
+            continue
+        found.records += [record | {"kept": extra} if extra else record for record in ours]
+        found.turns += turns
+        found.kept.update(extra.keys())
+        unused = {field for field in theirs if field not in used and field not in extra and
+                  is_something(theirs[field])}
+        for field in used & theirs.keys():
+            items = theirs[field] if isinstance(theirs[field], list) else [theirs[field]]
+            unused |= {f"{field}: {name}" for item in items if isinstance(item, dict)
+                       for name in item if name not in inner and is_something(item[name])}
+        found.unused.update(sorted(unused))
+    found.say(path, len(values), "Label Studio's tasks: " * is_labelled + what)
+    return found.records

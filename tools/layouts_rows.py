@@ -1,0 +1,115 @@
+"""What is not yet a record: JSON inside a string, a message per row, a task of Label Studio."""
+
+import ast
+import json
+
+from tools.layouts import PARTS, named_in
+from tools.layouts_compared import ANSWERS, is_something, sides_in
+
+
+def json_in(text):
+    """The list or object that a text is in JSON, or as Python prints it; None if it is neither."""
+    if not isinstance(text, str) or not text.lstrip().startswith(("[", "{")):
+        return None
+    for read in json.loads, ast.literal_eval:
+        try:
+            return read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return None
+
+
+def are_messages(value):
+    messages = [value] if isinstance(value, dict) else value
+    return all(isinstance(m, dict) and m.keys() & {"role", "from", "messages"} for m in messages)
+
+
+def are_turns(value):
+    return isinstance(value, list) and all(isinstance(text, str | None) for text in value)
+
+
+def read_strings(objects):
+    """The records, with what is JSON inside a string read in the fields where every record has it.
+
+    The text of a prompt or of an answer may well be JSON. It is read only if it is messages, or if
+    the prompt and all its answers are lists of turns, as in lmsys's files at Kaggle.
+    """
+    fields, inside = set().union(*objects), {}
+    for field in fields:
+        there = [r[field] for r in objects if is_something(r.get(field))]
+        if there and json_in(there[0]) is not None:
+            values = [json_in(text) for text in there]
+            if None not in values:
+                inside[field] = values
+    sides = set(sides_in(fields, ANSWERS).values())
+    texts = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
+    turns = {field for field in inside if all(map(are_turns, inside[field]))}
+    has_turns = sides and sides <= turns and turns & set(PARTS["prompt"])
+    for field, values in list(inside.items()):
+        is_text = field in sides or field.lower() in texts | {"text"}
+        if is_text and not all(map(are_messages, values)) and not (has_turns and field in turns):
+            del inside[field]
+    return [r | {field: json_in(r[field]) for field in inside if is_something(r.get(field))}
+            for r in objects]
+
+
+# ------------------------------------------------------------------------------------------------
+# One message a row, and Label Studio's tasks
+
+def rows_joined(rows):
+    """[(number, row)] of a file with one message a row -> [(number of the first row, record)]: trees
+    by parent_id (OASST), or dialogues by the name of a conversation; and the numbers of rows that
+    are in none. Other records stay as they are."""
+    fields = set().union(*(row for _, row in rows))
+    role, text, name, order, talk = (
+        next(iter(named_in(fields, names)), None) for names in (
+            ["role", "from", "speaker", "sender"], ["text", "content", "value", "message"],
+            ["message_id", "id"], ["turn", "turn_id", "turn_number", "position", "index"],
+            ["conversation_id", "dialogue_id", "dialog_id", "conv_id", "thread_id", "chat_id"]))
+    if role and text and name and "parent_id" in fields:
+        return trees_of(rows, role, text, name)
+    if not role or not text or not talk:
+        return rows, []
+    if order and all(str(row.get(order)).isdigit() for _, row in rows):
+        rows = sorted(rows, key=lambda numbered: int(numbered[1][order]))
+    talks = {}
+    for n, row in rows:
+        rest = {field: value for field, value in row.items()
+                if field not in (role, text, talk, order)}
+        _, record = talks.setdefault(str(row.get(talk)), (n, rest | {"messages": []}))
+        record["messages"].append({"role": row.get(role), "content": row.get(text)})
+    return list(talks.values()), []
+
+
+def trees_of(rows, role, text, name):
+    nodes = {str(row.get(name)): (n, row | {"role": row.get(role), "text": row.get(text),
+                                            "replies": []}) for n, row in rows}
+    roots, reached = [], set()
+    for n, node in nodes.values():
+        if not is_something(node.get("parent_id")):
+            roots.append((n, node))
+        elif str(node["parent_id"]) in nodes:
+            nodes[str(node["parent_id"])][1]["replies"].append(node)
+    below = [node for _, node in roots]
+    while below:
+        node = below.pop()
+        reached.add(str(node[name]))
+        below += node["replies"]
+    return ([(n, {"message_tree_id": node[name], "prompt": node}) for n, node in roots],
+            [n for key, (n, _) in nodes.items() if key not in reached])
+
+
+def is_task(r):
+    return isinstance(r.get("data"), dict) and isinstance(r.get("annotations"), list)
+
+
+def task_of(r):
+    """A task of Label Studio as a record: its data, and in "annotations" what people selected."""
+    votes = []
+    for annotation in r["annotations"]:
+        for result in annotation["result"] if not annotation.get("was_cancelled") else []:
+            value, sides = result["value"], str(result.get("to_name")).split(",")
+            place = {"left": 0, "right": -1}.get(value.get("selected"))
+            votes.append(sides[place] if place is not None and set(sides) <= r["data"].keys()
+                         else value)
+    return {field: r[field] for field in r if field != "data"} | r["data"] | {"annotations": votes}
