@@ -36,7 +36,8 @@ from lib.errors import clean_exit, write_whole
 
 # command: the module of tools/ that has it
 COMMANDS = {"download": "get_data", "import": "get_data", "self-instruct": "llm_data",
-            "prompts": "llm_data", "score": "llm_data", "sample": "sample", "rank": "sample"}
+            "prompts": "llm_data", "score": "llm_data", "sample": "sample", "rank": "sample",
+            "sums": "sums"}
 
 # ------------------------------------------------------------------------------------------------
 # The world: words in both languages, and what one can ask about them

@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lib import checkpoints, cpu
-from lib.distributed import RANK, WORLD, is_sharded, named_wholes, total, wait_for_all
+from lib.distributed import RANK, is_sharded, named_wholes, total, wait_for_all
 from lib.errors import explain, stop
 from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
 

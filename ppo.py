@@ -38,11 +38,10 @@ import torch
 import torch.nn.functional as F
 
 from lib import health
-from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge, on,
-                      read_records)
+from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, on, read_records)
 from lib.distributed import (RANK, WORLD, clip_gradients, largest, micro_batches, my_parts,
                              place, start_processes, total, wait_for_all)
-from lib.errors import clean_exit, explain, stop
+from lib.errors import clean_exit, stop
 from lib.run import Run
 from lib.settings import parse
 from lib.training import autocast, numbers, set_lr
@@ -60,7 +59,8 @@ SETTINGS = [
     ("sft",               "runs/sft", "runs/sft", "the SFT model: start of actor and reference"),
     ("rm",                "runs/rm", "runs/rm", "the reward model: ours, or any with one label"),
     ("reward",            None,     None,   "in place of --rm: a Python file with "
-                                            "score(user_input, completion) -> float"),
+                                            "score(user_input, completion) -> float; further "
+                                            "parameters are fields of the prompt's record"),
     ("tokenizer",         None,     None,   "where the SFT model's tokenizer is, if not with it"),
     ("critic",            "rm",     "rm",   "the critic begins as the reward model, or as the SFT "
                                             "model with a new head", ["rm", "sft"]),
@@ -82,8 +82,9 @@ SETTINGS = [
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
      float),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
-    ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the "
-                                            "reward model's"),
+    ("no_eos_score",      None,     None,   "score of a response that was cut; if not given: -1 in "
+                                            "place of a reward model's, and what --reward says",
+     float),
     ("normalize_reward",  False,    False,  "divide the scores by their running standard "
                                             "deviation"),
     ("whiten_rewards",    False,    False,  "scale the rewards about their mean to standard "
@@ -349,11 +350,11 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
 def score_responses(reward_model, texts, tokenizer, args):
     """What the reward model says (B,) at the last token of each response, and whether that is
     end-of-sequence (B,). Where it is not, the response was cut; the reward model never saw such
-    texts in training, and the caller puts a fixed score in place of its own (lm-human-preferences;
-    Stiennon et al. 2020)."""
-    ended = on(args.device, [response[-1] in tokenizer.end_ids for _, response in texts])
+    texts in training, and `counted` puts a fixed score in place of its own."""
+    ends = [response[-1] in tokenizer.end_ids for _, response in texts]
+    ended = on(args.device, ends)
     if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
-        return total(on(args.device, reward_model.scores(texts))), ended
+        return total(on(args.device, reward_model.scores(texts, ends))), ended
     lengths = [len(prompt) + len(response) for prompt, response in texts]
     scores = torch.zeros(len(texts), device=args.device)
     for rows, weight in micro_batches(range(len(texts)), lengths, args.micro_batch_size):
@@ -362,6 +363,14 @@ def score_responses(reward_model, texts, tokenizer, args):
             values = reward_model(input_ids)
         scores[on(args.device, rows)] = weight * last_token(values, places)
     return total(scores), ended
+
+
+def counted(model_scores, ended, args):
+    """The scores (B,) that count: those of `score_responses`, but --no_eos_score, if there is one,
+    for a response that was cut (lm-human-preferences; Stiennon et al. 2020)."""
+    if args.no_eos_score is None:
+        return model_scores
+    return torch.where(ended, model_scores, args.no_eos_score)
 
 
 @torch.no_grad()
@@ -377,7 +386,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-    scores = torch.where(ended, model_scores, args.no_eos_score)
+    scores = counted(model_scores, ended, args)
 
     # In bf16 the same row gives other log probabilities in another batch: its sums are rounded at
     # other places. So every model is asked about the very micro-batches of the first training
@@ -541,17 +550,18 @@ def run_missing_stages(args):
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
     """Greedy answers to held-out prompts -> their texts, and the mean scores of reward model and
     gold judge."""
-    completions, scores = [], []
+    completions, scores, ends = [], [], []
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start:start + args.batch_size]
         texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
         model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-        scores += torch.where(ended, model_scores, args.no_eos_score).tolist()
+        scores += counted(model_scores, ended, args).tolist()
+        ends += ended.tolist()
         completions += [tokenizer.decode(response, skip_special_tokens=True).strip()
                         for _, response in texts]
     result = dict(eval_score=sum(scores) / len(scores))
     if gold:
-        judged = [gold(record["user_input"], text) for record, text in zip(records, completions)]
+        judged = gold(records, completions, ends)
         result["eval_gold"] = sum(judged) / len(judged)
     return completions, result
 
@@ -568,6 +578,8 @@ def main(argv=None):
         return budget.dry_run("ppo", args.sft, args)
     if args.reward and args.rm != "runs/rm":
         stop("--reward takes the place of --rm: give one of them")
+    if args.no_eos_score is None and not args.reward:
+        args.no_eos_score = -1.0  # a reward model never saw a text that was cut
     from tools import rewards
     start_processes(args)
     run = Run(args, "ppo")
@@ -579,7 +591,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.sft)
-    text_reward = rewards.of_texts(args, tokenizer)  # None: a reward model on our own tokens
+    records, eval_records = read_records(args.prompts, "user_input"), []
+    if args.eval_prompts:
+        eval_records = read_records(args.eval_prompts, "user_input")[:args.eval_number]
+    judge, gold = rewards.judges(args, records, eval_records)
+    text_reward = rewards.of_texts(args, tokenizer, judge)  # None: a LLaMA on our own tokens
     critic_is = "sft" if text_reward else args.critic
 
     def learning(model):
@@ -606,18 +622,14 @@ def main(argv=None):
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
              f"context is {context} tokens")
 
-    def read_prompts(path, number=None):
-        records = read_records(path, "user_input")[:number]
+    def encoded(records, path):
         asked = [record["user_input"] for record in records]
         prompts = encode_prompts(asked, tokenizer, limit, path)
         if text_reward:
             text_reward.remember(prompts, records)
-        return records, prompts
+        return prompts
 
-    _, prompts = read_prompts(args.prompts)
-    eval_records, eval_prompts = [], []
-    if args.eval_prompts:
-        eval_records, eval_prompts = read_prompts(args.eval_prompts, args.eval_number)
+    prompts, eval_prompts = encoded(records, args.prompts), encoded(eval_records, args.eval_prompts)
     demonstrations = []
     if args.ptx_coef:
         if not args.demonstrations:
@@ -627,11 +639,6 @@ def main(argv=None):
             limit + args.max_new_tokens, args.demonstrations)
     elif args.demonstrations:
         print(f"{args.demonstrations} is not used: --ptx_coef is 0")
-    gold = load_judge("--gold", args.gold) if args.gold else None
-    for number, record in enumerate(eval_records if gold else [], 1):
-        with explain(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it",
-                     "; without a judge: --gold ''"):
-            gold(record["user_input"], "")
 
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
     # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
@@ -688,8 +695,8 @@ def main(argv=None):
 
         passes = []
         for rows in minibatches:
-            records = [demonstrations[next(dealt)] for _ in rows if demonstrations]
-            passes.append(train_minibatch(trained, experience, rows, records, tokenizer, args))
+            shown = [demonstrations[next(dealt)] for _ in rows if demonstrations]
+            passes.append(train_minibatch(trained, experience, rows, shown, tokenizer, args))
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
                 break

@@ -5,7 +5,6 @@ import functools
 import gzip
 import json
 import re
-import runpy
 import sys
 import zlib
 from typing import NamedTuple
@@ -110,17 +109,6 @@ def what_is_wrong(field, value):
             return (f"has a message with role {message.get('role')!r}; roles are system, user and "
                     "assistant")
     return None if value[-1]["role"] == "user" else "must end with a message of the user"
-
-
-def load_judge(option, path):
-    """The function `score(user_input, completion)` -> float of a Python file, such as
-    data_gen.py."""
-    wanted = "score(user_input, completion)"
-    with explain(f"{option} {path}: not a Python file with a function {wanted}"):
-        score = runpy.run_path(path)["score"]
-        if not callable(score):
-            raise TypeError("score is not a function")
-    return score
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1472,7 +1472,8 @@ def test_experience_against_one_response_at_a_time(
             )
             log_ratios = [a - b for a, b in zip(logprobs, ref_logprobs)]
             kl = [math.exp(-d) - 1 + d if args.kl_kind == "k3" else d for d in log_ratios]
-            counted.append(scores[i] if response[-1] == eos else args.no_eos_score)
+            as_it_is = response[-1] == eos or args.no_eos_score is None
+            counted.append(scores[i] if as_it_is else args.no_eos_score)
             rewards.append([-args.kl_coef * k for k in kl])
             rewards[i][-1] += counted[i]
             kls.append(sum(log_ratios))
@@ -2078,8 +2079,8 @@ def test_the_running_deviation():
             1,
         ),
         ("def scores(user_inputs, completions):\n    return [1.0]\n", ["1 scores for 4 texts"], 1),
-        ("def score(:\n", ["not a Python file with score(user_input, completion)"], 2),
-        ("x = 1\n", ["not a Python file with score(user_input, completion)"], 2),
+        ("def score(:\n", ["not a Python file with a function score(user_input, completion)"], 2),
+        ("x = 1\n", ["not a Python file with a function score(user_input, completion)"], 2),
     ],
 )
 def test_a_reward_that_fails_is_told_in_one_line(
