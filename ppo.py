@@ -395,7 +395,6 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     whitened = advantages if args.no_whiten_advantages else masked_whiten(advantages, mask)
     experience = dict(texts=texts, lengths=lengths, mask=mask, old_logprobs=old_logprobs,
                       advantages=whitened, old_values=values, returns=returns)
-    experience |= dict(ref_logprobs=ref_logprobs, kl=kl, rewards=rewards, scores=scores)
 
     log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
     unexplained, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask)
@@ -415,6 +414,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         statistics["score_ended"] = None
     if statistics["ended"] == 1:
         statistics["score_cut"] = None
+    experience |= dict(ref_logprobs=ref_logprobs, kl=kl, rewards=rewards, scores=scores)
     return experience, statistics
 
 

@@ -310,7 +310,7 @@ class Run:
                      "not write where it reads; name another --out")
         if args.tensorboard:
             with explain("--tensorboard needs a package", ": pip install tensorboard"):
-                import torch.utils.tensorboard  # noqa: F401
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
