@@ -52,6 +52,24 @@ class Linear(nn.Linear):
         return cpu.linear(x, self.weight, self.bias)
 
 
+def attention(q, k, v, mask):
+    """PyTorch's fused attention, by the kernel that is fastest. `q` (B, heads, T, h), `k`, `v` (B,
+    kv heads, S, h), `mask` (B, 1, T, S) to be added, or None: causal -> (B, heads, T, h)."""
+    B, heads, T, h = q.shape
+    group, on_cpu, half = heads // k.shape[1], q.device.type == "cpu", v.dtype != torch.float32
+    if on_cpu and half and mask is None:
+        return cpu.attention(q, k, v)
+    if T == 1 and mask is not None and (half or not on_cpu):
+        # One new token: the query heads that share a key head stand where query positions would.
+        # Nothing is grouped then. Grouped heads have slow kernels here, or none that take a mask.
+        folded = q.reshape(B, k.shape[1], group, h)
+        return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+    if not on_cpu and (mask is not None or not half):
+        # grouped, only flash attention is fused, which takes neither a mask nor float32
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): several query heads share a key and a value
     head."""
@@ -66,16 +84,18 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, past):
         """`x` (B, T, d) -> (B, T, d). `past`: the layer's part of a `Cache`, keys and values
-        (B, kv heads, length, h), and how many tokens it holds with these; None: no cache."""
+        (B, kv heads, length, h), and the columns (T,) in which these tokens are written; None: no
+        cache."""
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if past is not None:
-            keys, values, end = past
-            keys[:, :, end - T:end], values[:, :, end - T:end] = k, v
-            k, v = keys[:, :, :end], values[:, :, :end]
-        seen = cpu.attention(q, k, v, mask)
+            keys, values, columns = past
+            keys.index_copy_(2, columns, k.to(keys.dtype))
+            values.index_copy_(2, columns, v.to(values.dtype))
+            k, v = keys[:, :, :mask.shape[-1]], values[:, :, :mask.shape[-1]]
+        seen = attention(q, k, v, mask)
         return self.o_proj(seen.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -120,23 +140,22 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of the tokens that have been read, laid out once for `length` of them:
     growing them by concatenation would copy everything for every token. `tensor` (layers, 2, B, kv
-    heads, length, h)."""
+    heads, length, h). `columns` (T,): where the next T tokens are written. It is a tensor and no
+    number, so that a step that moves it on can be captured as a CUDA graph."""
 
     def __init__(self, config, batch, length, dtype, device):
         # zeros: what is not written yet is read all the same, under the mask, and 0 times nan would
         # be nan
         self.tensor = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads,
                                   length, config.head_dim, dtype=dtype, device=device)
-        self.used = 0
+        self.columns = torch.arange(length, device=device)
 
-    def keep(self, rows):
-        """Forget all rows but these."""
-        self.tensor = self.tensor[:, :, rows]
-
-    def part(self, rows, skip):
-        """The same memory, for the rows of a slice and without the first `skip` places."""
+    def part(self, rows, columns):
+        """The same memory, for a slice of the rows, the next tokens being written in a slice of the
+        columns; those before it are left out."""
         part = copy.copy(self)
-        part.tensor = self.tensor[:, :, rows, :, skip:]
+        part.tensor = self.tensor[:, :, rows, :, columns.start:]
+        part.columns = self.columns[:columns.stop - columns.start]
         return part
 
 
@@ -155,10 +174,10 @@ class LlamaBackbone(nn.Module):
     def forward(self, input_ids, positions=None, mask=None, cache=None):
         """`input_ids` (B, T) -> hidden states (B, T, d) after the last norm.
 
-        `positions` (B, T): 0, 1, 2, ... if None. `mask` (B, 1, T, all tokens so far): 0 where a
-        token may look, a huge negative number where not; None: each at itself and what is before
-        it. So padding on the right needs no mask. `cache`: a `Cache` with the tokens before these;
-        it gets these too.
+        `positions` (B, T): 0, 1, 2, ... if None. `mask` (B, 1, T, S): 0 where a token may look, a
+        huge negative number where not; None: each at itself and what is before it. So padding on
+        the right needs no mask. `cache`: a `Cache`, which gets these tokens; they look at the first
+        S of its columns, and it needs a mask.
         """
         hidden = self.embed_tokens(input_ids)
         if positions is None:
@@ -167,8 +186,7 @@ class LlamaBackbone(nn.Module):
         sin = torch.cat((-sin[..., :sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2:]), dim=-1)
         pasts = [None] * len(self.layers)
         if cache is not None:
-            cache.used += input_ids.shape[1]
-            pasts = [(keys, values, cache.used) for keys, values in cache.tensor]
+            pasts = [(keys, values, cache.columns) for keys, values in cache.tensor]
         for layer, past in zip(self.layers, pasts):
             hidden = layer(hidden, cos, sin, mask, past)
         return self.norm(hidden)
@@ -220,6 +238,20 @@ class ScalarHead(nn.Module):
         weight = self.score.weight if self.on or self.before is None else self.before
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 3 digits
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
+
+
+def over_vocabulary(llama, states, tokens, function, piece=512):
+    """`function(logits, tokens)`, a tensor (N,), where `states` (N, d), `tokens` (N,) and the
+    logits (N, V) come a `piece` at a time: logits are the largest tensors of a pass, and so their
+    memory does not grow with N. Those of each piece are computed again in the backward pass."""
+    def compute(states, tokens):
+        return function(llama.lm_head(states), tokens)
+
+    if len(states) <= piece:
+        return compute(states, tokens)
+    pieces = zip(states.split(piece), tokens.split(piece))
+    return torch.cat([checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False)
+                      for part in pieces])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -404,46 +436,31 @@ def adapters_off(model):
             part.on = True
 
 
-@contextlib.contextmanager
-def cast_once(model):
-    """Inside, autocast casts each weight once. By itself it keeps the casts of weights that learn,
-    and casts frozen ones again for each token that is decoded. Only for passes without gradients;
-    with FSDP it changes nothing."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    if WORLD > 1:
-        frozen = []
-    for parameter in frozen:
-        parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def merged(model):
-    """{name: tensor} of the same function as a plain float32 model, with W + alpha / r B A in place
-    of each adapter."""
-    tensors = dict(named_wholes(model))
+def merged(model, dtype=torch.float32, everywhere=False):
+    """{name: tensor} of the same function as a plain model in `dtype`, with W + alpha / r B A in
+    place of each adapter. With many processes all take part, and only rank 0 gets it, or all do."""
+    tensors = dict(named_wholes(model, everywhere))
+    if RANK > 0 and not everywhere:
+        return {}
     for name, part in model.named_modules():
         if isinstance(part, LoRALinear):
             a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
-            if RANK == 0:
-                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + part.scale * b @ a
-    return {name: tensor.float() for name, tensor in tensors.items()} if RANK == 0 else {}
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + part.scale * b @ a
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------
 # Generation
 
-def sample(logits, temperature, top_k, top_p, generator):
+def sample(logits, temperature, top_k, top_p, uniform):
     """One token per row from softmax(logits / temperature), cut to the `top_k` likeliest (0: all)
     and to the smallest set with probability `top_p` (Holtzman et al. 2020) -> tokens (B,), log
-    probabilities (B,) under that distribution. Temperature 0 takes the likeliest token, with
-    probability 1."""
+    probabilities (B,) under that distribution. `uniform` (B, 1): random numbers in (0, 1].
+    Temperature 0 takes the likeliest token, with probability 1."""
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -451,12 +468,11 @@ def sample(logits, temperature, top_k, top_p, generator):
         ordered, order = logits.softmax(-1).sort(descending=True)
         too_far = ordered.cumsum(-1) - ordered >= top_p  # the set was complete before this token
         logits = logits.masked_fill(too_far.scatter(-1, order, too_far), -math.inf)
-    # The inverse of the cumulative distribution, one random number per row; torch.multinomial draws
-    # one for each word. 1 - rand lies in (0, 1], so that the first entry that reaches it has a
-    # probability above 0.
+    # The inverse of the cumulative distribution: the first entry that reaches the random number,
+    # which is above 0, so that its probability is above 0 too. (torch.multinomial draws a number
+    # for each word.)
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    uniform = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
@@ -470,37 +486,84 @@ def similar(lengths):
     return [slice(*ends) for ends in zip(cuts, cuts[1:] + [len(lengths)])]
 
 
+def decoding_copy(llama, dtype):
+    """A plain `Llama` that computes the same in `dtype`: its adapters merged, its shards gathered.
+    A rollout makes one and decodes with it, so that no weight is cast, gathered or adapted once per
+    token."""
+    with torch.device("meta"):
+        plain = Llama(llama.config)
+    plain.load_state_dict(merged(llama, dtype, everywhere=True), strict=False, assign=True)
+    plain.tie()
+    plain.model.rotary_emb = llama.model.rotary_emb  # float32 in any case
+    return plain.eval()
+
+
+def can_be_captured(llama):
+    """Whether a decoding step is nothing but kernels on a CUDA device. FSDP communicates in it, two
+    kinds of rotary frequencies look at the positions in Python, and quantized layers are code of
+    others."""
+    weights = list(llama.parameters())
+    return (weights[0].is_cuda and not is_sharded(llama)
+            and llama.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+            and all(weight.is_floating_point() for weight in weights))
+
+
+def captured(step, state):
+    """`step` as a CUDA graph: launched as a whole, where Python takes longer to launch its kernels
+    one by one than the GPU to compute them. `step` reads and changes tensors in place, those of
+    `state` so that it must not be repeated; capturing leaves these as they were."""
+    before = [x.clone() for x in state]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries allocate and choose kernels the first times
+            step()
+            for x, value in zip(state, before):
+                x.copy_(value)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
-    """Yields for each step rows of the batch (n,), in the order of their prompts' lengths, their
-    new tokens (n,) and log probabilities (n,), and which of them count (n,): those of a row that
-    ended in an earlier step do not.
+    """Yields, after each token, the rows of the batch (n,) that still write, and all that each has
+    written: tokens and log probabilities (n, N so far). On a GPU after every 16, since asking which
+    rows have ended waits for it; so there what a row wrote after its end is yielded too.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
-    `eos_token_id`: an id or a list of ids, with which a row ends, and which is yielded.
+    `eos_token_id`: an id or a list of ids, with which a row ends, and which belongs to it. Row b
+    draws its t-th token with the random number (b, t) of `generator`, whatever the other rows do.
     """
     (batch, length), device = input_ids.shape, input_ids.device
-    dtype, mixed = model.lm_head.weight.dtype, torch.is_autocast_enabled(device.type)
-    if mixed:
+    dtype = model.lm_head.weight.dtype
+    if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     in_step = is_sharded(model)  # every pass needs all processes, also those whose rows have ended
-    ends = torch.as_tensor(eos_token_id, device=device).view(1, -1)
-    rows = attention_mask.sum(1).argsort(stable=True)
-    input_ids, attention_mask = input_ids[rows], attention_mask[rows]
+    capture = can_be_captured(model)
+    ends = torch.as_tensor(eos_token_id, device=device).view(-1)
+    uniform = torch.ones(batch, max_new_tokens, device=device)
+    if temperature:
+        uniform -= torch.rand(batch, max_new_tokens, generator=generator, device=device)
+    rows = attention_mask.sum(1).argsort(stable=True)  # by length; below, all is in this order
+    input_ids, attention_mask, uniform = input_ids[rows], attention_mask[rows], uniform[rows]
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     blocked = -1e30  # -inf would give nan where all is blocked
     # a multiple of 16: on a GPU fused attention copies masks whose rows are not aligned
     room = -(-(length + max_new_tokens) // 16) * 16
-    padding = torch.zeros(batch, 1, 1, room, dtype=dtype, device=device)
-    padding[:, 0, 0, :length].masked_fill_(attention_mask == 0, blocked)
+    padding = torch.zeros(batch, 1, 1, length, dtype=dtype, device=device)
+    padding[:, 0, 0].masked_fill_(attention_mask == 0, blocked)
     ahead = torch.full((length, length), blocked, dtype=dtype, device=device).triu(1)
     cache = Cache(model.config, batch, room, dtype, device)
 
     def next_logits(new, positions, mask, cache):
-        # inference mode saves a tenth of a step on a CPU. Not with FSDP, nor with autocast, which
+        # inference mode saves a tenth of a step on a CPU. Not with FSDP, nor under autocast, which
         # keeps no casts in it and would cast each weight again for each token
-        with torch.inference_mode(WORLD == 1 and not mixed), torch.no_grad():
+        plain = device.type == "cpu" and not in_step and not torch.is_autocast_enabled("cpu")
+        with torch.inference_mode(plain), torch.no_grad():
             return model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
 
     # the prompts, those of similar length together, without the columns in which all are padded
@@ -509,24 +572,47 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
         seen = slice(length - lengths[part][-1], length)
         logits.append(next_logits(input_ids[part, seen], positions[part, seen],
                                   padding[part, ..., seen] + ahead[seen, seen],
-                                  cache.part(part, seen.start)))
-    logits, positions, cache.used = torch.cat(logits), positions[:, -1:], length
+                                  cache.part(part, seen)))
+    first, first_logprobs = sample(torch.cat(logits), temperature, top_k, top_p, uniform[:, :1])
 
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        tokens, logprobs = sample(logits, temperature, top_k, top_p, generator)
-        yield rows, tokens, logprobs, alive
-        alive = alive & (tokens[:, None] != ends).all(-1)
-        left = alive.nonzero()[:, 0]  # the one place of a step where a GPU is waited for
-        if (total(len(left)) if in_step else len(left)) == 0 or step == max_new_tokens - 1:
-            return
-        # dropping ended rows copies the cache, so wait until a quarter of the rows can go
-        if 0 < len(left) <= 0.75 * len(rows):
-            cache.keep(left)
-            rows, tokens, positions = rows[left], tokens[left], positions[left]
-            padding, alive = padding[left], alive[left]
-        positions = positions + 1
-        logits = next_logits(tokens[:, None], positions, padding[..., :cache.used + 1], cache)
+    # What a step reads and changes, in place: the row's last token, its position, the column of the
+    # cache that it takes, its number n, and the mask over all columns.
+    token, position = first[:, None], positions[:, -1:] + 1
+    cache.columns, n = torch.tensor([length], device=device), torch.tensor([1], device=device)
+    mask = F.pad(padding, (0, room - length), value=blocked)
+    tokens = input_ids.new_zeros(batch, max_new_tokens)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
+    tokens[:, 0], logprobs[:, 0] = first, first_logprobs
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+
+    def step():
+        mask.index_fill_(3, cache.columns, 0.0)
+        logits = next_logits(token, position, mask, cache)
+        drawn = sample(logits, temperature, top_k, top_p, uniform.index_select(1, n))
+        token.copy_(drawn[0][:, None])
+        tokens.index_copy_(1, n, token)
+        logprobs.index_copy_(1, n, drawn[1][:, None])
+        for counter in (position, cache.columns, n):
+            counter.add_(1)
+
+    run, asked = None, 0
+    for done in range(1, max_new_tokens + 1):
+        if device.type == "cpu" or done % 16 == 0 or done == max_new_tokens:
+            yield rows, tokens[:, :done], logprobs[:, :done]
+            ended = ended | torch.isin(tokens[:, asked:done], ends).any(-1)
+            asked = done
+            left = (~ended).nonzero()[:, 0]  # the one place where a GPU is waited for
+            if (total(len(left)) if in_step else len(left)) == 0 or done == max_new_tokens:
+                return
+            # dropping ended rows copies the cache, and needs another capture
+            if 0 < len(left) <= (0.5 if capture else 0.75) * len(rows):
+                rows, token, position, mask, uniform, tokens, logprobs, ended = (
+                    x[left] for x in (rows, token, position, mask, uniform, tokens, logprobs, ended))
+                cache.tensor = cache.tensor[:, :, left]
+                run = None
+        if run is None:
+            run = captured(step, (token, position, cache.columns, n, mask)) if capture else step
+        run()
 
 
 @dataclass
@@ -544,15 +630,17 @@ def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tem
     alone. With temperature alone (no top_k, top_p), `logprobs` are what a training pass gives for
     the same tokens at that temperature, up to rounding.
     """
-    steps = list(decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature,
-                        top_k, top_p, generator))
-    tokens = input_ids.new_zeros(len(input_ids), len(steps))
-    out = Generation(tokens, tokens.float(), tokens.float())
-    for n, (rows, new, logprobs, alive) in enumerate(steps):
-        out.tokens[rows, n] = new * alive
-        out.logprobs[rows, n] = torch.where(alive, logprobs, 0.0)
-        out.mask[rows, n] = alive.float()
-    return out
+    tokens = input_ids.new_zeros(len(input_ids), max_new_tokens)
+    logprobs = tokens.float()
+    for rows, new, new_logprobs in decode(model, input_ids, attention_mask, max_new_tokens,
+                                          eos_token_id, temperature, top_k, top_p, generator):
+        tokens[rows, :new.shape[1]], logprobs[rows, :new.shape[1]] = new, new_logprobs
+    ends = torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device)).long()
+    mask = ends.cumsum(-1) - ends == 0  # no end stands before it
+    mask[:, new.shape[1]:] = False
+    longest = int(mask.sum(1).max())
+    return Generation(*(x[:, :longest] for x in (
+        tokens * mask, torch.where(mask, logprobs, 0.0), mask.float())))
 
 
 def self_test():

@@ -30,6 +30,7 @@ Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/c
 samples.jsonl (each held-out answer of each evaluation) and curves.png.
 """
 
+import contextlib
 import os
 import time
 
@@ -39,10 +40,10 @@ import torch.nn.functional as F
 from lib import health
 from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge, on,
                       read_records)
-from lib.distributed import (RANK, WORLD, clip_gradients, gathered, largest, micro_batches,
-                             my_parts, place, start_processes, total, wait_for_all)
+from lib.distributed import (RANK, WORLD, clip_gradients, largest, micro_batches, my_parts,
+                             place, start_processes, total, wait_for_all)
 from lib.run import Run, autocast, door, explain, numbers, parse, set_lr, stop
-from model import (ScalarHead, adapters_off, add_lora, cast_once, generate, last_token, load_llama,
+from model import (ScalarHead, adapters_off, add_lora, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, save_checkpoint, states_of, tokens_of,
                    trainable)
 
@@ -313,9 +314,14 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
         seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
-    with autocast(args), cast_once(actor), gathered(actor, not args.shard_rollout):
-        padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
-        out = generate(actor, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
+    # The weights as a rollout is fastest with: whole, without adapters, in bf16 under --dtype
+    # bfloat16 (decoding reads each weight once per token). They live as long as the rollout.
+    plain, writer = args.dtype == "float32" and WORLD == 1 or args.shard_rollout, actor
+    if not plain:
+        writer = decoding_copy(actor, getattr(torch, args.dtype))
+    padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
+    with autocast(args) if plain else contextlib.nullcontext():
+        out = generate(writer, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
                        generator=generator)
     longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
     for name, own in vars(out).items():  # every process gets the answers of all

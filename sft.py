@@ -25,8 +25,8 @@ from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
 from lib.health import LossWatch, check_finite
 from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (add_lora, load_llama, load_tokenizer, save_checkpoint, states_of, tokens_of,
-                   trainable)
+from model import (add_lora, load_llama, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
+                   tokens_of, trainable)
 
 # The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). One that has
 # read the internet needs a fiftieth of the learning rate of one from scratch.
@@ -53,11 +53,12 @@ SETTINGS = [
 
 
 def completion_losses(model, input_ids, places):
-    """-log pi(token) of every completion token (N,), float32, one text after the other, from what
-    `collate` gives. Only the states in which one is chosen go through the vocabulary
-    projection."""
-    logits = model.lm_head(states_of(model(input_ids), places)).float()
-    return F.cross_entropy(logits, tokens_of(input_ids, places), reduction="none")
+    """The loss -log pi(token) of each completion token, (N,), float32; inputs from `collate`. Only
+    the states in which one is chosen go through the vocabulary projection."""
+    def losses(logits, tokens):
+        return F.cross_entropy(logits.float(), tokens, reduction="none")
+    return over_vocabulary(model, states_of(model(input_ids), places),
+                           tokens_of(input_ids, places), losses)
 
 
 def evaluate(model, examples, args, pad_token_id):

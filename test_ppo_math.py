@@ -855,12 +855,13 @@ def test_colossalchat_set_the_same_seed_at_every_rollout():
     set anew each rollout is the first again, and the mean of many is no better than that one."""
     logits = torch.tensor([[0.3, 0.0, -0.4]] * 8)
     p = slow_softmax(logits[0].tolist())[0]
+
+    def rollout(generator):
+        return tuple(sample(logits, 1.0, 0, 1.0, 1 - torch.rand(8, 1, generator=generator))[0].tolist())
+
     generator = torch.Generator().manual_seed(0)
-    ours = [tuple(sample(logits, 1.0, 0, 1.0, generator)[0].tolist()) for _ in range(200)]
-    theirs = [
-        tuple(sample(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(0))[0].tolist())
-        for _ in range(200)
-    ]
+    ours = [rollout(generator) for _ in range(200)]
+    theirs = [rollout(torch.Generator().manual_seed(0)) for _ in range(200)]
     share = sum(tokens.count(0) for tokens in ours) / 1600
     assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 1600))
     assert len(set(ours)) > 150 and len(set(theirs)) == 1

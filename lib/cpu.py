@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(q, k, v, mask):
-    """PyTorch's fused attention. `q` (B, heads, T, h), `k`, `v` (B, kv heads, S, h), `mask` (B, 1,
-    T, S) to be added, or None: causal -> (B, heads, T, h).
-
-    In a whole pass in bf16 on a CPU it computes in float32: the backward pass of the bf16 kernel
-    takes up to nine times as long, in layers as LLaMA's.
-    """
-    slow = q.device.type == "cpu" and v.dtype == torch.bfloat16 and mask is None
-    if slow:
-        with torch.autocast("cpu", enabled=False):
-            seen = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True,
-                                                  enable_gqa=True)
-        return seen.to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+def attention(q, k, v):
+    """Causal attention in bf16, computed in float32: the backward pass of the bf16 kernel takes up
+    to nine times as long, in layers as LLaMA's."""
+    with torch.autocast("cpu", enabled=False):
+        seen = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True,
+                                              enable_gqa=True)
+    return seen.to(v.dtype)
 
 
 def linear(x, weight, bias=None):

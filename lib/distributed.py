@@ -6,7 +6,6 @@ the processes. With one process none of this does anything.
 """
 
 import atexit
-import contextlib
 import datetime
 import os
 import sys
@@ -98,22 +97,6 @@ def release(model):
         module.reshard()
 
 
-@contextlib.contextmanager
-def gathered(model, wanted=True):
-    """Inside, every process holds the model whole: decoding passes through it once per token, and
-    would gather as often."""
-    layers = [layer for layer in shards(model) if layer is not model and wanted]
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-        layer.unshard()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True)
-            layer.reshard()
-
-
 def my_parts(rows, size):
     """This process's micro-batches of the batch `rows`, [(part, weight)]: every WORLD-th row,
     `size` at a time.
@@ -178,19 +161,23 @@ def clip_gradients(model, max_norm):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def named_wholes(model):
-    """(name, tensor) of each parameter in one piece, for rank 0 to save. Every process takes part;
-    the others get None in place of what is sharded."""
+def named_wholes(model, everywhere=False):
+    """(name, tensor) of each parameter in one piece, for rank 0 to save, or on every process where
+    it is computed. Every process takes part; without `everywhere` the others get None in place of
+    what is sharded."""
     release(model)
     for name, parameter in model.named_parameters():
-        yield name, in_one_piece(parameter.detach())
+        yield name, in_one_piece(parameter.detach(), everywhere)
 
 
-def in_one_piece(x):
-    """A tensor with all its parts, on the CPU of rank 0; one that is not sharded as it is."""
+def in_one_piece(x, everywhere=False):
+    """A tensor with all its parts, on the CPU of rank 0, or `everywhere` on its device; one that is
+    not sharded as it is."""
     if not isinstance(x, DTensor):
         return x
     x = x.full_tensor()
+    if everywhere:
+        return x
     return x.cpu() if RANK == 0 else None
 
 

@@ -31,7 +31,6 @@ from model import (
     ScalarHead,
     add_lora,
     adapters_off,
-    cast_once,
     merged,
     random_llama,
     trainable,
@@ -148,13 +147,19 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_decoding_casts_each_weight_once(rank):
-    """Under autocast, and not once per token, be it frozen or not."""
-    lora = add_lora(tiny(), rank, 16, TARGETS)
-    weights = 7 * 2 * (3 if rank else 1) + 1
-    with torch.autocast("cpu", torch.bfloat16), cast_once(lora), Casts() as casts:
-        model.generate(lora, IDS, torch.ones_like(IDS), 10, [999])
-    assert casts.number == weights
-    assert len(trainable(lora)) == (2 * 2 * 7 if rank else 2 * 9 + 2)  # frozen as before
+    """Once per rollout, and not once per token, be it frozen or not."""
+    lora = train(add_lora(tiny(), rank, 16, TARGETS))
+    with Casts() as casts:
+        copy = model.decoding_copy(lora, torch.bfloat16)
+    assert casts.number == 2 * 7 + 1  # the embedding too, which is the head
+    with Casts() as casts:
+        out = model.generate(copy, IDS, torch.ones_like(IDS), 10, [999])
+    assert casts.number == 0 and out.mask.sum() == 10 * len(IDS)
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in lora.parameters()} == {torch.float32}
+    # the same function: in float32 up to rounding
+    whole = model.decoding_copy(lora, torch.float32)
+    assert (output(whole) - output(lora)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 import data_gen
-from lib import cpu
+import model
 from lib.checkpoints import add_older_keys, read_meta
 from lib.cpu import linear
 from lib.data import (
@@ -2333,14 +2333,14 @@ def test_logprobs_are_those_of_a_training_pass(speaker, temperature):
 
 def test_rows_of_masks_are_aligned_while_decoding(speaker, monkeypatch):
     """On a GPU fused attention copies every mask whose rows are not 16 numbers apart, or 32, ..."""
-    strides, attention = [], cpu.attention
+    strides, attention = [], model.attention
 
     def see(q, k, v, mask):
         if q.shape[2] == 1:
             strides.append(mask.stride(0))
         return attention(q, k, v, mask)
 
-    monkeypatch.setattr(cpu, "attention", see)
+    monkeypatch.setattr(model, "attention", see)
     generate(speaker, *left_pad([[1] * 3, [1] * 5], 0), 6, -1, temperature=0)
     assert strides and all(stride % 16 == 0 for stride in strides)
 
@@ -2368,7 +2368,7 @@ def test_positions_are_counted_from_the_first_token_of_each_prompt(speaker):
     alone would not tell."""
     prompts, seen = sorted(make_prompts(6, seed=3), key=len), []
     hook = speaker.model.rotary_emb.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[1])
+        lambda module, inputs: seen.append(inputs[1].clone())  # a step moves it on in place
     )
     input_ids, mask = left_pad(prompts, 0)
     generate(speaker, input_ids, mask, 5, -1, temperature=0)
@@ -2584,9 +2584,8 @@ def test_frequencies_and_logprobs_of_sampled_tokens(temperature, top_k, top_p):
     )
     draws = 30000
     logits = rows.repeat(draws, 1)  # the two take turns
-    tokens, logprobs = sample(
-        logits.clone(), temperature, top_k, top_p, torch.Generator().manual_seed(0)
-    )
+    uniform = 1 - torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample(logits.clone(), temperature, top_k, top_p, uniform)
     for i, row in enumerate(rows):
         p = plain_distribution(row.tolist(), temperature, top_k, top_p)
         counts = tokens[i::2].bincount(minlength=10).tolist()
@@ -2605,17 +2604,18 @@ def test_sampling_never_takes_what_has_no_probability():
     impossible = torch.rand(32000, generator=torch.Generator().manual_seed(1)) < 0.9
     impossible[:100] = impossible[-100:] = True
     logits[:, impossible] = -math.inf
-    tokens, logprobs = sample(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(2))
+    uniform = 1 - torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(2))
+    tokens, logprobs = sample(logits, 1.0, 0, 1.0, uniform)
     assert not impossible[tokens].any()
     assert_close(logprobs, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], 1e-5)
     assert len(set(tokens.tolist())) > 300
 
 
-def test_sampling_survives_draws_at_both_ends(monkeypatch):
+def test_sampling_survives_draws_at_both_ends():
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
     for draw, token in [(0.0, 2), (1 - 2**-24, 1)]:  # torch.rand lies in [0, 1)
-        monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, draw))
-        assert sample(logits, 1.0, 0, 1.0, None)[0].tolist() == [token]
+        uniform = 1 - torch.full((1, 1), draw)
+        assert sample(logits, 1.0, 0, 1.0, uniform)[0].tolist() == [token]
 
 
 def test_temperature_zero_takes_the_likeliest():

@@ -1995,12 +1995,12 @@ def test_rm_waits_once_a_step(rm_argv, tmp_path, loss):
 
 
 def test_ppo_waits_once_a_token_and_once_a_minibatch(ppo_argv, tmp_path):
-    """Per update: once per token of the longest response; for the prompts' lengths, the responses,
-    their lengths, and the statistics; once per mini-batch, and for its rows, on the CPU; once per
-    micro-batch of demonstrations."""
+    """Per update: once per token of the longest response (on a GPU per 16); for the prompts'
+    lengths, the longest response, the responses, their lengths, and the statistics; once per
+    mini-batch, and for its rows, on the CPU; once per micro-batch of demonstrations."""
     argv = ppo_argv(eval_prompts=None, gold=None, out=tmp_path / "out")
     waited = waits_of_steps(ppo, argv)
-    assert len(waited) == 2 and max(waited) <= 8 + 4 + 4 * 2 + 4 * 2
+    assert len(waited) == 2 and max(waited) <= 8 + 5 + 4 * 2 + 4 * 2
 
 
 # ------------------------------------------------------------------------------------------------

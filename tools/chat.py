@@ -116,6 +116,17 @@ def text_pieces(tokenizer, tokens):
         yield rest  # cut in the middle of a character
 
 
+def new_tokens(steps, ends):
+    """From what `decode` yields of one row: its tokens as they come, up to the first of `ends`."""
+    shown = 0
+    for _, tokens, _ in steps:
+        for token in tokens[0, shown:].tolist():
+            yield token
+            if token in ends:
+                return
+        shown = tokens.shape[1]
+
+
 def stream(tokenizer, llama, prompt, limit, args, how):
     """Print the answer to `prompt` (tokens) while it is written -> its text, and whether Ctrl-C
     stopped it."""
@@ -123,7 +134,7 @@ def stream(tokenizer, llama, prompt, limit, args, how):
     steps = decode(llama, *left_pad([prompt], tokenizer.pad_token_id, args.device), limit,
                    tokenizer.end_ids, **how)
     try:
-        for piece in text_pieces(tokenizer, (tokens.item() for _, tokens, *_ in steps)):
+        for piece in text_pieces(tokenizer, new_tokens(steps, tokenizer.end_ids)):
             piece = piece if text else piece.lstrip()
             text += piece
             print(piece, end="", flush=True)
