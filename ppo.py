@@ -26,8 +26,8 @@ Critic:   minimize   L_value
 (Ziegler et al. 2019, eq. 2; Schulman et al. 2017, eq. 7 and 9, and InstructGPT, eq. 2; the value
 loss is that of OpenAI's lm-human-preferences.)
 
-Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv
-and curves.png.
+Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv,
+samples.jsonl (each held-out answer of each evaluation) and curves.png.
 """
 
 import contextlib
@@ -381,7 +381,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
     `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
     the experience, a dict of `texts`, their `lengths`, and `mask`, `old_logprobs`, `old_values`,
-    `advantages`, `returns`, all (B, T); and statistics for the log.
+    `advantages`, `returns`, all (B, T), and for tools.look `ref_logprobs`, `kl`, `rewards` (B, T)
+    and `scores` (B,); and statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
@@ -439,6 +440,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         statistics["score_ended"] = None
     if statistics["ended"] == 1:
         statistics["score_cut"] = None
+    experience |= dict(ref_logprobs=ref_logprobs, kl=kl, rewards=rewards, scores=scores)
     return experience, statistics
 
 
@@ -548,22 +550,27 @@ def run_missing_stages(args):
 
 
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
-    """Greedy answers to held-out prompts -> their texts, and the mean scores of reward model and
-    gold judge."""
-    completions, scores, ends = [], [], []
+    """Greedy answers to held-out prompts -> a dict of each for samples.jsonl, and the mean scores
+    of reward model and gold judge."""
+    samples = []
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start:start + args.batch_size]
         texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
         model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-        scores += counted(model_scores, ended, args).tolist()
-        ends += ended.tolist()
-        completions += [tokenizer.decode(response, skip_special_tokens=True).strip()
-                        for _, response in texts]
-    result = dict(eval_score=sum(scores) / len(scores))
+        scores = counted(model_scores, ended, args).tolist()
+        for record, (_, response), score, end in zip(records[start:], texts, scores,
+                                                     ended.tolist()):
+            text = tokenizer.decode(response, skip_special_tokens=True).strip()
+            samples.append(dict(user_input=record["user_input"], completion=text, score=score,
+                                gold=None, length=len(response), ended=end))
+    result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
     if gold:
-        judged = gold(records, completions, ends)
+        judged = gold(records, [sample["completion"] for sample in samples],
+                      [sample["ended"] for sample in samples])
+        for sample, score in zip(samples, judged):
+            sample["gold"] = score
         result["eval_gold"] = sum(judged) / len(judged)
-    return completions, result
+    return samples, result
 
 
 @clean_exit
@@ -661,10 +668,13 @@ def main(argv=None):
          "response_length", "lr", "tokens_per_s", "eval_score", "eval_gold"],
         args.updates, trained, {"sampling": generator})
 
-    def held_out():
+    def held_out(update):
         if not eval_prompts:
             return [], {}
-        return evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args)
+        samples, result = evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer,
+                                   args)
+        run.log_samples(update, samples)
+        return [sample["completion"] for sample in samples], result
 
     if progress:
         kl_control.coef = progress["kl_coef"]
@@ -673,7 +683,7 @@ def main(argv=None):
         if args.normalize_reward:
             normalize = rewards.RunningDeviation(**progress["deviation"])
     else:
-        first_texts, first = held_out()
+        first_texts, first = held_out(0)
         last, history = first, []
         if first:
             run.log(update=0, **first)  # where the curves begin
@@ -708,7 +718,7 @@ def main(argv=None):
         row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
 
         if update % args.eval_every == 0 or update == args.updates:
-            texts, last = held_out()
+            texts, last = held_out(update)
             row |= last
             health.show(update, last, first, eval_records, texts, first_texts)
             save_checkpoint(actor, tokenizer, args.out)

@@ -1,6 +1,7 @@
 """The run directory: metrics, saved state and resuming, signals.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
+    runs/ppo/samples.jsonl a row per held-out answer of each evaluation
     runs/sft/last/         the state to resume from     runs/sft/*            the exported model
 """
 
@@ -27,8 +28,9 @@ from lib.errors import explain, stop, write_whole
 # What --resume may change: nothing in the result depends on it
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
         "processes", "process_timeout", "gradient_checkpointing", "shard_rollout",
-        "accept_changed_data"}
+        "accept_changed_data", "tensorboard"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
+LOGS = ["metrics.csv", "samples.jsonl"]  # grow as a run goes on; --resume cuts off what came later
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
           "eval_prompts", "demonstrations", "gold"]
@@ -82,6 +84,9 @@ class Run:
             if whole_out.startswith(whole_path) or whole_path.startswith(whole_out):
                 stop(f"--out {args.out} and --{setting} {path} overlap: a run does "
                      "not write where it reads; name another --out")
+        if args.tensorboard:
+            with explain("--tensorboard needs a package", ": pip install tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
@@ -108,13 +113,16 @@ class Run:
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
             if RANK == 0 and self.state is None:  # config.json would say that the model is whole
-                for name in ("config.json", "last/state.json"):
+                for name in ("config.json", "last/state.json", *LOGS):
                     if os.path.exists(os.path.join(self.folder, name)):
                         os.remove(os.path.join(self.folder, name))
-                for name in [*self.exports(), self.last]:
+                for name in [*self.exports(), self.last, os.path.join(self.folder, "tensorboard")]:
                     shutil.rmtree(name, ignore_errors=True)
             elif RANK == 0:
-                os.truncate(path, self.state["metrics_bytes"])
+                for name, size in self.state["log_bytes"].items():
+                    log = os.path.join(self.folder, name)
+                    if size or os.path.exists(log):
+                        os.truncate(log, size)
             self.file = open(path, "a" if self.state else "w", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns)
         if self.state is None:
@@ -122,6 +130,11 @@ class Run:
             self.file.flush()
         progress = self.restore() if self.state else {}
         self.step, self.steps = progress.get("step", 0), steps
+        self.board = None
+        if self.args.tensorboard and RANK == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(os.path.join(self.folder, "tensorboard"),
+                                       purge_step=self.step + 1 if self.state else None)
         self.signals = Signals()
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, dynamic_ncols=True,
                         disable=RANK > 0)
@@ -134,6 +147,30 @@ class Run:
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
+        if self.board:
+            step = self.writer.fieldnames[0]
+            for name, value in row.items():
+                if name != step and value is not None:
+                    self.board.add_scalar(name, value, row[step])
+            self.board.flush()
+
+    def log_samples(self, step, samples):
+        """Append what an evaluation answered, dicts, to samples.jsonl, on disk at once."""
+        if RANK > 0 or not samples:
+            return
+        path = os.path.join(self.folder, "samples.jsonl")
+        with explain(f"{path}: cannot be written",
+                     "; --resume continues from the last saved state", code=1):
+            with open(path, "a", encoding="utf-8") as file:
+                for number, sample in enumerate(samples, 1):
+                    row = dict(update=step, number=number, **sample)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        if self.board:  # four spaces: Markdown leaves it as it is
+            lines = [line for sample in samples
+                     for line in [*json.dumps(sample, ensure_ascii=False, indent=1).split("\n"), ""]]
+            self.board.add_text("samples", "\n".join("    " + line for line in lines), step)
 
     def end_step(self, postfix, export, **progress):
         """Move the bar; save the state where it is due; end the run after a signal.
@@ -156,6 +193,8 @@ class Run:
         self.bar.close()
         self.signals.restore()
         self.file.close()
+        if self.board:
+            self.board.close()
         if RANK == 0:
             draw_curves(self.folder, panels)
         print(f"saved {self.folder}")
@@ -193,7 +232,10 @@ class Run:
             finally:
                 with contextlib.suppress(OSError):
                     os.remove(file + ".part")
-        state = dict(file=os.path.basename(file), metrics_bytes=os.path.getsize(self.file.name),
+        logs = {name: os.path.join(self.folder, name) for name in LOGS}
+        log_bytes = {name: os.path.getsize(path) if os.path.exists(path) else 0
+                     for name, path in logs.items()}
+        state = dict(file=os.path.basename(file), log_bytes=log_bytes,
                      settings=vars(self.args), inputs=self.inputs,
                      progress=dict(progress, step=self.step))
         write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
@@ -209,7 +251,7 @@ class Run:
             with open(path, encoding="utf-8") as file:
                 state = json.load(file)
             before, tensors = state["settings"], os.path.join(self.last, state["file"])
-            state["progress"]["step"]
+            state["progress"]["step"], state["log_bytes"]
         for name, value in json.loads(json.dumps(vars(self.args))).items():
             if name in LONGER and name in before and value > before[name]:
                 print(f"--{name} {value}, where {before[name]} were planned: from here on the "

@@ -65,6 +65,8 @@ COMMON = [
     ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
     ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
     ("resume", False, False, "continue an interrupted run in --out"),
+    ("tensorboard", False, False, "write the metrics, and samples as text, to --out/tensorboard "
+     "too"),
     ("accept_changed_data", False, False, "resume even if data or models have changed"),
     ("overwrite", False, False, "replace an earlier run in --out"),
 ]
