@@ -54,6 +54,18 @@ SETTINGS = [
                                           "beginning of its prompt"),
 ]
 
+# The columns of metrics.csv, and the panels and labels of curves.png
+METRICS = [
+    # column         what it is                                           panel, label
+    ("step",         "optimizer steps, counted from 1"),
+    ("epoch",        "passes over the data, counted from 1"),
+    ("loss",         "of the batch", "cross entropy (nats per token)", "train"),
+    ("eval_loss",    "after each epoch", "cross entropy (nats per token)", "held out"),
+    ("lr",           "learning rate", "learning rate", "lr"),
+    ("grad_norm",    "length before it is clipped to 1", "gradient norm", "gradient norm"),
+    ("tokens_per_s", "of prompts and completions", "tokens per second", "tokens/s"),
+]
+
 
 def completion_losses(model, input_ids, places, args, scale=None, piece=512):
     """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
@@ -101,7 +113,7 @@ def main(argv=None):
         return budget.dry_run("sft", args.model, args)
     start_processes(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "sft")
+    run = Run(args, "sft", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
     model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -121,9 +133,8 @@ def main(argv=None):
     order = torch.Generator().manual_seed(args.seed)  # its own, so nothing else changes the order
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
-    progress = run.begin(["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"],
-                         steps, {"model": (model, optimizer)})
-    watch = LossWatch(args.data, **progress.get("watch", {}))
+    kept = run.begin(steps, {"model": (model, optimizer)}, {}, dict(watch={}))
+    watch = LossWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
@@ -162,13 +173,12 @@ def main(argv=None):
                        f"token, perplexity {math.exp(eval_loss):.2f}")
         run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
                 lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
+        kept["watch"] = watch.state()
         run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s",
-                     lambda folder: save_checkpoint(model, tokenizer, folder), watch=watch.state())
+                     lambda folder: save_checkpoint(model, tokenizer, folder))
 
     save_checkpoint(model, tokenizer, args.out)
-    run.finish(("cross entropy (nats per token)", {"train": "loss", "held out": "eval_loss"}),
-               ("learning rate", {"lr": "lr"}), ("gradient norm", {"gradient norm": "grad_norm"}),
-               ("tokens per second", {"tokens/s": "tokens_per_s"}))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import csv
 import os
 
 
-def draw_curves(folder, panels):
-    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})` that has values,
-    over the first column."""
+def draw_curves(folder, metrics):
+    """`curves.png` from `metrics.csv`: a panel for each title in `metrics` that has values, over
+    the first column; a row of `metrics`: (column, what it is) or (column, what it is, title,
+    label)."""
     try:
         import matplotlib
     except ImportError:
@@ -17,8 +18,9 @@ def draw_curves(folder, panels):
     with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     step = next(iter(rows[0]))
-    panels = [(title, lines) for title, lines in panels
-              if any(row[column] for row in rows for column in lines.values())]
+    drawn = [row for row in metrics if len(row) == 4 and any(line[row[0]] for line in rows)]
+    panels = [(title, {label: column for column, _, its, label in drawn if its == title})
+              for title in dict.fromkeys(title for *_, title, _ in drawn)]
     columns = min(4, len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 3 * height), squeeze=False)

@@ -324,7 +324,10 @@ def length_batches(lengths, batch_size, generator):
 
 
 def deal(size, number, seed):
-    """`number` indices below `size` in random order, each once before any comes again."""
+    """`number` indices below `size` in random order, each once before any comes again; [] if there
+    is nothing to deal."""
+    if not size:
+        return []
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-number // size)
     order = [torch.randperm(size, generator=generator) for _ in range(rounds)]

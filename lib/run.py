@@ -64,12 +64,16 @@ def fingerprint(path):
 class Run:
     """A run in `args.out`: its metrics, its saved state, its progress bar.
 
+    `metrics`: a row (column, what it is) or (column, what it is, panel, label) of each; the columns
+    of metrics.csv, and the panels of curves.png.
+
     Made before anything is loaded: it refuses a folder that holds another run. `begin` once all
     input is read: only then does an earlier run in the folder end.
     """
 
-    def __init__(self, args, name):
+    def __init__(self, args, name, metrics):
         self.args, self.folder, self.name, self.state = args, args.out, name, None
+        self.metrics = metrics
         self.last = os.path.join(args.out, "last")
         holds = [name for name in ("metrics.csv", "config.json", "last")
                  if os.path.exists(os.path.join(args.out, name))]
@@ -97,9 +101,9 @@ class Run:
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
 
-    def begin(self, columns, steps, trained, generators={}):
-        """Open metrics.csv, and put back what was saved -> the progress that `save` was given, or
-        {}.
+    def begin(self, steps, trained, generators, kept):
+        """Open metrics.csv, and put back what was saved -> `kept`, as it was saved or else as it is
+        given: a dict of numbers, texts and lists, which the caller changes and each `save` holds.
 
         `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
         """
@@ -124,12 +128,12 @@ class Run:
                     if size or os.path.exists(log):
                         os.truncate(log, size)
             self.file = open(path, "a" if self.state else "w", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, columns)
+        self.writer = csv.DictWriter(self.file, [column for column, *_ in self.metrics])
         if self.state is None:
             self.writer.writeheader()
             self.file.flush()
-        progress = self.restore() if self.state else {}
-        self.step, self.steps = progress.get("step", 0), steps
+        self.kept = self.restore() if self.state else kept
+        self.step, self.steps = self.kept.pop("step", 0), steps
         self.board = None
         if self.args.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -138,7 +142,7 @@ class Run:
         self.signals = Signals()
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, dynamic_ncols=True,
                         disable=RANK > 0)
-        return progress
+        return self.kept
 
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
@@ -155,9 +159,11 @@ class Run:
             self.board.flush()
 
     def log_samples(self, step, samples):
-        """Append what an evaluation answered, dicts, to samples.jsonl, on disk at once."""
+        """Append what an evaluation answered, dicts, to samples.jsonl, on disk at once -> the
+        answers."""
+        answers = [sample["completion"] for sample in samples]
         if RANK > 0 or not samples:
-            return
+            return answers
         path = os.path.join(self.folder, "samples.jsonl")
         with explain(f"{path}: cannot be written",
                      "; --resume continues from the last saved state", code=1):
@@ -171,8 +177,9 @@ class Run:
             lines = [line for sample in samples
                      for line in [*json.dumps(sample, ensure_ascii=False, indent=1).split("\n"), ""]]
             self.board.add_text("samples", "\n".join("    " + line for line in lines), step)
+        return answers
 
-    def end_step(self, postfix, export, **progress):
+    def end_step(self, postfix, export):
         """Move the bar; save the state where it is due; end the run after a signal.
         `export(folder)` writes the model as it is now, for --keep."""
         self.step += 1
@@ -180,7 +187,7 @@ class Run:
         self.bar.update()
         self.signals.agree()
         if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
-            self.save(**progress)
+            self.save()
             if self.args.keep:
                 export(os.path.join(self.folder, f"step-{self.step}"))
                 for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
@@ -188,15 +195,15 @@ class Run:
         if self.signals.caught:
             self.signals.leave(self.folder)
 
-    def finish(self, *panels):
-        """The end of the last step: `curves.png`, a panel for each `(title, {label: column})`."""
+    def finish(self):
+        """The end of the last step: `curves.png`."""
         self.bar.close()
         self.signals.restore()
         self.file.close()
         if self.board:
             self.board.close()
         if RANK == 0:
-            draw_curves(self.folder, panels)
+            draw_curves(self.folder, self.metrics)
         print(f"saved {self.folder}")
 
     def exports(self):
@@ -204,10 +211,10 @@ class Run:
         found = glob.glob(os.path.join(glob.escape(self.folder), "step-*"))
         return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
 
-    def save(self, **progress):
+    def save(self):
         """Write `last/`: all that is needed to continue exactly as if nothing had happened. The
         tensors go into a new file, then state.json, which names it, takes the place of the old one:
-        at every moment one of the two states is whole. `progress`: numbers, texts and lists."""
+        at every moment one of the two states is whole."""
         tensors = {}
         for name, (model, optimizer) in self.trained.items():
             learns = {key for key, p in model.named_parameters() if p.requires_grad}
@@ -237,7 +244,7 @@ class Run:
                      for name, path in logs.items()}
         state = dict(file=os.path.basename(file), log_bytes=log_bytes,
                      settings=vars(self.args), inputs=self.inputs,
-                     progress=dict(progress, step=self.step))
+                     progress=dict(self.kept, step=self.step))
         write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
         for name in os.listdir(self.last):
             if name not in (os.path.basename(file), "state.json"):

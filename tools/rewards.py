@@ -217,10 +217,14 @@ class TextReward:
         self.seconds += time.perf_counter() - started
         return scores
 
-    def share(self):
-        """Its share of the time so far, for the progress bar, where it is noticeable."""
-        share = self.seconds / (time.perf_counter() - self.began)
-        return f", reward {share:.0%} of the time" if share > 0.05 else ""
+
+def share(reward):
+    """Its share of the time so far, for the progress bar, if it is a `TextReward` and that is
+    noticeable."""
+    if not isinstance(reward, TextReward):
+        return ""
+    share = reward.seconds / (time.perf_counter() - reward.began)
+    return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
 def from_model(path, tokenizer, device, batch_size):
@@ -276,10 +280,11 @@ def from_model(path, tokenizer, device, batch_size):
 
 class RunningDeviation:
     """Divides scores by the standard deviation of all that came so far (Welford 1962), for
-    --normalize_reward. `state` is what --resume needs."""
+    --normalize_reward; leaves them alone if it is not `wanted`. `state` is what --resume
+    needs."""
 
-    def __init__(self, number=0, mean=0.0, squares=0.0):
-        self.number, self.mean, self.squares = number, mean, squares
+    def __init__(self, wanted=True, number=0, mean=0.0, squares=0.0):
+        self.wanted, self.number, self.mean, self.squares = wanted, number, mean, squares
 
     def state(self):
         return dict(number=self.number, mean=self.mean, squares=self.squares)
@@ -287,10 +292,10 @@ class RunningDeviation:
     def __call__(self, scores):
         """`scores` (B,) -> (B,) over that deviation, in which they count; unchanged while it is
         0."""
-        for score in scores.tolist():
+        for score in scores.tolist() if self.wanted else []:
             self.number += 1
             distance = score - self.mean
             self.mean += distance / self.number
             self.squares += distance * (score - self.mean)
-        deviation = math.sqrt(self.squares / self.number)
+        deviation = math.sqrt(self.squares / max(1, self.number))
         return scores / deviation if deviation > 0 else scores
