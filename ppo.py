@@ -42,12 +42,13 @@ from lib.data import collate, deal, encode_prompts, encode_records, left_pad, on
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
                              my_parts, place, start_processes, total, wait_for_all)
 from lib.errors import clean_exit, stop
+from lib.lora import adapters_off, add_lora, trainable
 from lib.run import Run
 from lib.settings import parse
 from lib.training import autocast, numbers, set_lr
-from model import (Generation, ScalarHead, adapters_off, add_lora, decoding_copy, generate,
-                   last_token, load_llama, load_scalar_head, load_tokenizer, over_vocabulary,
-                   save_checkpoint, states_of, tokens_of, trainable)
+from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
+                   load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
+                   tokens_of)
 from tools import rewards
 
 HERE = os.path.dirname(os.path.abspath(__file__))

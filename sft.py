@@ -25,11 +25,11 @@ from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
+from lib.lora import add_lora, trainable
 from lib.run import Run
 from lib.settings import parse
 from lib.training import autocast, set_lr
-from model import (add_lora, load_llama, load_tokenizer, save_checkpoint, states_of,
-                   tokens_of, trainable)
+from model import load_llama, load_tokenizer, save_checkpoint, states_of, tokens_of
 
 # The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). One that has
 # read the internet needs a fiftieth of the learning rate of one from scratch.

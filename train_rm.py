@@ -34,11 +34,11 @@ from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts,
                              start_processes, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite, warn_of_labels
+from lib.lora import add_lora, trainable
 from lib.run import Run
 from lib.settings import parse
 from lib.training import autocast, set_lr
-from model import (ScalarHead, add_lora, last_token, load_llama, load_tokenizer, save_checkpoint,
-                   trainable)
+from model import ScalarHead, last_token, load_llama, load_tokenizer, save_checkpoint
 
 # The demo's values, and those of a pretrained LLaMA: InstructGPT (C.2) trains its 6B model for one
 # epoch, since more overfit, with 64 prompts per batch and 9e-6.

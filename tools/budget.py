@@ -29,10 +29,10 @@ from lib.checkpoints import read_config
 from lib.data import collate
 from lib.distributed import clip_gradients, place
 from lib.errors import clean_exit
+from lib.lora import add_lora, trainable
 from lib.settings import parse
 from lib.training import autocast
-from model import (DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, add_lora, last_token,
-                   load_tokenizer, trainable)
+from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, last_token, load_tokenizer
 
 
 def widths(config):

@@ -25,9 +25,10 @@ import train_rm
 from lib import health
 from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import place
+from lib.lora import add_lora, trainable
 from lib.run import (COMMON, DEVICE, FREE, autocast, door, explain, positive, stop, usable_device,
                      write_whole)
-from model import add_lora, load_llama, load_scalar_head, load_tokenizer, tokens_of, trainable
+from model import load_llama, load_scalar_head, load_tokenizer, tokens_of
 from tools import rewards
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "look.html")
