@@ -689,9 +689,8 @@ def main(argv=None):
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
     # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
     options = dict(eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
-    trained = {"actor": (actor, torch.optim.AdamW(trainable(actor), lr=args.lr, **options)),
-               "critic": (critic, torch.optim.AdamW(trainable(critic), lr=args.critic_lr,
-                                                    **options))}
+    trained = {name: (model, torch.optim.AdamW(trainable(model), **options))
+               for name, model in (("actor", actor), ("critic", critic))}
     B, passes = args.batch_size, args.ppo_epochs
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
     shown_order = deal(len(demonstrations), args.updates * passes * B, args.seed)
@@ -709,8 +708,8 @@ def main(argv=None):
 
     for update in range(run.step + 1, args.updates + 1):
         started = time.perf_counter()
-        lr, _ = [set_lr(optimizer, peak, update - 1, args.updates, "linear")
-                 for (_, optimizer), peak in zip(trained.values(), (args.lr, args.critic_lr))]
+        lr = set_lr(trained["actor"][1], args.lr, update - 1, args.updates, "linear")
+        set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
         shown = iter(shown_order[(update - 1) * passes * B:])
         minibatches = [rows.tolist() for _ in range(passes)
