@@ -455,12 +455,9 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
     statistics = numbers(dict(
         score=scores.mean(),
-        # what the reward model says, whether it counts or not
         score_ended=masked_mean(model_scores, ended), score_cut=masked_mean(model_scores, ~ended),
         ended=ended.float().mean(), response_length=mask.sum(1).mean(), kl=log_ratio.mean(),
-        # standard error of that mean; 0: unknown
         kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
-        # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
         explained_variance=1 - unexplained / variance.clamp(min=1e-8),
         objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
     if statistics["ended"] == 0:
@@ -636,10 +633,8 @@ def four_models(args, tokenizer, text_reward):
     critic = learning(load_scalar_head(args.rm) if from_rm else
                       ScalarHead(load_llama(args.sft, tokenizer).model))
     ref = actor if args.lora_rank else frozen(load_llama(args.sft, tokenizer))
-    if text_reward:
-        return actor, critic, ref, text_reward
-    shared = args.lora_rank and from_rm
-    return actor, critic, ref, critic if shared else frozen(load_scalar_head(args.rm))
+    shared = critic if args.lora_rank and from_rm else None
+    return actor, critic, ref, text_reward or shared or frozen(load_scalar_head(args.rm))
 
 
 def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
