@@ -202,14 +202,17 @@ def asked_in(record, parts):
     if parts.get("messages", "").lower() == "text" and len(messages) < 2:
         raise LeftOut(f"its {parts['messages']} has no turns (--map prompt={parts['messages']} takes "
                       "it as a prompt)")
+    prompt = record.get(parts.get("prompt"))
+    asked = [] if prompt is None else dialogue(prompt)
+    # no_robots has both a dialogue and its first message
+    said = [message for message in messages if message["role"] != "system"]
+    is_said = bool(said) and said[:len(asked)] == asked
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LeftOut("its history is not a list of pairs")
         messages += [{"role": role, "content": words(text)}
                      for role, text in zip(("user", "assistant"), pair)]
-    prompt = record.get(parts.get("prompt"))
-    if prompt is not None and (asked := dialogue(prompt))[-1:] not in [[m] for m in messages]:
-        messages = messages + asked  # where it is not said already: no_robots has both
+    messages = messages if is_said else messages + asked
     more = [text for name in parts.get("input", []) if (text := words(record.get(name)))]
     if more and messages and messages[-1]["role"] == "user":
         last = messages[-1]["content"]

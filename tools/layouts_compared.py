@@ -10,8 +10,9 @@ import re
 from tools.layouts import (PARTS, ROLES, LeftOut, answer_of, as_prompt, asked_in, from_pair,
                            from_parts, from_sides, named_in, number, scored, words)
 
-ANSWERS = ["conversation", "response", "completion", "answer", "output", "generation", "text",
-           "content", "body", "candidate", "summary", "human_ref", "reply", "result"]
+ANSWERS_ONLY = ["conversation", "response", "completion", "answer", "output", "generation",
+                "candidate", "summary", "human_ref", "reply", "assistant"]
+ANSWERS = [*ANSWERS_ONLY, "text", "content", "body"]
 SCORES = [*PARTS["score"], "pm_score", "reward", "votes", "upvotes"]
 RANKS = ["rank", "ranking"]
 
@@ -51,7 +52,9 @@ def find_list(objects, fields, parts):
                 inner = set().union(*items) if isinstance(items, list) else set()
             except (TypeError, ValueError):
                 continue
-            text = named_in(inner, ANSWERS) if not inner & {"role", "from"} else []
+            # a text in a list of another name may be a passage that was found for the question
+            names = ANSWERS if field.lower() in plural(ANSWERS) + ["comments"] else ANSWERS_ONLY
+            text = named_in(inner, names) if not inner & {"role", "from"} else []
             mark = named_in(inner, SCORES + RANKS)
             if text and mark:
                 used, text, mark = [field], text[0], mark[0]
@@ -80,7 +83,7 @@ VERDICTS = ["winner", "preference", "preferred", "overall_preference", "preferen
             "choose-best-response", "preference.responses"]
 SIGNED = ["overall_preference", "preference_strength"]  # HelpSteer's: above 0, the second is better
 TIE = re.compile(r"\W*(tie|both|equal|same|draw|neither|no.preference)")
-NAME = re.compile(r"\W*(?:(?:model|assistant|option|side|the|" + "|".join(ANSWERS) +
+NAME = re.compile(r"\W*(?:(?:model|option|side|" + "|".join(ANSWERS) +
                   r")[-_ ]*)*(\d+|a|b|c|d|left|right|first|second)\W*")
 PLACES = {"left": 0, "first": 0, "right": 1, "second": 1}
 
@@ -130,7 +133,7 @@ def shares(vote, names, models):
     raise LeftOut(f"its verdict {said[:40]!r} names none of the sides {', '.join(names)}")
 
 
-def find_sides(fields, parts):
+def find_sides(objects, fields, parts):
     """(what, used fields, their fields, function) where fields are sides and others say which is
     better: a score or rank of each, a flag of each, or a verdict."""
     sides = sides_in(fields, ANSWERS)
@@ -151,6 +154,10 @@ def find_sides(fields, parts):
     else:
         return None
 
+    # 1 of sides 1 and 2 may be the second
+    is_index = verdict and "0" not in names and any(str(r.get(by[0])) in ("0", "0.0")
+                                                    for r in objects)
+
     def flagged(r):
         on = [str(r.get(field)).lower() in ("1", "1.0", "true") for field in by]
         if not any(on):
@@ -164,6 +171,9 @@ def find_sides(fields, parts):
         if by[0].lower() in SIGNED:
             strength = number(r[by[0]])
             return [max(-strength, 0.0), max(strength, 0.0)]
+        if by == verdict and is_index and names[0].isdigit():
+            raise LeftOut(f"its {by[0]} is 0 in some records: it does not number the sides "
+                          f"{', '.join(names)}")
         votes = flagged(r) if list(flags) == names else votes_in(r[by[0]])
         if not votes:
             raise LeftOut("nobody says which side is better")

@@ -97,7 +97,7 @@ def find_layout(path, objects, mapped):
     if not mapped and not {"chosen", "rejected"} <= parts.keys():
         asked = {part: parts[part] for part in ("system", "history", "messages", "prompt", "input")
                  if part in parts}
-        compared = find_list(objects, fields, asked) or find_sides(fields, asked)
+        compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
     if not compared and not (parts.keys() & {"prompt", "messages"} or
                              {"chosen", "rejected"} <= parts.keys()):
@@ -166,8 +166,8 @@ def convert_file(path, number, mapped, all_turns, keep=()):
         rows = [(n, task_of(r) if is_labelled else r) for n, r in rows]
     original = dict(rows)
     rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read_strings([r for _, r in rows]))])
-    for n in lost:
-        found.leave_out(n, "the message that it answers is not in the file")
+    for n, reason in lost:
+        found.leave_out(n, reason)
     objects = [r for _, r in rows]
     what, used, inner, convert = find_layout(path, objects, mapped)
     fields = set().union(*objects)
