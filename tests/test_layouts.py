@@ -364,6 +364,7 @@ def test_keep_that_cannot_be(tmp_path, capsys, keep, said):
 
 
 def test_what_json_cannot_hold_is_not_kept(tmp_path, capsys):
-    source = write(tmp_path / "x.json", '[{"prompt": "Q", "answers": NaN}, {"prompt": "R", "answers": 1}]')
+    source = write(tmp_path / "x.jsonl",
+                   '{"prompt": "Q", "answers": NaN}\n{"prompt": "R", "answers": 1}\n')
     assert convert([source]) == [{"user_input": "R", "kept": {"answers": 1}}]
     assert "left out 1: its answers cannot be written as JSON" in capsys.readouterr().out

@@ -200,8 +200,7 @@ def asked_in(record, parts):
     """The messages before the answer, or with it where the record is a whole dialogue."""
     messages = dialogue(record[parts["messages"]]) if record.get(parts.get("messages")) else []
     if parts.get("messages", "").lower() == "text" and len(messages) < 2:
-        raise LeftOut(f"its {parts['messages']} has no turns (--map prompt={parts['messages']} takes "
-                      "it as a prompt)")
+        raise LeftOut("its text has no turns (--map prompt=text takes it as a prompt)")
     prompt = record.get(parts.get("prompt"))
     asked = [] if prompt is None else dialogue(prompt)
     # no_robots has both a dialogue and its first message

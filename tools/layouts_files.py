@@ -18,7 +18,8 @@ from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
-        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases", "unit_tests"]
+        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases",
+        "unit_tests"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ class Found:
     def leave_out(self, n, reason):
         self.left_out.setdefault(reason, []).append(n)
 
-    def say(self, path, number, what):
-        print(f"{path}: {number} records, {what}")
+    def say(self, what):
+        print(what)
         for reason, records in self.left_out.items():
             numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
             print(f"  left out {len(records)}: {reason} (records {numbers})")
@@ -99,6 +100,9 @@ def find_layout(path, objects, mapped):
                  if part in parts}
         compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
+    sides = sides_in(fields, ANSWERS).values()
+    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
+        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
     if not compared and not (parts.keys() & {"prompt", "messages"} or
                              {"chosen", "rejected"} <= parts.keys()):
         stop(f"{path}: none of the fields {', '.join(sorted(fields))} is known as a prompt: say "
@@ -107,9 +111,6 @@ def find_layout(path, objects, mapped):
     what = [f"{name} as {part}" if name != part else name
             for part, names in lists.items() for name in [" and ".join(names)]]
     used = {name for names in lists.values() for name in names}
-    sides = sides_in(fields, ANSWERS).values()
-    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
-        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
     inner = {"messages", "role", "from", "content", "value", "full_text", "human", "assistant",
              "input", "output"}
     if not compared:
@@ -149,44 +150,55 @@ def kept_of(r, keep, must):
     return kept
 
 
-def convert_file(path, number, mapped, all_turns, keep=()):
-    """Our records of one file, of its first `number`. The fields `keep` of theirs, or those of KEPT
-    that play no other part, stand in {"kept": {field: value}}. Says what was found."""
-    values, found, made = read_file(path)[:number], Found(), []
+def rows_in(path, number, found):
+    """[(number, record, fields as they stand in the file)] of a file's first `number` records, in
+    their final form (layouts_rows.py), and what to call them. What is none, `found` leaves out."""
+    values = read_file(path)[:number]
     if not values:
         stop(f"{path}: holds no records")
     if all(isinstance(value, list) for value in values):
         values = [{"messages": value} for value in values]  # bare lists of messages
-    rows = [(n, value) for n, value in enumerate(values, 1) if isinstance(value, dict)]
+    rows = []
     for n, value in enumerate(values, 1):
-        if not isinstance(value, dict):
+        if isinstance(value, dict):
+            rows.append((n, value))
+        else:
             found.leave_out(n, "not a JSON object")
-    is_labelled = bool(rows) and all(is_task(r) for _, r in rows)
-    with explain(f"{path}: not what tasks of Label Studio look like"):
-        rows = [(n, task_of(r) if is_labelled else r) for n, r in rows]
+    are_tasks = bool(rows) and all(is_task(r) for _, r in rows)
+    if are_tasks:
+        with explain(f"{path}: not what Label Studio's tasks look like"):
+            rows = [(n, task_of(r)) for n, r in rows]
     original = dict(rows)
-    rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read_strings([r for _, r in rows]))])
+    read = read_strings([r for _, r in rows])
+    rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read)])
     for n, reason in lost:
         found.leave_out(n, reason)
-    objects = [r for _, r in rows]
+    what = f"{path}: {len(values)} records, " + "Label Studio's tasks: " * are_tasks
+    return [(n, r, original[n]) for n, r in rows], what
+
+
+def convert_file(path, number, mapped, all_turns, keep=()):
+    """Our records of one file, of its first `number`. The fields `keep` of theirs, or those of KEPT
+    that play no other part, stand in {"kept": {field: value}}. Says what was found."""
+    found, made = Found(), []
+    rows, heading = rows_in(path, number, found)
+    objects = [theirs for _, theirs, _ in rows]
     what, used, inner, convert = find_layout(path, objects, mapped)
     fields = set().union(*objects)
     for field in keep:
         if field not in fields:
-            stop(f"--keep {field}: no record of {path} has it; they have {', '.join(sorted(fields))}")
+            stop(f"--keep {field}: no record of {path} has it; they have "
+                 f"{', '.join(sorted(fields))}")
     kept = keep or [field for field in named_in(fields, KEPT) if field not in used]
-    for n, theirs in rows:
+    for n, theirs, original in rows:
         try:
             ours, turns = convert(theirs, all_turns)
             ours, scale = with_numbers(ours)
-            extra = kept_of(theirs | original[n], kept, keep)
+            made.append((n, theirs, ours, turns, scale, kept_of(theirs | original, kept, keep)))
         except LeftOut as reason:
             found.leave_out(n, str(reason))
-            continue
         except (LookupError, TypeError, ValueError, AttributeError):
             found.leave_out(n, f"not what {what} look like")
-            continue
-        made.append((n, theirs, ours, turns, scale, extra))
     scales = Counter(scale for _, _, _, _, scale, _ in made if scale)
     for n, theirs, ours, turns, scale, extra in made:
         if scale and scale != (most := scales.most_common(1)[0][0]):
@@ -202,5 +214,5 @@ def convert_file(path, number, mapped, all_turns, keep=()):
             unused |= {f"{field}: {name}" for item in items if isinstance(item, dict)
                        for name in item if name not in inner and is_something(item[name])}
         found.unused.update(sorted(unused))
-    found.say(path, len(values), "Label Studio's tasks: " * is_labelled + what)
+    found.say(heading + what)
     return found.records

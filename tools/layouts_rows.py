@@ -57,8 +57,8 @@ def read_strings(objects):
 # One message a row, and Label Studio's tasks
 
 def rows_joined(rows):
-    """[(number, row)] of a file with one message a row -> [(number of the first row, record)]: trees
-    by parent_id (OASST), or dialogues by the name of a conversation; and [(number, why)] of rows
+    """[(number, row)] of a file with one message per row -> [(number of the first row, record)]:
+    trees by parent_id (OASST), or dialogues by conversation_id; and [(number, why)] of the rows
     that are in none. Other records stay as they are."""
     fields = set().union(*(row for _, row in rows))
     role, text, name, order, talk = (
