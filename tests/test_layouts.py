@@ -27,7 +27,7 @@ def answers(*texts_and_scores, prompt="Q"):
 
 def write(path, records):
     """JSON; or where it is named so, CSV, in which lists and objects are JSON in a string."""
-    if path.suffix == ".csv":
+    if path.suffix == ".csv" and not isinstance(records, str):
         file = io.StringIO()
         table = csv.DictWriter(file, list(records[0]))
         table.writeheader()
@@ -163,6 +163,22 @@ def test_passages_with_scores_are_no_answers(tmp_path):
     record = {"question": "Q", "answer": "x", "ctxs": [{"title": "t", "text": "p", "score": 1.5},
                                                        {"title": "u", "text": "q", "score": 1}]}
     assert imported(tmp_path, [record]) == [{"user_input": "Q", "completion": "x"}]
+
+
+def test_odd_items_of_a_list(tmp_path, capsys):
+    good = {"question": "Q", "answers": RATED}
+    odd = [{"question": "Q", "answers": value} for value in ([None], {"text": ["x"], "score": []},
+                                                             "x", 7, [RATED[0]])]
+    assert imported(tmp_path, [*odd, good]) == answers("x", 3, "y", 5)
+    said = capsys.readouterr().out
+    assert "left out 4: not what question as prompt, answers: text as completion" in said
+    assert "left out 1: its completions are all the same (records 5)" in said
+
+
+def test_cells_beyond_the_header_are_named(tmp_path, capsys):
+    assert imported(tmp_path, "question,answer\nQ,x,more\n", "x.csv") == [
+        {"user_input": "Q", "completion": "x"}]
+    assert "not used: cells beyond the header (in 1 records)" in capsys.readouterr().out
 
 
 def test_several_chosen_and_rejected(tmp_path):

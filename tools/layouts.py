@@ -89,7 +89,7 @@ def dialogue(value):
                 raise LeftOut("a message is not an object")
             exchange = [named_in(message, PARTS["prompt"] + ["human", "user"]),
                         named_in(message, PARTS["completion"] + ["assistant", "gpt"])]
-            if all(exchange):
+            if all(exchange) and not message.keys() & {"role", "from"}:
                 said += [("user", text_of(message[exchange[0][0]])),
                          ("assistant", text_of(message[exchange[1][0]]))]
                 continue

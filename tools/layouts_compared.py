@@ -25,10 +25,10 @@ def is_something(value):
 # A list of answers
 
 def rows_of(value):
-    """A list of objects; or what stands for one: an object of lists, {"text": [...], "score":
-    [...]}."""
-    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        return [dict(zip(value, row)) for row in zip(*value.values(), strict=True)]
+    """A list of objects, which may come as an object of lists, {"text": [...], "score": [...]}."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return [dict(zip(value, row)) for row in zip(*value.values())]
     return value
 
 
@@ -39,19 +39,18 @@ def plural(names):
 def find_list(objects, fields, parts):
     """(what, used fields, their fields, function) where a field lists answers with their scores or
     ranks, or two fields do: `answers: [{text, pm_score}, ...]`, `responses` and `ranks`."""
-    firsts = {field: next((r[field] for r in objects if is_something(r.get(field))), None)
-              for field in sorted(fields)}
-    lists = [field for field, value in firsts.items() if isinstance(value, list)]
-    texts, marks = named_in(lists, plural(ANSWERS)), named_in(lists, plural(SCORES + RANKS))
-    if texts and marks and all(isinstance(text, str) for text in firsts[texts[0]]):
+    some = {field: [rows_of(r[field]) for r in objects[:100] if is_something(r.get(field))]
+            for field in sorted(fields)}
+    lists = [field for field in some if any(isinstance(value, list) for value in some[field])]
+    texts = [field for field in named_in(lists, plural(ANSWERS))
+             if any(isinstance(text, str) for value in some[field] for text in value)]
+    marks = named_in(lists, plural(SCORES + RANKS))
+    if texts and marks:
         used, text, mark = [texts[0], marks[0]], texts[0], marks[0]
     else:
-        for field, value in firsts.items():
-            try:
-                items = rows_of(value)
-                inner = set().union(*items) if isinstance(items, list) else set()
-            except (TypeError, ValueError):
-                continue
+        for field in lists:
+            inner = {name for value in some[field] if isinstance(value, list)
+                     for item in value if isinstance(item, dict) for name in item}
             # a text in a list of another name may be a passage that was found for the question
             names = ANSWERS if field.lower() in plural(ANSWERS) + ["comments"] else ANSWERS_ONLY
             text = named_in(inner, names) if not inner & {"role", "from"} else []

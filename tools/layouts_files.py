@@ -45,18 +45,17 @@ def read_file(path):
                             for item in inner]
             if all(isinstance(column, dict) and "0" in column for column in values.values()):
                 values = {name: list(column.values()) for name, column in values.items()}  # pandas
-            if len(values) > 1 and all(isinstance(column, list) and
-                                       not any(isinstance(item, list | dict) for item in column)
-                                       for column in values.values()):
-                with explain(f"{path}: its columns are not of one length"):
-                    return rows_of(values)
-            return [values]
+            rows = rows_of(values) if len(values) > 1 else values
+            is_table = isinstance(rows, list) and not any(isinstance(cell, list | dict)
+                                                          for row in rows for cell in row.values())
+            return rows if is_table else [values]
         return values
     with explain(f"{path}: cannot be read"):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
         csv.field_size_limit(2**31 - 1)
-        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ","))
+        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
+                                   restkey="cells beyond the header"))
 
 
 # ------------------------------------------------------------------------------------------------
