@@ -159,6 +159,12 @@ def test_lists_of_answers(tmp_path, record, ours, ending):
     assert imported(tmp_path, [record], f"x.{ending}") == ours
 
 
+def test_an_answer_without_a_score_is_counted(tmp_path, capsys):
+    record = {"question": "Q", "answers": [*RATED, {"text": "z", "pm_score": None}]}
+    assert imported(tmp_path, [record]) == answers("x", 3, "y", 5)
+    assert "  1 answers without a score are not used\n" in capsys.readouterr().out
+
+
 def test_passages_with_scores_are_no_answers(tmp_path):
     record = {"question": "Q", "answer": "x", "ctxs": [{"title": "t", "text": "p", "score": 1.5},
                                                        {"title": "u", "text": "q", "score": 1}]}

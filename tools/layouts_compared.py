@@ -10,9 +10,10 @@ import re
 from tools.layouts import (PARTS, ROLES, LeftOut, answer_of, as_prompt, asked_in, from_pair,
                            from_parts, from_sides, named_in, number, scored, words)
 
-ANSWERS_ONLY = ["conversation", "response", "completion", "answer", "output", "generation",
-                "candidate", "summary", "human_ref", "reply", "assistant"]
+ANSWERS_ONLY = ["response", "completion", "answer", "output", "generation", "candidate", "summary",
+                "human_ref", "reply", "assistant"]
 ANSWERS = [*ANSWERS_ONLY, "text", "content", "body"]
+SIDES = ["conversation", *ANSWERS]
 SCORES = [*PARTS["score"], "pm_score", "reward", "votes", "upvotes"]
 RANKS = ["rank", "ranking"]
 
@@ -39,18 +40,20 @@ def plural(names):
 def find_list(objects, fields, parts):
     """(what, used fields, their fields, function) where a field lists answers with their scores or
     ranks, or two fields do: `answers: [{text, pm_score}, ...]`, `responses` and `ranks`."""
-    some = {field: [rows_of(r[field]) for r in objects[:100] if is_something(r.get(field))]
-            for field in sorted(fields)}
-    lists = [field for field in some if any(isinstance(value, list) for value in some[field])]
+    lists = {}  # field: the items in it of the first records
+    for field in sorted(fields):
+        values = [rows_of(r.get(field)) for r in objects[:100]]
+        items = [item for value in values if isinstance(value, list) for item in value]
+        if items:
+            lists[field] = items
     texts = [field for field in named_in(lists, plural(ANSWERS))
-             if any(isinstance(text, str) for value in some[field] for text in value)]
+             if any(isinstance(item, str) for item in lists[field])]
     marks = named_in(lists, plural(SCORES + RANKS))
     if texts and marks:
         used, text, mark = [texts[0], marks[0]], texts[0], marks[0]
     else:
-        for field in lists:
-            inner = {name for value in some[field] if isinstance(value, list)
-                     for item in value if isinstance(item, dict) for name in item}
+        for field, items in lists.items():
+            inner = set().union(*(item for item in items if isinstance(item, dict)))
             # a text in a list of another name may be a passage that was found for the question
             names = ANSWERS if field.lower() in plural(ANSWERS) + ["comments"] else ANSWERS_ONLY
             text = named_in(inner, names) if not inner & {"role", "from"} else []
@@ -66,11 +69,11 @@ def find_list(objects, fields, parts):
         items = rows_of({name: r[name] for name in used} if len(used) > 1 else r[used[0]])
         found = [(answer_of(item[text]).strip(), -number(item[mark]) if is_rank else item[mark])
                  for item in items if is_something(item.get(mark))]
-        return scored(as_prompt(asked_in(r, parts)), found)
+        return scored(as_prompt(asked_in(r, parts)), found), len(items) - len(found)
     of = "" if len(used) > 1 else f"{used[0]}: "
     what = f"{of}{text} as completion, {mark} as {'rank, 1 the best' if is_rank else 'score'}"
     # the sides of GPT-4-LLM's comparisons stand in its list too
-    return what, {*used, *sides_in(fields, ANSWERS).values()}, {text, mark}, convert
+    return what, {*used, *sides_in(fields).values()}, {text, mark}, convert
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,12 +85,12 @@ VERDICTS = ["winner", "preference", "preferred", "overall_preference", "preferen
             "choose-best-response", "preference.responses"]
 SIGNED = ["overall_preference", "preference_strength"]  # HelpSteer's: above 0, the second is better
 TIE = re.compile(r"\W*(tie|both|equal|same|draw|neither|no.preference)")
-NAME = re.compile(r"\W*(?:(?:model|option|side|" + "|".join(ANSWERS) +
+NAME = re.compile(r"\W*(?:(?:model|option|side|" + "|".join(SIDES) +
                   r")[-_ ]*)*(\d+|a|b|c|d|left|right|first|second)\W*")
 PLACES = {"left": 0, "first": 0, "right": 1, "second": 1}
 
 
-def sides_in(fields, stems):
+def sides_in(fields, stems=SIDES):
     """{"a": "response_a", "b": "response_b"} of the first of the stems, such as "response", that
     has two fields or more; else {}."""
     for stem in stems:
@@ -135,7 +138,7 @@ def shares(vote, names, models):
 def find_sides(objects, fields, parts):
     """(what, used fields, their fields, function) where fields are sides and others say which is
     better: a score or rank of each, a flag of each, or a verdict."""
-    sides = sides_in(fields, ANSWERS)
+    sides = sides_in(fields)
     names, texts = list(sides), list(sides.values())
     marks, flags = sides_in(fields, SCORES + RANKS), sides_in(fields, ["winner_model", "winner"])
     models = list(sides_in(fields, ["model", "generator"]).values())
@@ -184,8 +187,8 @@ def find_sides(objects, fields, parts):
         if isinstance(asked, list) and all(isinstance(text, str) for text in asked):  # turns
             said = [[text for turn in zip(asked, map(words, side), strict=True) for text in turn]
                     for side in said]
-            return from_sides([], said, scores(r))
-        return from_sides(asked_in(r, parts), said, scores(r))
+            return from_sides([], said, scores(r)), 0
+        return from_sides(asked_in(r, parts), said, scores(r)), 0
     what = f"{' and '.join(texts)} compared by {' and '.join(by)}"
     return what, {*texts, *by}, {"role", "content", "value"}, convert
 

@@ -12,8 +12,8 @@ from collections import Counter
 from lib.data import read_values, what_is_wrong
 from lib.run import explain, stop
 from tools.layouts import LeftOut, from_parts, named_in, parts_of, score_of
-from tools.layouts_compared import (ANSWERS, LAYOUTS, find_list, find_sides, is_something,
-                                    rows_of, sides_in)
+from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
+                                    sides_in)
 from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
@@ -77,7 +77,9 @@ class Found:
             numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
             print(f"  left out {len(records)}: {reason} (records {numbers})")
         if self.turns:
-            print(f"  {self.turns} answers of earlier turns are not used: --all_turns takes them")
+            why = ("without a score are not used" if any("score" in r for r in self.records) else
+                   "of earlier turns are not used: --all_turns takes them")
+            print(f"  {self.turns} answers {why}")
         if self.kept:
             kept = [f"{field} (in {n} records)" for field, n in self.kept.most_common()]
             print(f"  kept in prompts (--make rlhf): {', '.join(kept)}")
@@ -99,7 +101,7 @@ def find_layout(path, objects, mapped):
                  if part in parts}
         compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
-    sides = sides_in(fields, ANSWERS).values()
+    sides = sides_in(fields).values()
     if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
         stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
     if not compared and not (parts.keys() & {"prompt", "messages"} or
@@ -116,7 +118,7 @@ def find_layout(path, objects, mapped):
         return ", ".join(what), used, inner, lambda r, all_turns: from_parts(r, parts, all_turns)
     how, used_too, inner_too, convert = compared
     return (", ".join([*what, how]), used | used_too, inner | inner_too,
-            lambda r, all_turns: (convert(r), 0))
+            lambda r, all_turns: convert(r))
 
 
 def with_numbers(ours):

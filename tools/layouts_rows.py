@@ -4,7 +4,7 @@ import ast
 import json
 
 from tools.layouts import PARTS, named_in
-from tools.layouts_compared import ANSWERS, is_something, sides_in
+from tools.layouts_compared import is_something, sides_in
 
 
 def json_in(text):
@@ -41,7 +41,7 @@ def read_strings(objects):
             values = [json_in(text) for text in there]
             if None not in values:
                 inside[field] = values
-    sides = set(sides_in(fields, ANSWERS).values())
+    sides = set(sides_in(fields).values())
     texts = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
     turns = {field for field in inside if all(map(are_turns, inside[field]))}
     has_turns = sides and sides <= turns and turns & set(PARTS["prompt"])
