@@ -187,6 +187,15 @@ def test_cells_beyond_the_header_are_named(tmp_path, capsys):
     assert "not used: cells beyond the header (in 1 records)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("record", [
+    {"question": "Q", "response_j": "x", "response_k": "y"},
+    {"prompt": "Q", "pos_resp": "x", "neg_resp": "y"},
+    {"trajectory": [user("Q")], "chosen": "x", "rejected": "y"},
+])
+def test_pairs(tmp_path, record):
+    assert imported(tmp_path, [record]) == FIRST
+
+
 def test_several_chosen_and_rejected(tmp_path):
     record = {"prompt": "Q", "chosen": ["x"], "rejected": ["y", "z"]}
     assert imported(tmp_path, [record]) == answers("x", 1, "y", 0, "z", 0)
@@ -295,7 +304,8 @@ def test_json_in_a_string_that_is_a_text_stays_a_text(tmp_path):
     [{"conversation": [{"input": "Q", "output": "it's"}]}],
     [{"conversation": [{"human": "Q", "assistant": "it's"}]}],
     [{"prompt": "Q", "messages": [user("Q"), assistant("it's")]}],
-    [{"problem": "Q", "solution": "it's", "messages": [user("Q"), assistant("it's")]}],
+    [{"problem": "Q", "output": "it's", "messages": [user("Q"), assistant("it's")]}],
+    [{"instruction": "Q", "response": "its", "conversations": [user("Q"), assistant("it's")]}],
     [{"inputs": "Q", "targets": "it's"}],
     [{"Question": "Q", "Answer": "it's"}],
     [{"text": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nit's<|im_end|>\n"}],

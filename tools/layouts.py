@@ -12,14 +12,17 @@ import re
 PARTS = {
     "system": ["system", "system_prompt"],
     "history": ["history"],            # earlier turns: [[question, answer], ...]
-    "messages": ["messages", "conversations", "conversation", "dialogue", "data", "text"],
+    "messages": ["messages", "conversations", "conversation", "dialogue", "trajectory",
+                 "data", "text"],
     "prompt": ["user_input", "prompt", "instruction", "question", "problem", "query", "input",
                "inputs", "context"],
     "input": ["input", "context"],     # what the prompt is about, where it is not the prompt
     "completion": ["completion", "output", "response", "solution", "answer", "target",
                    "targets"],
-    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred"],
-    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred"],
+    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred", "response_j",
+               "pos_resp"],
+    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred",
+                 "response_k", "neg_resp"],
     "score": ["score", "rating", "overall_score", "helpfulness"],
     "label": ["label", "kto_tag", "is_safe", "is_correct"],  # whether the completion is a good one
 }
@@ -230,9 +233,8 @@ def from_parts(record, parts, all_turns):
     completion, is_ours = record.get(parts.get("completion")), parts.get("prompt") == "user_input"
     if completion is None and "completion" in parts and not is_ours:  # ours may be a bare prompt
         raise LeftOut(f"its {parts['completion']} is missing")
-    if completion is not None and "completion" in parts:
-        answer = {"role": "assistant", "content": answer_of(completion)}
-        messages = messages if messages[-1:] == [answer] else [*messages, answer]
+    if completion is not None:
+        messages = [*messages, {"role": "assistant", "content": answer_of(completion)}]
     if not messages or messages[-1]["role"] != "assistant":
         return [{"user_input": as_prompt(messages)}], 0
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

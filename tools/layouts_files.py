@@ -3,6 +3,7 @@
 What a record holds is used, kept, or named: see `Found`.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,7 +12,7 @@ from collections import Counter
 
 from lib.data import read_values, what_is_wrong
 from lib.run import explain, stop
-from tools.layouts import LeftOut, from_parts, named_in, parts_of, score_of
+from tools.layouts import LeftOut, dialogue, from_parts, named_in, parts_of, score_of
 from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
                                     sides_in)
 from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
@@ -19,7 +20,7 @@ from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
         "reward_model", "verification_info", "test", "tests", "test_list", "test_cases",
-        "unit_tests"]
+        "unit_tests", "input_output"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -87,6 +88,12 @@ class Found:
         print(f"  not used: {', '.join(lost)}" if lost else "  all fields used")
 
 
+def has_answer(messages):
+    """Whether a dialogue ends with the assistant."""
+    with contextlib.suppress(LeftOut):
+        return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
+
+
 def find_layout(path, objects, mapped):
     """(what the file holds, its fields that are used, those of what lies in them, a function from a
     record and `all_turns` to our records and the number of answers that are not used)."""
@@ -101,6 +108,8 @@ def find_layout(path, objects, mapped):
                  if part in parts}
         compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
+    if {"messages", "completion"} <= parts.keys() and has_answer(objects[0].get(parts["messages"])):
+        del parts["completion"]  # the dialogue has it, or another one
     sides = sides_in(fields).values()
     if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
         stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
