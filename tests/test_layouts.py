@@ -382,6 +382,13 @@ def test_an_answer_that_is_the_completion_is_kept_when_asked(tmp_path):
     assert asked["rlhf"] == [{"user_input": "Q", "answer": "4"}]
 
 
+@pytest.mark.parametrize("answer", [4, 0.5, True, ["4", "four"], [1, 2], {"value": 4}, [[1], {}]])
+def test_an_answer_that_is_no_text_is_kept_alone(tmp_path, answer):
+    records = [{"question": "Q", "answer": answer}]
+    assert kept(tmp_path, records, "--keep", "answer") == {
+        "rlhf": [{"user_input": "Q", "answer": answer}]}
+
+
 @pytest.mark.parametrize("keep, said", [
     ("anwser", "--keep anwser: no record of {} has it; they have answer, question"),
     ("answer", "--keep answer: only prompts keep fields, and these records are more than prompts: "

@@ -90,14 +90,14 @@ def dialogue(value):
         for message in [value] if isinstance(value, dict) else value:
             if not isinstance(message, dict):
                 raise LeftOut("a message is not an object")
-            exchange = [named_in(message, PARTS["prompt"] + ["human", "user"]),
-                        named_in(message, PARTS["completion"] + ["assistant", "gpt"])]
-            if all(exchange) and not message.keys() & {"role", "from"}:
-                said += [("user", text_of(message[exchange[0][0]])),
-                         ("assistant", text_of(message[exchange[1][0]]))]
-                continue
-            role = message.get("role", message.get("from"))
-            said.append((role, text_of(message.get("content", message.get("value")))))
+            asked = named_in(message, PARTS["prompt"] + ["human", "user"])
+            answer = named_in(message, PARTS["completion"] + ["assistant", "gpt"])
+            if asked and answer and not message.keys() & {"role", "from"}:
+                said += [("user", text_of(message[asked[0]])),
+                         ("assistant", text_of(message[answer[0]]))]
+            else:
+                role = message.get("role", message.get("from"))
+                said.append((role, text_of(message.get("content", message.get("value")))))
     else:
         raise LeftOut("a dialogue is not a list of messages")
     messages = []
@@ -138,7 +138,8 @@ def with_system(system, messages):
 
 def named_in(fields, names):
     """Those of the fields that have one of these names, in the order of the names."""
-    return [field for name in names for field in sorted(fields) if field.lower() == name]
+    by_name = {field.lower(): field for field in sorted(fields)}
+    return [by_name[name] for name in names if name in by_name]
 
 
 def parts_of(fields, mapped):

@@ -15,7 +15,7 @@ from lib.run import explain, stop
 from tools.layouts import LeftOut, dialogue, from_parts, named_in, parts_of, score_of
 from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
                                     sides_in)
-from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
+from tools.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
@@ -94,7 +94,7 @@ def has_answer(messages):
         return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
 
 
-def find_layout(path, objects, mapped):
+def find_layout(path, objects, mapped, keep):
     """(what the file holds, its fields that are used, those of what lies in them, a function from a
     record and `all_turns` to our records and the number of answers that are not used)."""
     fields = set().union(*objects)
@@ -108,6 +108,10 @@ def find_layout(path, objects, mapped):
                  if part in parts}
         compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
+    if parts.get("completion") in keep and not all(
+            value is None or isinstance(value, str) or are_messages(value)
+            for value in (r.get(parts["completion"]) for r in objects)):
+        del parts["completion"]  # an answer to compare with, such as a number or a list of them
     if {"messages", "completion"} <= parts.keys() and has_answer(objects[0].get(parts["messages"])):
         del parts["completion"]  # the dialogue has it, or another one
     sides = sides_in(fields).values()
@@ -193,7 +197,7 @@ def convert_file(path, number, mapped, all_turns, keep=()):
     found, made = Found(), []
     rows, heading = rows_in(path, number, found)
     objects = [theirs for _, theirs, _ in rows]
-    what, used, inner, convert = find_layout(path, objects, mapped)
+    what, used, inner, convert = find_layout(path, objects, mapped, keep)
     fields = set().union(*objects)
     for field in keep:
         if field not in fields:

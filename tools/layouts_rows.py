@@ -20,7 +20,7 @@ def json_in(text):
 
 
 def are_messages(value):
-    messages = [value] if isinstance(value, dict) else value
+    messages = value if isinstance(value, list) else [value]
     return all(isinstance(m, dict) and m.keys() & {"role", "from", "messages"} for m in messages)
 
 
