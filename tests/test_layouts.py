@@ -71,6 +71,7 @@ FIRST, SECOND, TIE = answers("x", 1, "y", 0), answers("x", 0, "y", 1), answers("
     (ARENA | {"winner": "tie (bothbad)"}, TIE),
     (ARENA | {"winner": "both_bad"}, TIE),
     (ARENA | {"winner": "n"}, SECOND),  # the name of its model
+    (ARENA | {"winner": "tiefighter", "model_a": "tiefighter"}, FIRST),
     (ARENA | {"winner": "model_a", "conversation_a": [
         {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}]},
         {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}, FIRST),
@@ -257,6 +258,13 @@ def test_messages_that_hang_on_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out 3: the messages before it are not in the file (records 7, 8, 9)" in said
     assert "left out 1: its message_id is that of another message (records 10)" in said
+
+
+def test_a_tree_too_deep(tmp_path, capsys):
+    rows = [row(str(n), str(n - 1) if n else None, f"{n}", ("prompter", "assistant")[n % 2])
+            for n in range(3000)]
+    assert imported(tmp_path, rows) == []
+    assert "left out 1: not what OASST trees look like (records 1)" in capsys.readouterr().out
 
 
 def test_a_message_a_row_by_conversation(tmp_path):

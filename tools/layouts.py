@@ -279,7 +279,7 @@ def from_sides(before, sides, scores):
         answers.append(said[-1]["content"].strip())
     if any(prompt != prompts[0] for prompt in prompts):
         raise LeftOut(f"its {'two ' * (len(sides) == 2)}sides answer different prompts")
-    return scored(as_prompt(prompts[0]), list(zip(answers, scores)))
+    return scored(as_prompt(prompts[0]), list(zip(answers, scores, strict=True)))
 
 
 def scored(prompt, answers):

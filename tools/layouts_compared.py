@@ -118,10 +118,10 @@ def shares(vote, names, models):
     """What each side, of these names, has of a vote: "model_a", "Response 2", "left", 1, "tie", or
     the name of its model. Of sides 1 and 2, 1.5 is a tie."""
     said = str(vote).strip().lower()
-    if TIE.match(said):
-        return [1 / len(names)] * len(names)
     if vote in models:
         return [float(model == vote) / models.count(vote) for model in models]
+    if TIE.match(said):
+        return [1 / len(names)] * len(names)
     name = NAME.fullmatch(re.sub(r"^(\d+)\.0$", r"\1", said))
     place = PLACES.get(name[1]) if name else None
     if name and name[1] in names:
@@ -139,13 +139,13 @@ def find_sides(objects, fields, parts):
     """(what, used fields, their fields, function) where fields are sides and others say which is
     better: a score or rank of each, a flag of each, or a verdict."""
     sides = sides_in(fields)
+    if not sides:
+        return None
     names, texts = list(sides), list(sides.values())
     marks, flags = sides_in(fields, SCORES + RANKS), sides_in(fields, ["winner_model", "winner"])
     models = list(sides_in(fields, ["model", "generator"]).values())
     ties = named_in(fields, ["winner_tie", "winner_model_tie"])
     verdict = named_in(fields, VERDICTS)[:1]
-    if not sides:
-        return None
     if list(marks) == names:
         by = list(marks.values())
         sign = -1 if sides_in(fields, RANKS) == marks else 1
@@ -155,7 +155,6 @@ def find_sides(objects, fields, parts):
         by = verdict
     else:
         return None
-
     # 1 of sides 1 and 2 may be the second
     is_index = verdict and "0" not in names and any(str(r.get(by[0])) in ("0", "0.0")
                                                     for r in objects)

@@ -92,6 +92,7 @@ def has_answer(messages):
     """Whether a dialogue ends with the assistant."""
     with contextlib.suppress(LeftOut):
         return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
+    return False
 
 
 def find_layout(path, objects, mapped, keep):
@@ -211,7 +212,7 @@ def convert_file(path, number, mapped, all_turns, keep=()):
             made.append((n, theirs, ours, turns, scale, kept_of(theirs | original, kept, keep)))
         except LeftOut as reason:
             found.leave_out(n, str(reason))
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
             found.leave_out(n, f"not what {what} look like")
     scales = Counter(scale for _, _, _, _, scale, _ in made if scale)
     for n, theirs, ours, turns, scale, extra in made:
