@@ -3,8 +3,8 @@
     python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out data/alpaca
     python data_gen.py download hh --parts helpful-base --make reward rlhf --path data/hh
 
-(or python -m tools.get_data import ...). tools/layouts.py has the layouts that are known. Each set
-that has records is written to a file, and some prompts are held out in its twin `..._eval.json`.
+(or python -m tools.get_data import ...). tools/layouts*.py have the layouts that are known. Each
+set that has records is written to a file, and some prompts are held out in its twin `..._eval.json`.
 """
 
 import argparse

@@ -12,14 +12,17 @@ import re
 PARTS = {
     "system": ["system", "system_prompt"],
     "history": ["history"],            # earlier turns: [[question, answer], ...]
-    "messages": ["messages", "conversations", "conversation", "dialogue", "data", "text"],
+    "messages": ["messages", "conversations", "conversation", "dialogue", "trajectory",
+                 "data", "text"],
     "prompt": ["user_input", "prompt", "instruction", "question", "problem", "query", "input",
                "inputs", "context"],
     "input": ["input", "context"],     # what the prompt is about, where it is not the prompt
     "completion": ["completion", "output", "response", "solution", "answer", "target",
                    "targets"],
-    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred"],
-    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred"],
+    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred", "response_j",
+               "pos_resp"],
+    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred",
+                 "response_k", "neg_resp"],
     "score": ["score", "rating", "overall_score", "helpfulness"],
     "label": ["label", "kto_tag", "is_safe", "is_correct"],  # whether the completion is a good one
 }
@@ -87,14 +90,14 @@ def dialogue(value):
         for message in [value] if isinstance(value, dict) else value:
             if not isinstance(message, dict):
                 raise LeftOut("a message is not an object")
-            exchange = [named_in(message, PARTS["prompt"] + ["human", "user"]),
-                        named_in(message, PARTS["completion"] + ["assistant", "gpt"])]
-            if all(exchange):
-                said += [("user", text_of(message[exchange[0][0]])),
-                         ("assistant", text_of(message[exchange[1][0]]))]
-                continue
-            role = message.get("role", message.get("from"))
-            said.append((role, text_of(message.get("content", message.get("value")))))
+            asked = named_in(message, PARTS["prompt"] + ["human", "user"])
+            answer = named_in(message, PARTS["completion"] + ["assistant", "gpt"])
+            if asked and answer and not message.keys() & {"role", "from"}:
+                said += [("user", text_of(message[asked[0]])),
+                         ("assistant", text_of(message[answer[0]]))]
+            else:
+                role = message.get("role", message.get("from"))
+                said.append((role, text_of(message.get("content", message.get("value")))))
     else:
         raise LeftOut("a dialogue is not a list of messages")
     messages = []
@@ -135,7 +138,8 @@ def with_system(system, messages):
 
 def named_in(fields, names):
     """Those of the fields that have one of these names, in the order of the names."""
-    return [field for name in names for field in sorted(fields) if field.lower() == name]
+    by_name = {field.lower(): field for field in sorted(fields)}
+    return [by_name[name] for name in names if name in by_name]
 
 
 def parts_of(fields, mapped):
@@ -200,16 +204,18 @@ def asked_in(record, parts):
     """The messages before the answer, or with it where the record is a whole dialogue."""
     messages = dialogue(record[parts["messages"]]) if record.get(parts.get("messages")) else []
     if parts.get("messages", "").lower() == "text" and len(messages) < 2:
-        raise LeftOut(f"its {parts['messages']} has no turns (--map prompt={parts['messages']} takes "
-                      "it as a prompt)")
+        raise LeftOut("its text has no turns (--map prompt=text takes it as a prompt)")
+    prompt = record.get(parts.get("prompt"))
+    asked = [] if prompt is None else dialogue(prompt)
+    # no_robots has both a dialogue and its first message
+    said = [message for message in messages if message["role"] != "system"]
+    is_said = bool(said) and said[:len(asked)] == asked
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LeftOut("its history is not a list of pairs")
         messages += [{"role": role, "content": words(text)}
                      for role, text in zip(("user", "assistant"), pair)]
-    prompt = record.get(parts.get("prompt"))
-    if prompt is not None and (asked := dialogue(prompt))[-1:] not in [[m] for m in messages]:
-        messages = messages + asked  # where it is not said already: no_robots has both
+    messages = messages if is_said else messages + asked
     more = [text for name in parts.get("input", []) if (text := words(record.get(name)))]
     if more and messages and messages[-1]["role"] == "user":
         last = messages[-1]["content"]
@@ -228,9 +234,8 @@ def from_parts(record, parts, all_turns):
     completion, is_ours = record.get(parts.get("completion")), parts.get("prompt") == "user_input"
     if completion is None and "completion" in parts and not is_ours:  # ours may be a bare prompt
         raise LeftOut(f"its {parts['completion']} is missing")
-    if completion is not None and "completion" in parts:
-        answer = {"role": "assistant", "content": answer_of(completion)}
-        messages = messages if messages[-1:] == [answer] else [*messages, answer]
+    if completion is not None:
+        messages = [*messages, {"role": "assistant", "content": answer_of(completion)}]
     if not messages or messages[-1]["role"] != "assistant":
         return [{"user_input": as_prompt(messages)}], 0
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -274,7 +279,7 @@ def from_sides(before, sides, scores):
         answers.append(said[-1]["content"].strip())
     if any(prompt != prompts[0] for prompt in prompts):
         raise LeftOut(f"its {'two ' * (len(sides) == 2)}sides answer different prompts")
-    return scored(as_prompt(prompts[0]), list(zip(answers, scores)))
+    return scored(as_prompt(prompts[0]), list(zip(answers, scores, strict=True)))
 
 
 def scored(prompt, answers):

@@ -10,8 +10,10 @@ import re
 from tools.layouts import (PARTS, ROLES, LeftOut, answer_of, as_prompt, asked_in, from_pair,
                            from_parts, from_sides, named_in, number, scored, words)
 
-ANSWERS = ["conversation", "response", "completion", "answer", "output", "generation", "text",
-           "content", "body", "candidate", "summary", "human_ref", "reply", "result"]
+ANSWERS_ONLY = ["response", "completion", "answer", "output", "generation", "candidate", "summary",
+                "human_ref", "reply", "assistant"]
+ANSWERS = [*ANSWERS_ONLY, "text", "content", "body"]
+SIDES = ["conversation", *ANSWERS]
 SCORES = [*PARTS["score"], "pm_score", "reward", "votes", "upvotes"]
 RANKS = ["rank", "ranking"]
 
@@ -24,10 +26,10 @@ def is_something(value):
 # A list of answers
 
 def rows_of(value):
-    """A list of objects; or what stands for one: an object of lists, {"text": [...], "score":
-    [...]}."""
-    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        return [dict(zip(value, row)) for row in zip(*value.values(), strict=True)]
+    """A list of objects, which may come as an object of lists, {"text": [...], "score": [...]}."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return [dict(zip(value, row)) for row in zip(*value.values())]
     return value
 
 
@@ -38,20 +40,23 @@ def plural(names):
 def find_list(objects, fields, parts):
     """(what, used fields, their fields, function) where a field lists answers with their scores or
     ranks, or two fields do: `answers: [{text, pm_score}, ...]`, `responses` and `ranks`."""
-    firsts = {field: next((r[field] for r in objects if is_something(r.get(field))), None)
-              for field in sorted(fields)}
-    lists = [field for field, value in firsts.items() if isinstance(value, list)]
-    texts, marks = named_in(lists, plural(ANSWERS)), named_in(lists, plural(SCORES + RANKS))
-    if texts and marks and all(isinstance(text, str) for text in firsts[texts[0]]):
+    lists = {}  # field: the items in it of the first records
+    for field in sorted(fields):
+        values = [rows_of(r.get(field)) for r in objects[:100]]
+        items = [item for value in values if isinstance(value, list) for item in value]
+        if items:
+            lists[field] = items
+    texts = [field for field in named_in(lists, plural(ANSWERS))
+             if any(isinstance(item, str) for item in lists[field])]
+    marks = named_in(lists, plural(SCORES + RANKS))
+    if texts and marks:
         used, text, mark = [texts[0], marks[0]], texts[0], marks[0]
     else:
-        for field, value in firsts.items():
-            try:
-                items = rows_of(value)
-                inner = set().union(*items) if isinstance(items, list) else set()
-            except (TypeError, ValueError):
-                continue
-            text = named_in(inner, ANSWERS) if not inner & {"role", "from"} else []
+        for field, items in lists.items():
+            inner = set().union(*(item for item in items if isinstance(item, dict)))
+            # a text in a list of another name may be a passage that was found for the question
+            names = ANSWERS if field.lower() in plural(ANSWERS) + ["comments"] else ANSWERS_ONLY
+            text = named_in(inner, names) if not inner & {"role", "from"} else []
             mark = named_in(inner, SCORES + RANKS)
             if text and mark:
                 used, text, mark = [field], text[0], mark[0]
@@ -64,11 +69,11 @@ def find_list(objects, fields, parts):
         items = rows_of({name: r[name] for name in used} if len(used) > 1 else r[used[0]])
         found = [(answer_of(item[text]).strip(), -number(item[mark]) if is_rank else item[mark])
                  for item in items if is_something(item.get(mark))]
-        return scored(as_prompt(asked_in(r, parts)), found)
+        return scored(as_prompt(asked_in(r, parts)), found), len(items) - len(found)
     of = "" if len(used) > 1 else f"{used[0]}: "
     what = f"{of}{text} as completion, {mark} as {'rank, 1 the best' if is_rank else 'score'}"
     # the sides of GPT-4-LLM's comparisons stand in its list too
-    return what, {*used, *sides_in(fields, ANSWERS).values()}, {text, mark}, convert
+    return what, {*used, *sides_in(fields).values()}, {text, mark}, convert
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,12 +85,12 @@ VERDICTS = ["winner", "preference", "preferred", "overall_preference", "preferen
             "choose-best-response", "preference.responses"]
 SIGNED = ["overall_preference", "preference_strength"]  # HelpSteer's: above 0, the second is better
 TIE = re.compile(r"\W*(tie|both|equal|same|draw|neither|no.preference)")
-NAME = re.compile(r"\W*(?:(?:model|assistant|option|side|the|" + "|".join(ANSWERS) +
+NAME = re.compile(r"\W*(?:(?:model|option|side|" + "|".join(SIDES) +
                   r")[-_ ]*)*(\d+|a|b|c|d|left|right|first|second)\W*")
 PLACES = {"left": 0, "first": 0, "right": 1, "second": 1}
 
 
-def sides_in(fields, stems):
+def sides_in(fields, stems=SIDES):
     """{"a": "response_a", "b": "response_b"} of the first of the stems, such as "response", that
     has two fields or more; else {}."""
     for stem in stems:
@@ -113,10 +118,10 @@ def shares(vote, names, models):
     """What each side, of these names, has of a vote: "model_a", "Response 2", "left", 1, "tie", or
     the name of its model. Of sides 1 and 2, 1.5 is a tie."""
     said = str(vote).strip().lower()
-    if TIE.match(said):
-        return [1 / len(names)] * len(names)
     if vote in models:
         return [float(model == vote) / models.count(vote) for model in models]
+    if TIE.match(said):
+        return [1 / len(names)] * len(names)
     name = NAME.fullmatch(re.sub(r"^(\d+)\.0$", r"\1", said))
     place = PLACES.get(name[1]) if name else None
     if name and name[1] in names:
@@ -130,17 +135,17 @@ def shares(vote, names, models):
     raise LeftOut(f"its verdict {said[:40]!r} names none of the sides {', '.join(names)}")
 
 
-def find_sides(fields, parts):
+def find_sides(objects, fields, parts):
     """(what, used fields, their fields, function) where fields are sides and others say which is
     better: a score or rank of each, a flag of each, or a verdict."""
-    sides = sides_in(fields, ANSWERS)
+    sides = sides_in(fields)
+    if not sides:
+        return None
     names, texts = list(sides), list(sides.values())
     marks, flags = sides_in(fields, SCORES + RANKS), sides_in(fields, ["winner_model", "winner"])
     models = list(sides_in(fields, ["model", "generator"]).values())
     ties = named_in(fields, ["winner_tie", "winner_model_tie"])
     verdict = named_in(fields, VERDICTS)[:1]
-    if not sides:
-        return None
     if list(marks) == names:
         by = list(marks.values())
         sign = -1 if sides_in(fields, RANKS) == marks else 1
@@ -150,6 +155,9 @@ def find_sides(fields, parts):
         by = verdict
     else:
         return None
+    # 1 of sides 1 and 2 may be the second
+    is_index = verdict and "0" not in names and any(str(r.get(by[0])) in ("0", "0.0")
+                                                    for r in objects)
 
     def flagged(r):
         on = [str(r.get(field)).lower() in ("1", "1.0", "true") for field in by]
@@ -164,6 +172,9 @@ def find_sides(fields, parts):
         if by[0].lower() in SIGNED:
             strength = number(r[by[0]])
             return [max(-strength, 0.0), max(strength, 0.0)]
+        if by == verdict and is_index and names[0].isdigit():
+            raise LeftOut(f"its {by[0]} is 0 in some records: it does not number the sides "
+                          f"{', '.join(names)}")
         votes = flagged(r) if list(flags) == names else votes_in(r[by[0]])
         if not votes:
             raise LeftOut("nobody says which side is better")
@@ -175,8 +186,8 @@ def find_sides(fields, parts):
         if isinstance(asked, list) and all(isinstance(text, str) for text in asked):  # turns
             said = [[text for turn in zip(asked, map(words, side), strict=True) for text in turn]
                     for side in said]
-            return from_sides([], said, scores(r))
-        return from_sides(asked_in(r, parts), said, scores(r))
+            return from_sides([], said, scores(r)), 0
+        return from_sides(asked_in(r, parts), said, scores(r)), 0
     what = f"{' and '.join(texts)} compared by {' and '.join(by)}"
     return what, {*texts, *by}, {"role", "content", "value"}, convert
 

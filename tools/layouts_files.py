@@ -3,6 +3,7 @@
 What a record holds is used, kept, or named: see `Found`.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -11,14 +12,15 @@ from collections import Counter
 
 from lib.data import read_values, what_is_wrong
 from lib.errors import explain, stop
-from tools.layouts import LeftOut, from_parts, named_in, parts_of, score_of
-from tools.layouts_compared import (ANSWERS, LAYOUTS, find_list, find_sides, is_something,
-                                    rows_of, sides_in)
-from tools.layouts_rows import is_task, read_strings, rows_joined, task_of
+from tools.layouts import LeftOut, dialogue, from_parts, named_in, parts_of, score_of
+from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
+                                    sides_in)
+from tools.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
-        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases", "unit_tests"]
+        "reward_model", "verification_info", "test", "tests", "test_list", "test_cases",
+        "unit_tests", "input_output"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -44,18 +46,17 @@ def read_file(path):
                             for item in inner]
             if all(isinstance(column, dict) and "0" in column for column in values.values()):
                 values = {name: list(column.values()) for name, column in values.items()}  # pandas
-            if len(values) > 1 and all(isinstance(column, list) and
-                                       not any(isinstance(item, list | dict) for item in column)
-                                       for column in values.values()):
-                with explain(f"{path}: its columns are not of one length"):
-                    return rows_of(values)
-            return [values]
+            rows = rows_of(values) if len(values) > 1 else values
+            is_table = isinstance(rows, list) and not any(isinstance(cell, list | dict)
+                                                          for row in rows for cell in row.values())
+            return rows if is_table else [values]
         return values
     with explain(f"{path}: cannot be read"):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
         csv.field_size_limit(2**31 - 1)
-        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ","))
+        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
+                                   restkey="cells beyond the header"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,13 +72,15 @@ class Found:
     def leave_out(self, n, reason):
         self.left_out.setdefault(reason, []).append(n)
 
-    def say(self, path, number, what):
-        print(f"{path}: {number} records, {what}")
+    def say(self, what):
+        print(what)
         for reason, records in self.left_out.items():
             numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
             print(f"  left out {len(records)}: {reason} (records {numbers})")
         if self.turns:
-            print(f"  {self.turns} answers of earlier turns are not used: --all_turns takes them")
+            why = ("without a score are not used" if any("score" in r for r in self.records) else
+                   "of earlier turns are not used: --all_turns takes them")
+            print(f"  {self.turns} answers {why}")
         if self.kept:
             kept = [f"{field} (in {n} records)" for field, n in self.kept.most_common()]
             print(f"  kept in prompts (--make rlhf): {', '.join(kept)}")
@@ -85,7 +88,14 @@ class Found:
         print(f"  not used: {', '.join(lost)}" if lost else "  all fields used")
 
 
-def find_layout(path, objects, mapped):
+def has_answer(messages):
+    """Whether a dialogue ends with the assistant."""
+    with contextlib.suppress(LeftOut):
+        return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
+    return False
+
+
+def find_layout(path, objects, mapped, keep):
     """(what the file holds, its fields that are used, those of what lies in them, a function from a
     record and `all_turns` to our records and the number of answers that are not used)."""
     fields = set().union(*objects)
@@ -97,8 +107,17 @@ def find_layout(path, objects, mapped):
     if not mapped and not {"chosen", "rejected"} <= parts.keys():
         asked = {part: parts[part] for part in ("system", "history", "messages", "prompt", "input")
                  if part in parts}
-        compared = find_list(objects, fields, asked) or find_sides(fields, asked)
+        compared = find_list(objects, fields, asked) or find_sides(objects, fields, asked)
         parts = asked if compared else parts
+    if parts.get("completion") in keep and not all(
+            value is None or isinstance(value, str) or are_messages(value)
+            for value in (r.get(parts["completion"]) for r in objects)):
+        del parts["completion"]  # an answer to compare with, such as a number or a list of them
+    if {"messages", "completion"} <= parts.keys() and has_answer(objects[0].get(parts["messages"])):
+        del parts["completion"]  # the dialogue has it, or another one
+    sides = sides_in(fields).values()
+    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
+        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
     if not compared and not (parts.keys() & {"prompt", "messages"} or
                              {"chosen", "rejected"} <= parts.keys()):
         stop(f"{path}: none of the fields {', '.join(sorted(fields))} is known as a prompt: say "
@@ -107,16 +126,13 @@ def find_layout(path, objects, mapped):
     what = [f"{name} as {part}" if name != part else name
             for part, names in lists.items() for name in [" and ".join(names)]]
     used = {name for names in lists.values() for name in names}
-    sides = sides_in(fields, ANSWERS).values()
-    if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
-        stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
     inner = {"messages", "role", "from", "content", "value", "full_text", "human", "assistant",
              "input", "output"}
     if not compared:
         return ", ".join(what), used, inner, lambda r, all_turns: from_parts(r, parts, all_turns)
     how, used_too, inner_too, convert = compared
     return (", ".join([*what, how]), used | used_too, inner | inner_too,
-            lambda r, all_turns: (convert(r), 0))
+            lambda r, all_turns: convert(r))
 
 
 def with_numbers(ours):
@@ -149,44 +165,55 @@ def kept_of(r, keep, must):
     return kept
 
 
-def convert_file(path, number, mapped, all_turns, keep=()):
-    """Our records of one file, of its first `number`. The fields `keep` of theirs, or those of KEPT
-    that play no other part, stand in {"kept": {field: value}}. Says what was found."""
-    values, found, made = read_file(path)[:number], Found(), []
+def rows_in(path, number, found):
+    """[(number, record, fields as they stand in the file)] of a file's first `number` records, in
+    their final form (layouts_rows.py), and what to call them. What is none, `found` leaves out."""
+    values = read_file(path)[:number]
     if not values:
         stop(f"{path}: holds no records")
     if all(isinstance(value, list) for value in values):
         values = [{"messages": value} for value in values]  # bare lists of messages
-    rows = [(n, value) for n, value in enumerate(values, 1) if isinstance(value, dict)]
+    rows = []
     for n, value in enumerate(values, 1):
-        if not isinstance(value, dict):
+        if isinstance(value, dict):
+            rows.append((n, value))
+        else:
             found.leave_out(n, "not a JSON object")
-    is_labelled = bool(rows) and all(is_task(r) for _, r in rows)
-    with explain(f"{path}: not what tasks of Label Studio look like"):
-        rows = [(n, task_of(r) if is_labelled else r) for n, r in rows]
+    are_tasks = bool(rows) and all(is_task(r) for _, r in rows)
+    if are_tasks:
+        with explain(f"{path}: not what Label Studio's tasks look like"):
+            rows = [(n, task_of(r)) for n, r in rows]
     original = dict(rows)
-    rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read_strings([r for _, r in rows]))])
-    for n in lost:
-        found.leave_out(n, "the message that it answers is not in the file")
-    objects = [r for _, r in rows]
-    what, used, inner, convert = find_layout(path, objects, mapped)
+    read = read_strings([r for _, r in rows])
+    rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read)])
+    for n, reason in lost:
+        found.leave_out(n, reason)
+    what = f"{path}: {len(values)} records, " + "Label Studio's tasks: " * are_tasks
+    return [(n, r, original[n]) for n, r in rows], what
+
+
+def convert_file(path, number, mapped, all_turns, keep=()):
+    """Our records of one file, of its first `number`. The fields `keep` of theirs, or those of KEPT
+    that play no other part, stand in {"kept": {field: value}}. Says what was found."""
+    found, made = Found(), []
+    rows, heading = rows_in(path, number, found)
+    objects = [theirs for _, theirs, _ in rows]
+    what, used, inner, convert = find_layout(path, objects, mapped, keep)
     fields = set().union(*objects)
     for field in keep:
         if field not in fields:
-            stop(f"--keep {field}: no record of {path} has it; they have {', '.join(sorted(fields))}")
+            stop(f"--keep {field}: no record of {path} has it; they have "
+                 f"{', '.join(sorted(fields))}")
     kept = keep or [field for field in named_in(fields, KEPT) if field not in used]
-    for n, theirs in rows:
+    for n, theirs, original in rows:
         try:
             ours, turns = convert(theirs, all_turns)
             ours, scale = with_numbers(ours)
-            extra = kept_of(theirs | original[n], kept, keep)
+            made.append((n, theirs, ours, turns, scale, kept_of(theirs | original, kept, keep)))
         except LeftOut as reason:
             found.leave_out(n, str(reason))
-            continue
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
             found.leave_out(n, f"not what {what} look like")
-            continue
-        made.append((n, theirs, ours, turns, scale, extra))
     scales = Counter(scale for _, _, _, _, scale, _ in made if scale)
     for n, theirs, ours, turns, scale, extra in made:
         if scale and scale != (most := scales.most_common(1)[0][0]):
@@ -202,5 +229,5 @@ def convert_file(path, number, mapped, all_turns, keep=()):
             unused |= {f"{field}: {name}" for item in items if isinstance(item, dict)
                        for name in item if name not in inner and is_something(item[name])}
         found.unused.update(sorted(unused))
-    found.say(path, len(values), "Label Studio's tasks: " * is_labelled + what)
+    found.say(heading + what)
     return found.records

@@ -4,7 +4,7 @@ import ast
 import json
 
 from tools.layouts import PARTS, named_in
-from tools.layouts_compared import ANSWERS, is_something, sides_in
+from tools.layouts_compared import is_something, sides_in
 
 
 def json_in(text):
@@ -20,7 +20,7 @@ def json_in(text):
 
 
 def are_messages(value):
-    messages = [value] if isinstance(value, dict) else value
+    messages = value if isinstance(value, list) else [value]
     return all(isinstance(m, dict) and m.keys() & {"role", "from", "messages"} for m in messages)
 
 
@@ -41,7 +41,7 @@ def read_strings(objects):
             values = [json_in(text) for text in there]
             if None not in values:
                 inside[field] = values
-    sides = set(sides_in(fields, ANSWERS).values())
+    sides = set(sides_in(fields).values())
     texts = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
     turns = {field for field in inside if all(map(are_turns, inside[field]))}
     has_turns = sides and sides <= turns and turns & set(PARTS["prompt"])
@@ -57,9 +57,9 @@ def read_strings(objects):
 # One message a row, and Label Studio's tasks
 
 def rows_joined(rows):
-    """[(number, row)] of a file with one message a row -> [(number of the first row, record)]: trees
-    by parent_id (OASST), or dialogues by the name of a conversation; and the numbers of rows that
-    are in none. Other records stay as they are."""
+    """[(number, row)] of a file with one message per row -> [(number of the first row, record)]:
+    trees by parent_id (OASST), or dialogues by conversation_id; and [(number, why)] of the rows
+    that are in none. Other records stay as they are."""
     fields = set().union(*(row for _, row in rows))
     role, text, name, order, talk = (
         next(iter(named_in(fields, names)), None) for names in (
@@ -82,8 +82,11 @@ def rows_joined(rows):
 
 
 def trees_of(rows, role, text, name):
-    nodes = {str(row.get(name)): (n, row | {"role": row.get(role), "text": row.get(text),
-                                            "replies": []}) for n, row in rows}
+    nodes, lost = {}, []
+    for n, row in rows:
+        node = row | {"role": row.get(role), "text": row.get(text), "replies": []}
+        if nodes.setdefault(str(row.get(name)), (n, node))[0] != n:
+            lost.append((n, f"its {name} is that of another message"))
     roots, reached = [], set()
     for n, node in nodes.values():
         if not is_something(node.get("parent_id")):
@@ -93,10 +96,11 @@ def trees_of(rows, role, text, name):
     below = [node for _, node in roots]
     while below:
         node = below.pop()
-        reached.add(str(node[name]))
+        reached.add(str(node.get(name)))
         below += node["replies"]
-    return ([(n, {"message_tree_id": node[name], "prompt": node}) for n, node in roots],
-            [n for key, (n, _) in nodes.items() if key not in reached])
+    lost += [(n, "the messages before it are not in the file") for key, (n, _) in nodes.items()
+             if key not in reached]
+    return [(n, {"message_tree_id": node.get(name), "prompt": node}) for n, node in roots], lost
 
 
 def is_task(r):

@@ -1,0 +1,417 @@
+"""What `data_gen.py import` reads beyond a name per part: compared answers, rows, JSON in strings,
+scores on a scale, and the fields that prompts keep. The plain layouts: test_data_gen.py."""
+
+import csv
+import io
+import json
+
+import pytest
+
+import data_gen
+from tools.get_data import convert
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def answers(*texts_and_scores, prompt="Q"):
+    """Records of [text, score, text, score, ...]."""
+    return [{"user_input": prompt, "completion": text, "score": score}
+            for text, score in zip(texts_and_scores[::2], texts_and_scores[1::2])]
+
+
+def write(path, records):
+    """JSON; or where it is named so, CSV, in which lists and objects are JSON in a string."""
+    if path.suffix == ".csv" and not isinstance(records, str):
+        file = io.StringIO()
+        table = csv.DictWriter(file, list(records[0]))
+        table.writeheader()
+        table.writerows([{field: json.dumps(value) if isinstance(value, (list, dict)) else value
+                          for field, value in record.items()} for record in records])
+        records = file.getvalue()
+    path.write_text(records if isinstance(records, str) else json.dumps(records))
+    return str(path)
+
+
+def imported(tmp_path, records, name="x.json"):
+    return convert([write(tmp_path / name, records)])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        data_gen.main(["import", *map(str, argv)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# ------------------------------------------------------------------------------------------------
+# Sides and a verdict
+
+ARENA = {"question_id": "1", "model_a": "m", "model_b": "n", "judge": "j", "turn": 1,
+         "conversation_a": [user("Q"), assistant("x")],
+         "conversation_b": [user("Q"), assistant("y")]}
+KAGGLE = {"id": 1, "prompt": ["Q"], "response_a": ["x"], "response_b": ["y"]}
+FLAGS = {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 0}
+FARM = {"instruction": "Q", "input": "", "output_1": "x", "output_2": "y"}
+ARGILLA = {"prompt": "Q", "response-1": "x", "response-2": "y"}
+FIRST, SECOND, TIE = answers("x", 1, "y", 0), answers("x", 0, "y", 1), answers("x", 0.5, "y", 0.5)
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+@pytest.mark.parametrize("record, ours", [
+    (ARENA | {"winner": "model_a"}, FIRST),
+    (ARENA | {"winner": "model_b"}, SECOND),
+    (ARENA | {"winner": "tie"}, TIE),
+    (ARENA | {"winner": "tie (bothbad)"}, TIE),
+    (ARENA | {"winner": "both_bad"}, TIE),
+    (ARENA | {"winner": "n"}, SECOND),  # the name of its model
+    (ARENA | {"winner": "tiefighter", "model_a": "tiefighter"}, FIRST),
+    (ARENA | {"winner": "model_a", "conversation_a": [
+        {"role": "user", "content": [{"type": "text", "text": "Q", "image": None}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}, FIRST),
+    (KAGGLE | FLAGS | {"winner_model_a": 1}, FIRST),
+    (KAGGLE | FLAGS | {"winner_model_b": 1}, SECOND),
+    (KAGGLE | FLAGS | {"winner_tie": 1}, TIE),
+    (KAGGLE | FLAGS | {"winner_model_b": 1, "prompt": ["Q", "R"], "response_a": ["w", "x"],
+                       "response_b": ["w", "y"]},
+     answers("x", 0, "y", 1, prompt=[user("Q"), assistant("w"), user("R")])),
+    (KAGGLE | {"prompt": "Q", "response_a": "x", "response_b": "y", "winner": "Response B"},
+     SECOND),
+    (KAGGLE | {"prompt": "Q", "response_a": "x", "response_b": "y", "verdict": "[[A]]"}, FIRST),
+    (FARM | {"preference": 1}, FIRST),
+    (FARM | {"preference": 2.0}, SECOND),
+    (FARM | {"preference": 1.5}, TIE),
+    (FARM | {"preference": 1.25}, answers("x", 0.75, "y", 0.25)),  # AlpacaEval: soft
+    (ARGILLA | {"choose-best-response": "response-2"}, SECOND),
+    (ARGILLA | {"preference": [{"user_id": "u", "value": "response-1", "status": "submitted"}]},
+     FIRST),
+    (ARGILLA | {"preference": [{"value": [{"rank": 1, "value": "response-2"},
+                                          {"rank": 2, "value": "response-1"}]}]}, SECOND),
+    (ARGILLA | {"preference": [{"value": "response-1"}, {"value": "response-2"},
+                               {"value": "response-1"}, {"value": "response-1"}]},
+     answers("x", 0.75, "y", 0.25)),
+    ({"context": [user("Q")], "response1": "x", "response2": "y", "overall_preference": -2},
+     answers("x", 2, "y", 0)),  # HelpSteer 3
+    ({"prompt": "Q", "response_1": "x", "response_2": "y", "preference_strength": 3},
+     answers("x", 0, "y", 3)),  # HelpSteer 2
+    ({"prompt": "Q", "response_1": "x", "response_2": "y", "response_3": "z", "rank_1": 2,
+      "rank_2": 1, "rank_3": 3}, answers("x", -2, "y", -1, "z", -3)),
+    ({"prompt": "Q", "answer_a": "x", "answer_b": "y", "rating_a": "80%", "rating_b": "30%"},
+     answers("x", 80, "y", 30)),
+    ({"prompt": "Q", "answer1": "x", "answer2": "y", "comparison": {"selected": "right"}}, SECOND),
+])
+def test_sides_with_a_verdict(tmp_path, record, ours, ending):
+    assert imported(tmp_path, [record], f"x.{ending}") == ours
+
+
+@pytest.mark.parametrize("record, reason", [
+    (ARENA | {"winner": "whoever"}, "its verdict 'whoever' names none of the sides a, b"),
+    (ARENA | {"winner": None}, "nobody says which side is better"),
+    (ARENA | {"winner": 1}, "its verdict '1' names none of the sides a, b"),
+    (ARENA | {"winner": "tie", "conversation_b": [user("R"), assistant("y")]},
+     "its two sides answer different prompts"),
+])
+def test_a_verdict_that_says_nothing_is_left_out(tmp_path, capsys, record, reason):
+    good = ARENA | {"winner": "model_a"}
+    assert imported(tmp_path, [good, record]) == FIRST
+    assert f"left out 1: {reason} (records 2)" in capsys.readouterr().out
+
+
+def test_zero_and_one_do_not_number_sides_one_and_two(tmp_path, capsys):
+    assert imported(tmp_path, [FARM | {"preference": 0}, FARM | {"preference": 1}]) == []
+    assert "its preference is 0 in some records" in capsys.readouterr().out
+
+
+def test_turns_without_a_verdict_are_no_prompts(tmp_path, capsys):
+    source = write(tmp_path / "x.csv", [KAGGLE])
+    assert refused(capsys, source, "--out", tmp_path / "out").endswith(
+        "x.csv: nothing says which of response_a and response_b is better\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Lists of answers
+
+RATED = [{"text": "x", "pm_score": 3, "selected": True}, {"text": "y", "pm_score": 5}]
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+@pytest.mark.parametrize("record, ours", [
+    ({"question": "Q", "answers": RATED, "date": "d"}, answers("x", 3, "y", 5)),  # StackExchange
+    ({"question": "Q", "answers": {"text": ["x", "y"], "score": [3, 5]}},
+     answers("x", 3, "y", 5)),  # ELI5
+    ({"prompt": "Q", "responses": ["x", "y", "z"], "ranks": [2, 1, 3]},
+     answers("x", -2, "y", -1, "z", -3)),
+    ({"prompt": "Q", "responses": ["x", "y"], "rank": ["2", "1"]}, answers("x", -2, "y", -1)),
+    ({"input": "Q", "generations": ["x", "y"], "ratings": [4, 2.5]}, answers("x", 4, "y", 2.5)),
+    ({"instruction": "Q", "input": "i", "completions": [
+        {"response": [assistant("x")], "rating": "7/10"}, {"response": "y", "rating": "9/10"},
+        {"response": "z", "rating": None}]}, answers("x", 7, "y", 9, prompt="Q\n\ni")),
+    ({"messages": [user("Q")], "candidates": [{"output": "x", "score": 1},
+                                              {"output": "y", "score": 2}]},
+     answers("x", 1, "y", 2)),
+])
+def test_lists_of_answers(tmp_path, record, ours, ending):
+    assert imported(tmp_path, [record], f"x.{ending}") == ours
+
+
+def test_an_answer_without_a_score_is_counted(tmp_path, capsys):
+    record = {"question": "Q", "answers": [*RATED, {"text": "z", "pm_score": None}]}
+    assert imported(tmp_path, [record]) == answers("x", 3, "y", 5)
+    assert "  1 answers without a score are not used\n" in capsys.readouterr().out
+
+
+def test_passages_with_scores_are_no_answers(tmp_path):
+    record = {"question": "Q", "answer": "x", "ctxs": [{"title": "t", "text": "p", "score": 1.5},
+                                                       {"title": "u", "text": "q", "score": 1}]}
+    assert imported(tmp_path, [record]) == [{"user_input": "Q", "completion": "x"}]
+
+
+def test_odd_items_of_a_list(tmp_path, capsys):
+    good = {"question": "Q", "answers": RATED}
+    odd = [{"question": "Q", "answers": value} for value in ([None], {"text": ["x"], "score": []},
+                                                             "x", 7, [RATED[0]])]
+    assert imported(tmp_path, [*odd, good]) == answers("x", 3, "y", 5)
+    said = capsys.readouterr().out
+    assert "left out 4: not what question as prompt, answers: text as completion" in said
+    assert "left out 1: its completions are all the same (records 5)" in said
+
+
+def test_cells_beyond_the_header_are_named(tmp_path, capsys):
+    assert imported(tmp_path, "question,answer\nQ,x,more\n", "x.csv") == [
+        {"user_input": "Q", "completion": "x"}]
+    assert "not used: cells beyond the header (in 1 records)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("record", [
+    {"question": "Q", "response_j": "x", "response_k": "y"},
+    {"prompt": "Q", "pos_resp": "x", "neg_resp": "y"},
+    {"trajectory": [user("Q")], "chosen": "x", "rejected": "y"},
+])
+def test_pairs(tmp_path, record):
+    assert imported(tmp_path, [record]) == FIRST
+
+
+def test_several_chosen_and_rejected(tmp_path):
+    record = {"prompt": "Q", "chosen": ["x"], "rejected": ["y", "z"]}
+    assert imported(tmp_path, [record]) == answers("x", 1, "y", 0, "z", 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores on a scale
+
+@pytest.mark.parametrize("scores, numbers", [
+    (["8/10", "6 / 10", "7.5/10"], [8, 6, 7.5]),
+    (["4 out of 5", "3/5", "2 of 5"], [4, 3, 2]),
+    (["80%", "7 / 100", "55.5 %"], [80, 7, 55.5]),
+    (["8", " 6 ", "-1e1"], [8, 6, -10]),
+])
+def test_scores_on_one_scale(tmp_path, scores, numbers):
+    records = [{"prompt": "Q", "response": f"{n}", "score": score}
+               for n, score in enumerate(scores)]
+    assert [r["score"] for r in imported(tmp_path, records)] == numbers
+
+
+@pytest.mark.parametrize("odd, reason", [
+    ("4/5", "its score is out of 5, where most are out of 10"),
+    ("80%", "its score is out of 100, where most are out of 10"),
+    (8, "its score is a plain number, where most are out of 10"),
+    ("good", "its score is not a number"),
+    ("1/2/10", "its score is not a number"),
+])
+def test_a_score_on_another_scale_is_left_out(tmp_path, capsys, odd, reason):
+    records = [{"prompt": "Q", "response": f"{n}", "score": score}
+               for n, score in enumerate([odd, "8/10", "6/10"])]
+    assert [r["score"] for r in imported(tmp_path, records)] == [8, 6]
+    assert f"left out 1: {reason} (records 1)" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows, tasks, strings, texts
+
+def row(name, parent, text, role="assistant", rank=None, **more):
+    return {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank,
+            "deleted": False, "lang": "en", **more}
+
+
+OASST = [row("1", None, "Q", "prompter"), row("2", "1", "x", rank=1), row("3", "1", "y", rank=0),
+         row("4", "3", "R", "prompter"), row("5", "4", "z"), row("6", "1", "gone", deleted=True)]
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_oasst_with_a_message_a_row(tmp_path, order, ending):
+    ours = imported(tmp_path, OASST[::order], f"x.{ending}")
+    demonstration = {"user_input": [user("Q"), assistant("y"), user("R")], "completion": "z"}
+    assert sorted(ours[:2], key=lambda r: r["completion"]) == answers("x", 0, "y", 1)
+    assert ours[2:] == [demonstration]
+
+
+def test_messages_that_hang_on_nothing(tmp_path, capsys):
+    odd = [row("7", "none", "x"), row("8", "9", "x"), row("9", "8", "x"), row("2", "1", "again")]
+    assert len(imported(tmp_path, OASST + odd)) == 3
+    said = capsys.readouterr().out
+    assert "left out 3: the messages before it are not in the file (records 7, 8, 9)" in said
+    assert "left out 1: its message_id is that of another message (records 10)" in said
+
+
+def test_a_tree_too_deep(tmp_path, capsys):
+    rows = [row(str(n), str(n - 1) if n else None, f"{n}", ("prompter", "assistant")[n % 2])
+            for n in range(3000)]
+    assert imported(tmp_path, rows) == []
+    assert "left out 1: not what OASST trees look like (records 1)" in capsys.readouterr().out
+
+
+def test_a_message_a_row_by_conversation(tmp_path):
+    rows = [{"conversation_id": c, "turn": t, "role": r, "content": text} for c, t, r, text in (
+        (1, 10, "user", "R"), (1, 2, "assistant", "x"), (2, 1, "user", "S"), (1, 1, "user", "Q"),
+        (1, 11, "assistant", "y"), (2, 2, "assistant", "z"))]
+    assert sorted(imported(tmp_path, rows, "x.csv"), key=lambda r: r["completion"]) == [
+        {"user_input": [user("Q"), assistant("x"), user("R")], "completion": "y"},
+        {"user_input": "S", "completion": "z"}]
+
+
+def task(*selected, to_name="answer1,answer2", **annotation):
+    return {"id": 1, "data": {"prompt": "Q", "answer1": "x", "answer2": "y"}, "predictions": [],
+            "annotations": [{"was_cancelled": False, "result": [
+                {"from_name": "pw", "to_name": to_name, "type": "pairwise",
+                 "value": {"selected": side}}]} | annotation for side in selected]}
+
+
+@pytest.mark.parametrize("theirs, ours", [
+    (task("left"), FIRST),
+    (task("right", to_name="txt-1,txt-2"), SECOND),
+    (task("left", to_name="answer2,answer1"), SECOND),
+    (task("left", "right"), TIE),
+])
+def test_label_studio(tmp_path, capsys, theirs, ours):
+    skipped, empty = task("right", was_cancelled=True), task()
+    assert imported(tmp_path, [theirs, skipped, empty]) == ours
+    said = capsys.readouterr().out
+    assert "Label Studio's tasks: prompt, answer1 and answer2 compared by annotations" in said
+    assert "left out 2: nobody says which side is better (records 2, 3)" in said
+
+
+def test_json_in_a_string_that_is_a_text_stays_a_text(tmp_path):
+    records = [{"instruction": "Q", "input": '["b", "a"]', "output": '["a", "b"]'},
+               {"instruction": "Q", "input": '{"a": 1}', "output": '{"b": 2}'}]
+    assert imported(tmp_path, records) == [
+        {"user_input": 'Q\n\n["b", "a"]', "completion": '["a", "b"]'},
+        {"user_input": 'Q\n\n{"a": 1}', "completion": '{"b": 2}'}]
+    record = {"prompt": "Q", "response_a": '{"a": 1}', "response_b": '["b"]', "winner": "a"}
+    assert imported(tmp_path, [record]) == answers('{"a": 1}', 1, '["b"]', 0)
+
+
+@pytest.mark.parametrize("records", [
+    [{"conversations": str([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "it's"}])}],
+    [{"conversation": [{"input": "Q", "output": "it's"}]}],
+    [{"conversation": [{"human": "Q", "assistant": "it's"}]}],
+    [{"prompt": "Q", "messages": [user("Q"), assistant("it's")]}],
+    [{"problem": "Q", "output": "it's", "messages": [user("Q"), assistant("it's")]}],
+    [{"instruction": "Q", "response": "its", "conversations": [user("Q"), assistant("it's")]}],
+    [{"inputs": "Q", "targets": "it's"}],
+    [{"Question": "Q", "Answer": "it's"}],
+    [{"text": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nit's<|im_end|>\n"}],
+    [{"text": "<s>[INST] Q [/INST] it's </s>"}],
+    {"rows": [{"row_idx": 0, "row": {"question": "Q", "answer": "it's"}}]},
+    {"question": ["Q"], "answer": ["it's"]},
+    {"question": {"0": "Q"}, "answer": {"0": "it's"}},
+])
+def test_the_same_demonstration(tmp_path, records):
+    assert imported(tmp_path, records) == [{"user_input": "Q", "completion": "it's"}]
+
+
+def test_llama_2_text_with_a_system_message(tmp_path):
+    text = "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] x </s><s>[INST] R [/INST] y </s>"
+    assert imported(tmp_path, [{"text": text}]) == [{"user_input": [
+        {"role": "system", "content": "S"}, user("Q"), assistant("x"), user("R")],
+        "completion": "y"}]
+
+
+def test_a_question_that_comes_again_in_a_dialogue_is_asked_again(tmp_path):
+    record = {"instruction": "Go on.", "history": [["Go on.", "x"]], "output": "y"}
+    assert imported(tmp_path, [record]) == [
+        {"user_input": [user("Go on."), assistant("x"), user("Go on.")], "completion": "y"}]
+
+
+def test_rated_summaries(tmp_path):
+    record = {"info": {"title": "T", "post": "P"}, "summary": {"text": "x", "axes": {"overall": 6}}}
+    assert imported(tmp_path, [record]) == answers("x", 6, prompt="T\n\nP")
+
+
+# ------------------------------------------------------------------------------------------------
+# Fields that prompts keep
+
+def kept(tmp_path, records, *argv):
+    source = write(tmp_path / "x.json", records)
+    data_gen.main(["import", source, "--out", str(tmp_path / "out"), "--eval_share", "0", *argv])
+    return {path.name.split("_")[0]: json.loads(path.read_text())
+            for path in (tmp_path / "out").iterdir()}
+
+
+def test_keep(tmp_path, capsys):
+    tests = {"inputs": [1, None], "fn": "f"}
+    records = [{"question": "Q", "answer": "4", "cases": tests, "n": 0},
+               {"question": "R", "answer": "5", "cases": [], "n": 1, "more": "x"},
+               {"question": "S", "answer": "5", "n": 1},
+               {"question": "Q", "answer": "6", "cases": tests, "n": 0}]
+    sets = kept(tmp_path, records, "--keep", "answer,cases,n", "--make", "actor", "rlhf")
+    assert sets["rlhf"] == [{"user_input": "Q", "answer": "4", "cases": tests, "n": 0},
+                            {"user_input": "R", "answer": "5", "cases": [], "n": 1}]
+    assert sets["actor"] == [{"user_input": "Q", "completion": "4"},
+                             {"user_input": "R", "completion": "5"},
+                             {"user_input": "Q", "completion": "6"}]
+    said = capsys.readouterr().out
+    assert "left out 1: it has no cases, which --keep names (records 3)" in said
+    assert "kept in prompts (--make rlhf): answer (in 3 records), cases (in 3 records)" in said
+    assert "not used: more (in 1 records)" in said
+    assert "1 prompts come again with other values in the fields that are kept" in said
+
+
+def test_what_is_kept_unasked(tmp_path, capsys):
+    records = [{"prompt": [user("Q")], "reward_model": {"ground_truth": "4"}, "ability": "math"},
+               {"prompt": "R", "ability": "math"}]
+    assert kept(tmp_path, records) == {
+        "rlhf": [{"user_input": "Q", "reward_model": {"ground_truth": "4"}}, {"user_input": "R"}]}
+    said = capsys.readouterr().out
+    assert "kept in prompts (--make rlhf): reward_model (in 1 records)" in said
+    assert "not used: ability (in 2 records)" in said
+
+
+def test_an_answer_that_is_the_completion_is_kept_when_asked(tmp_path):
+    records = [{"question": "Q", "answer": "4"}]
+    assert kept(tmp_path, records, "--make", "rlhf")["rlhf"] == [{"user_input": "Q"}]
+    asked = kept(tmp_path, records, "--make", "rlhf", "--keep", "answer", "--overwrite")
+    assert asked["rlhf"] == [{"user_input": "Q", "answer": "4"}]
+
+
+@pytest.mark.parametrize("answer", [4, 0.5, True, ["4", "four"], [1, 2], {"value": 4}, [[1], {}]])
+def test_an_answer_that_is_no_text_is_kept_alone(tmp_path, answer):
+    records = [{"question": "Q", "answer": answer}]
+    assert kept(tmp_path, records, "--keep", "answer") == {
+        "rlhf": [{"user_input": "Q", "answer": answer}]}
+
+
+@pytest.mark.parametrize("keep, said", [
+    ("anwser", "--keep anwser: no record of {} has it; they have answer, question"),
+    ("answer", "--keep answer: only prompts keep fields, and these records are more than prompts: "
+               "add --make rlhf"),
+    ("answer,", "--keep answer,: must be fields of the files"),
+    ("user_input", "--keep user_input: must be fields of the files"),
+])
+def test_keep_that_cannot_be(tmp_path, capsys, keep, said):
+    source = write(tmp_path / "x.json", [{"question": "Q", "answer": "4"}])
+    error = refused(capsys, source, "--keep", keep, "--out", tmp_path / "out")
+    assert said.format(source) in error and not (tmp_path / "out").exists()
+
+
+def test_what_json_cannot_hold_is_not_kept(tmp_path, capsys):
+    source = write(tmp_path / "x.jsonl",
+                   '{"prompt": "Q", "answers": NaN}\n{"prompt": "R", "answers": 1}\n')
+    assert convert([source]) == [{"user_input": "R", "kept": {"answers": 1}}]
+    assert "left out 1: its answers cannot be written as JSON" in capsys.readouterr().out
