@@ -1,26 +1,30 @@
 """What only a GPU shows, found out in eight minutes on one: is it right there, how fast, how large?
 
     python bench/gpu.py                              # writes runs/gpu/report.md, step by step
-    python bench/gpu.py --steps checks start         # some of the steps
+    python bench/gpu.py --steps smollm2 large        # some of the steps
+    python bench/gpu.py --steps real --limit 300     # one of them, with another time limit
     python bench/gpu.py --small --device cpu         # does everything run? The figures mean nothing
 
-The steps, in the order of their worth. Each is a process of its own with a time limit, and writes
-down what it finds at once, so that a run that is cut off is not lost:
+The steps, in the order of their worth. They share one process, since to start Python takes 15 s on
+some hosts; one that outlives its time limit ends it, and the next step begins another. What a step
+finds it writes down at once, so that a run that is cut off is not lost:
 
     checks    logits and gradients beside transformers in float32 and bf16, generation beside a
-              model without a cache, how often a step waits for the device
-    demo      python ppo.py: gold score, seconds
+              model without a cache, how often a step waits for the device, how many kernels a layer
+              launches
     start     ratio and KL before the first step: float32, TF32, bf16, LoRA on a bf16 base
     smollm2   a PPO update of 64 x (64 + 128) tokens at the sizes of SmolLM2-135M: tokens per second
-              of rollout and training, shares of the time, memory beside --dry_run's, FLOP/s; and
+              of rollout and training, shares of the time, memory beside the predicted, FLOP/s; and
               TRL's update, if it is installed
     large     the same at 1.2 billion parameters in bf16, all weights and LoRA
     resume    kill -9 and --resume, twice: the same weights?
-    tests     pytest of the maths, the stages, LoRA and resuming; a stage takes the GPU by itself
+    tests     pytest of the maths, decoding, attention, the stages and resuming
     real      bench/real_run.py with ten times the episodes, as far as the time goes; its data and
               model are fetched from the network, or lie in --real
+    demo      python ppo.py: gold score, seconds. Left out unless named: its model is so small that
+              a CPU is as fast
 
-Weights are random where only time and memory are looked at. FLOP are counted as --dry_run counts
+Weights are random where only time and memory are looked at. FLOP are counted as tools.budget counts
 them; the share of the device's peak (MFU) is of --peak_tflops, by default that of an H100 for dense
 bf16 products.
 """
@@ -28,14 +32,18 @@ bf16 products.
 import argparse
 import contextlib
 import csv
+import gc
+import glob
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from types import SimpleNamespace
 
 import torch
@@ -44,16 +52,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, f"{ROOT}/bench", f"{ROOT}/tests"]
 
+import data_gen  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
 import speed  # noqa: E402: of bench/
 from lib.data import collate, left_pad  # noqa: E402
-from model import Llama, generate, states_of, tokens_of  # noqa: E402
+from model import (DEMO_MODEL, Llama, ScalarHead, generate, load_tokenizer,  # noqa: E402
+                   random_llama, save_checkpoint, states_of, tokens_of)
 from tools.budget import budget, networks, settings, update_flops  # noqa: E402
 from waits import waits, waits_of_steps  # noqa: E402: of tests/
 
-LIMITS = dict(checks=45, demo=150, start=35, smollm2=60, large=60, resume=40, tests=50,
-              real=40)  # seconds
+LIMITS = dict(checks=45, start=30, smollm2=90, large=60, resume=110, tests=70, real=60,
+              demo=240)  # seconds
 SIZE_135M = dict(speed.SIZE_135M, vocab_size=49152)
 SIZE_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                num_attention_heads=32, num_key_value_heads=8, head_dim=64,
@@ -119,10 +129,47 @@ def checks(args, tell):
     tell("waits for the device in 20 tokens", len(found))
     demonstrations(args)
     counts = waits_of_steps(sft, [
-        "--data", f"{args.out}/demos.json", "--tokenizer", f"{args.out}/demo/data/tokenizer",
+        "--data", f"{args.out}/demos.json", "--tokenizer", f"{args.out}/run/data/tokenizer",
         "--eval_data", "", "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "4",
         "--device", args.device, "--out", f"{args.out}/sft", "--overwrite"])
     tell("waits for the device in a step of sft.py", max(counts))
+    for dtype in ("float32", "bfloat16"):
+        for part, number in launches_of_a_layer(args, dtype).items():
+            tell(f"kernels that a layer launches, {dtype}, {part}", number)
+
+
+def launches_of_a_layer(args, dtype):
+    """Kernels of a forward and of a backward pass, in a model of four layers less one of two. On a
+    CPU: the operators that compute something."""
+    on_gpu = args.device.startswith("cuda")
+    activity = torch.profiler.ProfilerActivity
+    counts = []
+    for layers in (4, 2):
+        llama = Llama(LlamaConfig(**SIZE_SMALL | dict(num_hidden_layers=layers))).to(args.device)
+        for p in llama.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        ids = torch.randint(3, 200, (4, 50), device=args.device)
+
+        def forward():
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16,
+                                enabled=dtype != "float32"):
+                return llama(ids).float().square().sum()
+
+        forward().backward()
+        loss, found = None, []
+        for part in ("forward", "backward"):
+            with torch.profiler.profile(activities=[activity.CUDA if on_gpu else
+                                                    activity.CPU]) as profiler:
+                if part == "forward":
+                    loss = forward()
+                else:
+                    loss.backward()
+                synchronize(args)
+            events = [event for event in profiler.events() if on_gpu or not event.cpu_children]
+            found.append(len(events))
+        counts.append(found)
+    return {part: (four - two) / 2
+            for part, four, two in zip(("forward", "backward"), *counts)}
 
 
 def run_script(*argv, folder):
@@ -132,11 +179,27 @@ def run_script(*argv, folder):
                    check=True)
 
 
+def small_run(args):
+    """The folder of a run that has the demo's data, and random models of its sizes for SFT and
+    reward model."""
+    folder = f"{args.out}/run"
+    if not os.path.exists(f"{folder}/runs/rm/config.json"):
+        os.makedirs(folder, exist_ok=True)
+        before = os.getcwd()
+        os.chdir(folder)
+        data_gen.main([])
+        os.chdir(before)
+        tokenizer = load_tokenizer(f"{folder}/data/tokenizer")
+        torch.manual_seed(0)
+        policy = random_llama(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL))
+        save_checkpoint(policy, tokenizer, f"{folder}/runs/sft")
+        save_checkpoint(ScalarHead(policy.model), tokenizer, f"{folder}/runs/rm")
+    return folder
+
+
 def demonstrations(args):
-    """The demo's data, and a cut of its demonstrations."""
-    if not os.path.exists(f"{args.out}/demo/data/tokenizer"):
-        run_script("data_gen.py", folder=f"{args.out}/demo")
-    with open(f"{args.out}/demo/data/actor_training_data.json", encoding="utf-8") as file:
+    """A cut of the demo's demonstrations."""
+    with open(f"{small_run(args)}/data/actor_training_data.json", encoding="utf-8") as file:
         records = json.load(file)[:256]
     with open(f"{args.out}/demos.json", "w", encoding="utf-8") as file:
         json.dump(records, file)
@@ -153,7 +216,7 @@ def demo(args, tell):
               ("train_rm.py", "rm", ["--epochs", 1, "--eval_data", ""] if small else []),
               ("ppo.py", "ppo", ["--updates", 2, "--eval_number", 8] if small else [])]
     if small:  # of all the data, the reward model would take minutes
-        demonstrations(args)
+        shutil.copytree(f"{small_run(args)}/data", f"{folder}/data", dirs_exist_ok=True)
         for name in ("reward_training_data", "actor_training_data"):
             with open(f"{folder}/data/{name}.json", encoding="utf-8") as file:
                 records = json.load(file)[:200]
@@ -172,12 +235,12 @@ def demo(args, tell):
 
 def start(args, tell):
     """One mini-batch, of one pass: every ratio is that before the first step."""
-    demo_run, out = f"{args.out}/demo", f"{args.out}/start"
+    folder, out = small_run(args), f"{args.out}/start"
     for name, options in {"float32": [], "TF32": ["--tf32"], "bf16": ["--dtype", "bfloat16"],
                           "LoRA, bf16 base": ["--dtype", "bfloat16", "--base_dtype", "bfloat16",
                                               "--lora_rank", "4"]}.items():
-        ppo.main(["--sft", f"{demo_run}/runs/sft", "--rm", f"{demo_run}/runs/rm", "--prompts",
-                  f"{demo_run}/data/rlhf_training_data.json", "--updates", "1", "--ppo_epochs", "1",
+        ppo.main(["--sft", f"{folder}/runs/sft", "--rm", f"{folder}/runs/rm", "--prompts",
+                  f"{folder}/data/rlhf_training_data.json", "--updates", "1", "--ppo_epochs", "1",
                   "--batch_size", "64", "--minibatch_size", "64", "--micro_batch_size", "16",
                   "--max_new_tokens", "40", "--device", args.device, "--out", out, "--overwrite",
                   *options])
@@ -278,8 +341,8 @@ def large(args, tell):
 
 
 def resume(args, tell):
-    """The demo's PPO, from an SFT model and a reward model that another step made."""
-    folder = f"{args.out}/demo"
+    """The demo's PPO, from random models."""
+    folder = small_run(args)
     options = ["--sft", "runs/sft", "--rm", "runs/rm", "--prompts", "data/rlhf_training_data.json",
                "--updates", 6, "--save_every", 1, "--eval_prompts", "", "--gold", "",
                "--batch_size", 32, "--max_new_tokens", 20, "--lr", "2e-4", "--device", args.device]
@@ -308,7 +371,8 @@ def resume(args, tell):
 def tests(args, tell):
     """Reported test by test, since there may not be time for all."""
     files = [f"{ROOT}/test_ppo_math.py",
-             *(f"{ROOT}/tests/test_{name}.py" for name in ("stages", "resume", "lora"))]
+             *sorted(glob.glob(f"{ROOT}/tests/test_decoding*.py")),
+             *sorted(glob.glob(f"{ROOT}/tests/test_ppo*.py")), f"{ROOT}/tests/test_resume.py"]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files]
     hidden = {} if args.device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command + (["-k", "gae or whiten"] if args.small else []), cwd=ROOT,
@@ -343,19 +407,69 @@ def real(args, tell):
 # ------------------------------------------------------------------------------------------------
 # The run
 
-def step_alone(args):
-    """One step, in this process."""
-    path, found = f"{args.out}/{args.step}.json", {}
+def work(args):
+    """The steps, one after the other, in this process. {step}.json: what a step finds, and how it
+    ended."""
+    for step in args.worker:
+        path, found = f"{args.out}/{step}.json", {}
 
-    def tell(name, value):
-        found[name] = value
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            json.dump(found, file)
-        os.replace(path + ".part", path)
-        if args.step not in ("tests", "real"):  # these report the same names again and again
-            print(f"{args.step}: {name}: {value}", flush=True)
+        def tell(name, value):
+            found[name] = value
+            write(path, dict(found=found))
+            if step not in ("tests", "real"):  # these report the same names again and again
+                print(f"{step}: {name}: {value}", flush=True)
 
-    globals()[args.step](args, tell)
+        write(path, dict(found={}))
+        try:
+            globals()[step](args, tell)
+            ended = "done"
+        except (Exception, SystemExit):  # a stage ends the program with one line
+            traceback.print_exc()
+            ended = "failed, see the .log files"
+        write(path, dict(found=found, ended=ended))
+        gc.collect()
+        if args.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def write(path, value):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(path + ".part", path)
+
+
+def read(args, step):
+    with contextlib.suppress(OSError):
+        with open(f"{args.out}/{step}.json", encoding="utf-8") as file:
+            return json.load(file)
+
+
+def run_steps(args, steps, how):
+    """Start a process that works these off, watch it, and note in `how` how each step ended -> the
+    steps that are left, if one had to be ended with the process."""
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--worker", *steps]
+    with open(f"{args.out}/{steps[0]}.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    for number, step in enumerate(steps):
+        started = time.time()
+        limit = (args.limit or LIMITS[step]) + (30 if number == 0 else 0)  # to start Python
+        while process.poll() is None and time.time() - started < limit:
+            if "ended" in (read(args, step) or {}):
+                break
+            time.sleep(0.05)
+        ended = (read(args, step) or {}).get("ended")
+        how[step] = (f"{ended or ('cut off' if process.poll() is None else 'failed')}, "
+                     f"{time.time() - started:.0f} s")
+        print(f"{step}: {how[step]}", flush=True)
+        write_report(args, how)
+        if not ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return steps[number + 1:]
+    process.wait()
+    return []
 
 
 def shown(value):
@@ -373,10 +487,7 @@ def write_report(args, how):
              f"{time.strftime('%Y-%m-%d')}"]
     everything = {}
     for step, ended in how.items():
-        found = {}
-        with contextlib.suppress(OSError):
-            with open(f"{args.out}/{step}.json", encoding="utf-8") as file:
-                found = json.load(file)
+        found = (read(args, step) or {}).get("found", {})
         everything[step] = dict(ended=ended, found=found)
         lines += ["", f"## {step}: {ended}", "", "| | |", "| --- | --- |"]
         lines += [f"| {name} | {shown(value)} |" for name, value in found.items()]
@@ -389,37 +500,26 @@ def write_report(args, how):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--steps", nargs="+", choices=LIMITS,
+                        default=[step for step in LIMITS if step != "demo"])
+    parser.add_argument("--limit", type=float, help="seconds for each step, in place of its own")
     parser.add_argument("--out", default="runs/gpu", help="where everything goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--real", help="a folder in which real_run.py --steps data has been run")
     parser.add_argument("--peak_tflops", type=float, default=989, help="of the device, in bf16")
     parser.add_argument("--small", action="store_true", help="does everything run?")
-    parser.add_argument("--step", choices=LIMITS, help="this one, in this process")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
     os.makedirs(args.out, exist_ok=True)
-    if args.step:
-        return step_alone(args)
-    how = {}
+    if args.worker:
+        return work(args)
     for step in args.steps:
         with contextlib.suppress(OSError):
             os.remove(f"{args.out}/{step}.json")
-        command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--step", step]
-        started = time.time()
-        with open(f"{args.out}/{step}.log", "w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
-            try:
-                code = process.wait(LIMITS[step])
-                ended = "done" if code == 0 else f"failed, see {step}.log"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                ended = "cut off"
-        how[step] = f"{ended}, {time.time() - started:.0f} s"
-        print(f"{step}: {how[step]}", flush=True)
-        write_report(args, how)
+    how, left = {}, args.steps
+    while left:
+        left = run_steps(args, left, how)
     print(f"{args.out}/report.md")
     raise SystemExit(any("failed" in ended for ended in how.values()))
 
