@@ -32,11 +32,12 @@ import sys
 import sentencepiece
 
 from lib.data import save
-from lib.run import door, write_whole
+from lib.errors import clean_exit, write_whole
 
 # command: the module of tools/ that has it
 COMMANDS = {"download": "get_data", "import": "get_data", "self-instruct": "llm_data",
-            "prompts": "llm_data", "score": "llm_data", "sample": "sample", "rank": "sample"}
+            "prompts": "llm_data", "score": "llm_data", "sample": "sample", "rank": "sample",
+            "sums": "sums"}
 
 # ------------------------------------------------------------------------------------------------
 # The world: words in both languages, and what one can ask about them
@@ -361,7 +362,7 @@ def train_tokenizer(texts, vocab_size=1536):
     return model.getvalue()
 
 
-@door
+@clean_exit
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:

@@ -12,7 +12,6 @@ carry Hugging Face's names. Formats of checkpoints and tokenizers are in lib/che
 lib/tokenizer.py, and a first reading does not need them.
 """
 
-import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lib import checkpoints, cpu
-from lib.distributed import RANK, WORLD, is_sharded, named_wholes, total, wait_for_all
-from lib.run import explain, stop
+from lib.distributed import RANK, is_sharded, total, wait_for_all
+from lib.errors import explain, stop
+from lib.lora import merged
 from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -110,8 +110,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, d, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
 
+    def down(self, gate, up):
+        return self.down_proj(self.activation(gate) * up)
+
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():  # silu and product, a quarter of what would be kept, are quick
+            return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return self.down(gate, up)
 
 
 class Block(nn.Module):
@@ -240,10 +246,10 @@ class ScalarHead(nn.Module):
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
 
 
-def over_vocabulary(llama, states, tokens, function, piece=512):
-    """`function(logits, tokens)`, a tensor (N,), where `states` (N, d), `tokens` (N,) and the
-    logits (N, V) come a `piece` at a time: logits are the largest tensors of a pass, and so their
-    memory does not grow with N. Those of each piece are computed again in the backward pass."""
+def over_vocabulary(llama, states, tokens, function, piece=1024):
+    """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, d), `tokens` (N,) and the
+    logits (N, V), made a `piece` of rows at a time: logits are the largest tensors of a pass, and
+    so their memory does not grow with N. The backward pass computes those of each piece again."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 
@@ -353,100 +359,6 @@ def save_checkpoint(model, tokenizer, folder):
         checkpoints.write(folder, model.config, tensors, tokenizer,
                           getattr(model, "generation_config", None), isinstance(model, ScalarHead))
     wait_for_all()  # the next stage may load it
-
-
-# ------------------------------------------------------------------------------------------------
-# LoRA: LLaMA stays as it is, and small matrices beside its own learn
-
-class LoRALinear(nn.Module):
-    """A linear map W with an adapter of rank r beside it (Hu et al. 2021, section 4.1, eq. 3):
-
-        y = W x + alpha / r  B A x
-
-    W (out, in) is frozen; A (r, in) is Gaussian and B (out, r) zero at the start.
-
-    So y begins as W x exactly. A and B are float32; W may be bfloat16, and its product is then
-    bfloat16 too.
-    """
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.weight, self.bias, self.scale, self.on = linear.weight, linear.bias, alpha / rank, True
-        out, into = linear.weight.shape
-        self.A = nn.Parameter(torch.randn(rank, into, device=self.weight.device) / math.sqrt(into))
-        self.B = nn.Parameter(torch.zeros(out, rank, device=self.weight.device))
-
-    def forward(self, x):
-        y = cpu.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
-
-
-def add_lora(model, rank, alpha, targets, base_dtype="float32"):
-    """Give the named linear maps of every layer an adapter, and freeze all else but a
-    `ScalarHead`'s score -> the model.
-
-    `model`: a `Llama` or a `ScalarHead`, changed in place; `targets`: names with commas between;
-    rank 0 changes nothing. Ends the program with one line if a name is not that of a linear map.
-    """
-    if rank == 0:
-        if base_dtype != "float32":
-            stop(f"--base_dtype {base_dtype} is for frozen weights: it needs --lora_rank")
-        return model
-    for name, parameter in model.named_parameters():
-        if name != "score.weight":
-            parameter.requires_grad_(False).data = parameter.data.to(getattr(torch, base_dtype))
-    if isinstance(model, ScalarHead):
-        model.before = model.score.weight.detach().clone()
-    linears = [name for name, part in model.model.layers[0].named_modules()
-               if isinstance(part, nn.Linear)]
-    names = {name.rsplit(".", 1)[-1]: name for name in linears}
-    for target in targets.split(","):
-        if target not in names:
-            stop(f"--lora_targets: {target!r} is not a linear map of a layer; there are "
-                 f"{','.join(sorted(names))}")
-        for layer in model.model.layers:
-            linear = layer.get_submodule(names[target])
-            layer.set_submodule(names[target], LoRALinear(linear, rank, alpha))
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    learns = sum(p.numel() for p in trainable(model))
-    print(f"LoRA: {frozen / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, "
-          f"{16 * learns / 1e6:.1f} MB with gradient and Adam", flush=True)
-    return model
-
-
-def trainable(model):
-    """The parameters that an optimizer gets: all, or with LoRA the adapters and a scalar head."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-@contextlib.contextmanager
-def adapters_off(model):
-    """Inside, the model computes what it did before LoRA, exactly; one without LoRA what it always
-    does."""
-    parts = [part for part in model.modules()
-             if isinstance(part, (LoRALinear, ScalarHead)) and part.on]
-    for part in parts:
-        part.on = False
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.on = True
-
-
-def merged(model, dtype=torch.float32, everywhere=False):
-    """{name: tensor} of the same function as a plain model in `dtype`, with W + alpha / r B A in
-    place of each adapter. With many processes all take part, and only rank 0 gets it, or all do."""
-    tensors = dict(named_wholes(model, everywhere))
-    if RANK > 0 and not everywhere:
-        return {}
-    for name, part in model.named_modules():
-        if isinstance(part, LoRALinear):
-            a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + part.scale * b @ a
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -583,24 +495,23 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     tokens = input_ids.new_zeros(batch, max_new_tokens)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)
     tokens[:, 0], logprobs[:, 0] = first, first_logprobs
-    ended = torch.zeros(batch, dtype=torch.bool, device=device)
+    ended = (token == ends).any(-1)
 
-    def step():
+    def step(columns):
         mask.index_fill_(3, cache.columns, 0.0)
-        logits = next_logits(token, position, mask, cache)
+        logits = next_logits(token, position, mask[..., :columns], cache)
         drawn = sample(logits, temperature, top_k, top_p, uniform.index_select(1, n))
         token.copy_(drawn[0][:, None])
         tokens.index_copy_(1, n, token)
         logprobs.index_copy_(1, n, drawn[1][:, None])
+        ended.logical_or_((token == ends).any(-1))
         for counter in (position, cache.columns, n):
             counter.add_(1)
 
-    run, asked = None, 0
+    replay = None
     for done in range(1, max_new_tokens + 1):
         if device.type == "cpu" or done % 16 == 0 or done == max_new_tokens:
             yield rows, tokens[:, :done], logprobs[:, :done]
-            ended = ended | torch.isin(tokens[:, asked:done], ends).any(-1)
-            asked = done
             left = (~ended).nonzero()[:, 0]  # the one place where a GPU is waited for
             if (total(len(left)) if in_step else len(left)) == 0 or done == max_new_tokens:
                 return
@@ -609,10 +520,14 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
                 rows, token, position, mask, uniform, tokens, logprobs, ended = (
                     x[left] for x in (rows, token, position, mask, uniform, tokens, logprobs, ended))
                 cache.tensor = cache.tensor[:, :, left]
-                run = None
-        if run is None:
-            run = captured(step, (token, position, cache.columns, n, mask)) if capture else step
-        run()
+                replay = None
+        if not capture:
+            step(length + done)
+        else:  # a graph has fixed shapes: all columns, those still empty behind the mask
+            if replay is None:
+                replay = captured(lambda: step(room),
+                                  (token, position, cache.columns, n, mask, ended))
+            replay()
 
 
 @dataclass

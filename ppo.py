@@ -26,8 +26,8 @@ Critic:   minimize   L_value
 (Ziegler et al. 2019, eq. 2; Schulman et al. 2017, eq. 7 and 9, and InstructGPT, eq. 2; the value
 loss is that of OpenAI's lm-human-preferences.)
 
-Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv
-and curves.png.
+Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv,
+samples.jsonl (each held-out answer of each evaluation) and curves.png.
 """
 
 import contextlib
@@ -38,14 +38,18 @@ import torch
 import torch.nn.functional as F
 
 from lib import health
-from lib.data import (collate, deal, encode_prompts, encode_records, left_pad, load_judge, on,
-                      read_records)
-from lib.distributed import (RANK, WORLD, clip_gradients, largest, micro_batches, my_parts,
-                             place, start_processes, total, wait_for_all)
-from lib.run import Run, autocast, door, explain, numbers, parse, set_lr, stop
-from model import (ScalarHead, adapters_off, add_lora, decoding_copy, generate, last_token, load_llama,
-                   load_scalar_head, load_tokenizer, save_checkpoint, states_of, tokens_of,
-                   trainable)
+from lib.data import collate, deal, encode_prompts, encode_records, left_pad, on, read_records
+from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
+                             my_parts, place, start_processes, total, wait_for_all)
+from lib.errors import clean_exit, stop
+from lib.lora import adapters_off, add_lora, trainable
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, numbers, set_lr
+from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
+                   load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
+                   tokens_of)
+from tools import rewards
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
@@ -57,7 +61,8 @@ SETTINGS = [
     ("sft",               "runs/sft", "runs/sft", "the SFT model: start of actor and reference"),
     ("rm",                "runs/rm", "runs/rm", "the reward model: ours, or any with one label"),
     ("reward",            None,     None,   "in place of --rm: a Python file with "
-                                            "score(user_input, completion) -> float"),
+                                            "score(user_input, completion) -> float; further "
+                                            "parameters are fields of the prompt's record"),
     ("tokenizer",         None,     None,   "where the SFT model's tokenizer is, if not with it"),
     ("critic",            "rm",     "rm",   "the critic begins as the reward model, or as the SFT "
                                             "model with a new head", ["rm", "sft"]),
@@ -79,8 +84,9 @@ SETTINGS = [
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
      float),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
-    ("no_eos_score",      -1.0,     -1.0,   "score of a response that was cut, in place of the "
-                                            "reward model's"),
+    ("no_eos_score",      None,     None,   "score of a response that was cut; if not given: -1 in "
+                                            "place of a reward model's, and what --reward says",
+     float),
     ("normalize_reward",  False,    False,  "divide the scores by their running standard "
                                             "deviation"),
     ("whiten_rewards",    False,    False,  "scale the rewards about their mean to standard "
@@ -107,6 +113,36 @@ SETTINGS = [
     ("eval_number",       300,      64,     "held-out prompts to evaluate on"),
     ("shard_rollout",     False,    False,  "many processes: gather layer by layer for each token; "
                                             "slow, for an actor that one GPU cannot hold"),
+]
+
+# What an update is seen by: the columns of metrics.csv, and the panels and labels of curves.png.
+METRICS = [
+    # column              what it is                                              panel, label
+    ("update",            "counted from 1; 0: the SFT model"),
+    ("score",             "of the responses, as it counts", "score of the reward model", "samples"),
+    ("score_ended",       "what the reward model says of responses that ended"),
+    ("score_cut",         "and of those that were cut, whether it counts or not"),
+    ("ended",             "share of the responses", "share of responses that ended", "ended"),
+    ("kl",                "to the reference", "KL to the SFT policy (nats per response)", "KL"),
+    ("kl_error",          "standard error of that mean; 0: unknown"),
+    ("kl_coef",           "score units per nat"),
+    ("objective",         "score - kl_coef KL"),
+    ("entropy",           "of the policy", "entropy (nats per token)", "entropy"),
+    ("policy_loss",       "the clipped surrogate, negated"),
+    ("value_loss",        "half the squared error of the critic, clipped"),
+    ("ptx_loss",          "cross entropy on demonstrations, nats per token"),
+    ("clip_fraction",     "where the policy gets no gradient", "share of tokens clipped", "policy"),
+    ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
+    ("approx_kl",         "of the policy to the one that sampled, nats per token"),
+    ("explained_variance", "1: the critic knows the returns; 0: no better than their mean; below: "
+     "worse", "explained variance of the critic", "explained variance"),
+    ("largest_ratio",     "of the new probability of a token to the old one"),
+    ("response_length",   "mean", "response length (tokens)", "length"),
+    ("lr",                "learning rate of the actor"),
+    ("tokens_per_s",      "of prompts and responses, over the whole update"),
+    ("eval_score",        "of greedy answers to the held-out prompts", "score of the reward model",
+     "held out, greedy"),
+    ("eval_gold",         "of the same answers, by --gold", "gold score, held out", "gold"),
 ]
 
 
@@ -289,16 +325,21 @@ def to_rows(flat, places, mask):
     return rows.index_put((places.row, places.t), flat)
 
 
-def response_logits(actor, input_ids, places):
-    """The logits (N, V) with which the N response tokens were chosen: only the states before these
-    go through the vocabulary projection, and nothing here has the size (B, L, V)."""
-    return actor.lm_head(states_of(actor(input_ids), places))
+def response_logprobs(actor, input_ids, places, mask, args, entropy=False):
+    """log pi (B, T) of the response tokens; with `entropy` also that of the distributions which
+    they were drawn from, (B, T). Only the states in which they were chosen go through the
+    vocabulary projection: nothing here has the size (B, L, V)."""
+    def look(logits, tokens):
+        found = [logprobs_from_logits(logits, tokens, args.temperature)]
+        if entropy:
+            with torch.set_grad_enabled(args.entropy_coef != 0):  # usually it is only logged
+                found.append(entropy_from_logits(logits, args.temperature))
+        return torch.stack(found, dim=-1)
 
-
-def response_logprobs(logits, input_ids, places, mask, args):
-    """log pi (B, T) of the response tokens, from `response_logits`."""
-    tokens = tokens_of(input_ids, places)
-    return to_rows(logprobs_from_logits(logits, tokens, args.temperature), places, mask)
+    states = states_of(actor(input_ids), places)
+    found = over_vocabulary(actor, states, tokens_of(input_ids, places), look)
+    rows = [to_rows(x, places, mask) for x in found.unbind(-1)]
+    return rows if entropy else rows[0]
 
 
 def response_values(critic, input_ids, places, mask):
@@ -310,24 +351,24 @@ def response_values(critic, input_ids, places, mask):
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     """The actor's responses to tokenized prompts -> texts, and `Generation` (see
     model.generate)."""
-    (rows, weight), = my_parts(range(len(prompts)), len(prompts))  # with one process, all
     if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
         seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
     # The weights as a rollout is fastest with: whole, without adapters, in bf16 under --dtype
     # bfloat16 (decoding reads each weight once per token). They live as long as the rollout.
-    plain, writer = args.dtype == "float32" and WORLD == 1 or args.shard_rollout, actor
-    if not plain:
-        writer = decoding_copy(actor, getattr(torch, args.dtype))
-    padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
-    with autocast(args) if plain else contextlib.nullcontext():
-        out = generate(writer, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
-                       generator=generator)
-    longest = largest(out.mask.shape[1])  # the rows of another process may have ended later
-    for name, own in vars(out).items():  # every process gets the answers of all
-        everyones = own.new_zeros(len(prompts), longest)
-        everyones[on(args.device, rows), :own.shape[1]] = weight * own
-        setattr(out, name, total(everyones))
+    as_it_is = args.dtype == "float32" and WORLD == 1 or args.shard_rollout
+    writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
+
+    def write(rows):
+        padded = left_pad([prompts[i] for i in rows], tokenizer.pad_token_id, args.device)
+        with autocast(args) if as_it_is else contextlib.nullcontext():
+            out = generate(writer, *padded, args.max_new_tokens, tokenizer.end_ids, temperature,
+                           generator=generator)
+        longest = largest(out.mask.shape[1])  # the rows of another process may end later
+        return [F.pad(x, (0, longest - x.shape[1])) for x in (out.tokens, out.logprobs, out.mask)]
+
+    B = len(prompts)
+    out = Generation(*gather_rows(write, my_parts(range(B), B), B))
     lengths = out.mask.sum(1).long().tolist()
     return [(prompt, row[:n]) for prompt, row, n in zip(prompts, out.tokens.tolist(), lengths)], out
 
@@ -336,19 +377,28 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
 def score_responses(reward_model, texts, tokenizer, args):
     """What the reward model says (B,) at the last token of each response, and whether that is
     end-of-sequence (B,). Where it is not, the response was cut; the reward model never saw such
-    texts in training, and the caller puts a fixed score in place of its own (lm-human-preferences;
-    Stiennon et al. 2020)."""
-    ended = on(args.device, [response[-1] in tokenizer.end_ids for _, response in texts])
+    texts in training, and `counted` puts a fixed score in place of its own."""
+    ends = [response[-1] in tokenizer.end_ids for _, response in texts]
+    ended = on(args.device, ends)
     if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
-        return total(on(args.device, reward_model.scores(texts))), ended
-    lengths = [len(prompt) + len(response) for prompt, response in texts]
-    scores = torch.zeros(len(texts), device=args.device)
-    for rows, weight in micro_batches(range(len(texts)), lengths, args.micro_batch_size):
+        return total(on(args.device, reward_model.scores(texts, ends))), ended
+
+    def read(rows):
         input_ids, places = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args), adapters_off(reward_model):
-            values = reward_model(input_ids)
-        scores[on(args.device, rows)] = weight * last_token(values, places)
-    return total(scores), ended
+            return [last_token(reward_model(input_ids), places)]
+
+    lengths = [len(prompt) + len(response) for prompt, response in texts]
+    parts = micro_batches(range(len(texts)), lengths, args.micro_batch_size)
+    return *gather_rows(read, parts, len(texts)), ended
+
+
+def counted(model_scores, ended, args):
+    """The scores (B,) that count: those of `score_responses`, but --no_eos_score, if there is one,
+    for a response that was cut (lm-human-preferences; Stiennon et al. 2020)."""
+    if args.no_eos_score is None:
+        return model_scores
+    return torch.where(ended, model_scores, args.no_eos_score)
 
 
 @torch.no_grad()
@@ -359,35 +409,33 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
     `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
     the experience, a dict of `texts`, their `lengths`, and `mask`, `old_logprobs`, `old_values`,
-    `advantages`, `returns`, all (B, T); and statistics for the log.
+    `advantages`, `returns`, all (B, T), and for tools.look `ref_logprobs`, `kl`, `rewards` (B, T)
+    and `scores` (B,); and statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-    scores = torch.where(ended, model_scores, args.no_eos_score)
+    scores = counted(model_scores, ended, args)
 
     # In bf16 the same row gives other log probabilities in another batch: its sums are rounded at
     # other places. So every model is asked about the very micro-batches of the first training
     # pass: its ratios are then 1, and the KL begins at 0. In float32 the log probabilities from
     # the sampling itself are as good.
     exact = args.dtype == args.base_dtype == "float32" and not args.tf32
-    old_logprobs, ref_logprobs = torch.zeros_like(mask), torch.zeros_like(mask)
-    values = torch.zeros_like(mask)
-    for rows, weight in [part for minibatch in minibatches
-                         for part in micro_batches(minibatch, lengths, args.micro_batch_size)]:
+
+    def ask(rows):
         at = on(args.device, rows)
-        batch = *collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device), mask[at]
+        input_ids, places = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
+        batch = input_ids, places, mask[at]
         with autocast(args):
-            if not exact:
-                logits = response_logits(actor, *batch[:2])
-                old_logprobs[at] = weight * response_logprobs(logits, *batch, args)
-            with adapters_off(ref):
-                logits = response_logits(ref, *batch[:2])
-            ref_logprobs[at] = weight * response_logprobs(logits, *batch, args)
-            values[at] = weight * response_values(critic, *batch)
-    old_logprobs = out.logprobs if exact else total(old_logprobs)
-    ref_logprobs = total(ref_logprobs)  # now every process has them all
-    values = total(values)
+            logprobs = out.logprobs[at] if exact else response_logprobs(actor, *batch, args)
+            with adapters_off(ref):  # with LoRA the reference is the actor without its adapters
+                ref_logprobs = response_logprobs(ref, *batch, args)
+            return logprobs, ref_logprobs, response_values(critic, *batch)
+
+    parts = [part for rows in minibatches
+             for part in micro_batches(rows, lengths, args.micro_batch_size)]
+    old_logprobs, ref_logprobs, values = gather_rows(ask, parts, len(texts))
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
     rewards = token_rewards(normalize(scores), kl, mask, kl_coef)
@@ -407,18 +455,16 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
     statistics = numbers(dict(
         score=scores.mean(),
-        # what the reward model says, whether it counts or not
         score_ended=masked_mean(model_scores, ended), score_cut=masked_mean(model_scores, ~ended),
         ended=ended.float().mean(), response_length=mask.sum(1).mean(), kl=log_ratio.mean(),
-        # standard error of that mean; 0: unknown
         kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
-        # 1: the critic knows the return; 0: no better than the mean return; below: worse than it
         explained_variance=1 - unexplained / variance.clamp(min=1e-8),
         objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
     if statistics["ended"] == 0:
         statistics["score_ended"] = None
     if statistics["ended"] == 1:
         statistics["score_cut"] = None
+    experience |= dict(ref_logprobs=ref_logprobs, kl=kl, rewards=rewards, scores=scores)
     return experience, statistics
 
 
@@ -449,11 +495,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         share = weight * mask.sum() / all_tokens
 
         with autocast(args):
-            logits = response_logits(actor, input_ids, places)
-            logprobs = response_logprobs(logits, input_ids, places, mask, args)
-            with torch.set_grad_enabled(args.entropy_coef != 0):  # mostly it is only looked at
-                entropy = to_rows(entropy_from_logits(logits, args.temperature), places, mask)
-            del logits  # the largest tensor of the step; the backward pass holds what it needs
+            logprobs, entropy = response_logprobs(actor, input_ids, places, mask, args, True)
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
@@ -532,49 +574,52 @@ def run_missing_stages(args):
 
 
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
-    """Greedy answers to held-out prompts -> their texts, and the mean scores of reward model and
-    gold judge."""
-    completions, scores = [], []
+    """Greedy answers to held-out prompts -> a dict of each for samples.jsonl, and the mean scores
+    of reward model and gold judge."""
+    samples = []
+    if not prompts:
+        return [], {}
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start:start + args.batch_size]
         texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
         model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-        scores += torch.where(ended, model_scores, args.no_eos_score).tolist()
-        completions += [tokenizer.decode(response, skip_special_tokens=True).strip()
-                        for _, response in texts]
-    result = dict(eval_score=sum(scores) / len(scores))
+        scores = counted(model_scores, ended, args).tolist()
+        for record, (_, response), score, end in zip(records[start:], texts, scores,
+                                                     ended.tolist()):
+            text = tokenizer.decode(response, skip_special_tokens=True).strip()
+            samples.append(dict(user_input=record["user_input"], completion=text, score=score,
+                                gold=None, length=len(response), ended=end))
+    result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
     if gold:
-        judged = [gold(record["user_input"], text) for record, text in zip(records, completions)]
+        judged = gold(records, [sample["completion"] for sample in samples],
+                      [sample["ended"] for sample in samples])
+        for sample, score in zip(samples, judged):
+            sample["gold"] = score
         result["eval_gold"] = sum(judged) / len(judged)
-    return completions, result
+    return samples, result
 
 
-@door
-def main(argv=None):
-    args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
+def check(args, demo):
+    """Settings that do not go together end the program with one line."""
     if args.temperature <= 0:
         stop("--temperature must be above 0: PPO learns from samples")
-    if not args.prompts and not args.dry_run:
+    if not args.prompts:
         stop("--sft and --rm need --prompts: the built-in ones are for the demo")
-    if args.dry_run:
-        from tools import budget
-        return budget.dry_run("ppo", args.sft, args)
     if args.reward and args.rm != "runs/rm":
         stop("--reward takes the place of --rm: give one of them")
-    from tools import rewards
-    start_processes(args)
-    run = Run(args, "ppo")
-    if demo:  # a path that the user named is never made up
-        run_missing_stages(args)
+    if args.ptx_coef and not args.demonstrations:
+        stop("--ptx_coef needs --demonstrations")
+    if args.no_eos_score is None and not args.reward:
+        args.no_eos_score = -1.0  # a reward model never saw a text that was cut
     for path, script in ((args.sft, "sft.py"), (not args.reward and args.rm, "train_rm.py")):
-        if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
+        if path in ("runs/sft", "runs/rm") and not demo and not os.path.isdir(path):
             stop(f"{path}: missing; run python {script} first")
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.tokenizer or args.sft)
-    text_reward = rewards.of_texts(args, tokenizer)  # None: a reward model on our own tokens
-    critic_is = "sft" if text_reward else args.critic
 
+
+def four_models(args, tokenizer, text_reward):
+    """Actor, critic, reference and reward model. All are in eval mode: LLaMA has no dropout, and a
+    ratio must differ from 1 by training alone (Huang et al. 2024). With LoRA, what is frozen is
+    what learns with its adapters off: two LLaMAs."""
     def learning(model):
         return place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
                               args.base_dtype), args)
@@ -582,146 +627,122 @@ def main(argv=None):
     def frozen(model):
         return place(model.requires_grad_(False), args)
 
-    # The critic begins as the reward model (InstructGPT, C.4), which knows already what is good.
-    # All four are in eval mode: LLaMA has no dropout, and a ratio must differ from 1 by training
-    # alone (Huang et al. 2024). With LoRA, what is frozen is what learns with its adapters off: two
-    # LLaMAs.
     actor = learning(load_llama(args.sft, tokenizer))
-    critic = learning(load_scalar_head(args.rm) if critic_is == "rm" else
+    # The critic begins as the reward model (InstructGPT, C.4), which knows already what is good.
+    from_rm = args.critic == "rm" and not text_reward
+    critic = learning(load_scalar_head(args.rm) if from_rm else
                       ScalarHead(load_llama(args.sft, tokenizer).model))
     ref = actor if args.lora_rank else frozen(load_llama(args.sft, tokenizer))
-    shared = args.lora_rank and critic_is == "rm"
-    reward_model = text_reward or (critic if shared else frozen(load_scalar_head(args.rm)))
+    shared = critic if args.lora_rank and from_rm else None
+    return actor, critic, ref, text_reward or shared or frozen(load_scalar_head(args.rm))
 
-    context = actor.config.max_position_embeddings
-    limit = min(args.max_prompt_length, context - args.max_new_tokens)
+
+def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
+    """Prompts, held-out prompts, and the demonstrations for the PTX term, as tokens."""
+    limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
     if limit < 1:
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
-             f"context is {context} tokens")
-
-    def read_prompts(path, number=None):
-        records = read_records(path, "user_input")[:number]
-        asked = [record["user_input"] for record in records]
-        prompts = encode_prompts(asked, tokenizer, limit, path)
-        if text_reward:
-            text_reward.remember(prompts, records)
-        return records, prompts
-
-    _, prompts = read_prompts(args.prompts)
-    eval_records, eval_prompts = [], []
-    if args.eval_prompts:
-        eval_records, eval_prompts = read_prompts(args.eval_prompts, args.eval_number)
+             f"context is {config.max_position_embeddings} tokens")
+    prompts, eval_prompts = (
+        encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
+        for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))
+    if not isinstance(reward_model, ScalarHead):  # it scores texts
+        reward_model.remember(prompts + eval_prompts, records + eval_records)
     demonstrations = []
     if args.ptx_coef:
-        if not args.demonstrations:
-            stop("--ptx_coef needs --demonstrations")
         demonstrations = encode_records(
             read_records(args.demonstrations, "user_input", "completion"), tokenizer,
             limit + args.max_new_tokens, args.demonstrations)
     elif args.demonstrations:
         print(f"{args.demonstrations} is not used: --ptx_coef is 0")
-    gold = load_judge("--gold", args.gold) if args.gold else None
-    for number, record in enumerate(eval_records if gold else [], 1):
-        with explain(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it",
-                     "; without a judge: --gold ''"):
-            gold(record["user_input"], "")
+    return prompts, eval_prompts, demonstrations
+
+
+@clean_exit
+def main(argv=None):
+    args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
+    if args.dry_run:
+        from tools import budget
+        return budget.dry_run("ppo", args.sft, args)
+    check(args, demo)
+    start_processes(args)
+    run = Run(args, "ppo", METRICS)
+    if demo:  # a path that the user named is never made up
+        run_missing_stages(args)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.tokenizer or args.sft)
+    records, eval_records = read_records(args.prompts, "user_input"), []
+    if args.eval_prompts:
+        eval_records = read_records(args.eval_prompts, "user_input")[:args.eval_number]
+    judge, gold = rewards.judges(args, records, eval_records)
+    actor, critic, ref, reward_model = four_models(
+        args, tokenizer, rewards.of_texts(args, tokenizer, judge))
+    prompts, eval_prompts, demonstrations = encode_inputs(
+        records, eval_records, reward_model, actor.config, tokenizer, args)
 
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
     # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
     options = dict(eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
-    actor_optimizer = torch.optim.AdamW(trainable(actor), lr=args.lr, **options)
-    critic_optimizer = torch.optim.AdamW(trainable(critic), lr=args.critic_lr, **options)
-    trained = {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)}
-    kl_control = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-    normalize = rewards.RunningDeviation() if args.normalize_reward else lambda scores: scores
-    B = args.batch_size
+    trained = {name: (model, torch.optim.AdamW(trainable(model), **options))
+               for name, model in (("actor", actor), ("critic", critic))}
+    B, passes = args.batch_size, args.ppo_epochs
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
-    demonstration_order = []
-    if demonstrations:
-        drawn = args.updates * args.ppo_epochs * B
-        demonstration_order = deal(len(demonstrations), drawn, args.seed)
-    progress = run.begin(
-        ["update", "score", "score_ended", "score_cut", "ended", "kl", "kl_error", "kl_coef",
-         "objective", "entropy", "policy_loss", "value_loss", "ptx_loss", "clip_fraction",
-         "value_clip_fraction", "approx_kl", "explained_variance", "largest_ratio",
-         "response_length", "lr", "tokens_per_s", "eval_score", "eval_gold"],
-        args.updates, trained, {"sampling": generator})
-
-    def held_out():
-        if not eval_prompts:
-            return [], {}
-        return evaluate(actor, reward_model, eval_records, eval_prompts, gold, tokenizer, args)
-
-    if progress:
-        kl_control.coef = progress["kl_coef"]
-        first_texts, first, last, history = (
-            progress[name] for name in ("first_texts", "first", "last", "history"))
-        if args.normalize_reward:
-            normalize = rewards.RunningDeviation(**progress["deviation"])
-    else:
-        first_texts, first = held_out()
-        last, history = first, []
-        if first:
-            run.log(update=0, **first)  # where the curves begin
-    warned = health.Warned(history, first, args.updates)
+    shown_order = deal(len(demonstrations), args.updates * passes * B, args.seed)
+    kept = run.begin(args.updates, trained, {"sampling": generator}, dict(
+        first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={}))
+    kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
+    normalize = rewards.RunningDeviation(args.normalize_reward, **kept["deviation"])
+    judged = eval_records, eval_prompts, gold, tokenizer, args
+    if run.step == 0:
+        samples, kept["first"] = evaluate(actor, reward_model, *judged)
+        kept["first_texts"] = run.log_samples(0, samples)[:3]
+        if samples:
+            run.log(update=0, **kept["first"])  # where the curves begin
+    warned = health.Warned(kept["history"], kept["first"], args.updates)
 
     for update in range(run.step + 1, args.updates + 1):
         started = time.perf_counter()
-        lr = set_lr(actor_optimizer, args.lr, update - 1, args.updates, "linear")
-        set_lr(critic_optimizer, args.critic_lr, update - 1, args.updates, "linear")
+        lr = set_lr(trained["actor"][1], args.lr, update - 1, args.updates, "linear")
+        set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
-        dealt = iter(demonstration_order[(update - 1) * args.ppo_epochs * B:])
-        minibatches = [rows.tolist() for _ in range(args.ppo_epochs)
+        shown = iter(shown_order[(update - 1) * passes * B:])
+        minibatches = [rows.tolist() for _ in range(passes)
                        for rows in torch.randperm(B).split(args.minibatch_size)]
-        first_pass = minibatches[:len(minibatches) // args.ppo_epochs]
         experience, row = make_experience(
-            actor, critic, reward_model, ref, batch, first_pass, tokenizer, args, kl_control.coef,
-            generator, normalize)
+            actor, critic, reward_model, ref, batch, minibatches[:len(minibatches) // passes],
+            tokenizer, args, kl_control.coef, generator, normalize)
         health.finite(row["score"], "the reward model's score", args.out)
 
-        passes = []
+        found = []
         for rows in minibatches:
-            records = [demonstrations[next(dealt)] for _ in rows if demonstrations]
-            passes.append(train_minibatch(trained, experience, rows, records, tokenizer, args))
+            texts = [demonstrations[next(shown)] for _ in rows if demonstrations]
+            found.append(train_minibatch(trained, experience, rows, texts, tokenizer, args))
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
-            if args.target_kl and passes[-1]["approx_kl"] > args.target_kl:
+            if args.target_kl and found[-1]["approx_kl"] > args.target_kl:
                 break
-        row |= {name: sum(p[name] for p in passes) / len(passes) for name in passes[0]}
-        row["largest_ratio"] = max(p["largest_ratio"] for p in passes)
+        row |= {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+        row["largest_ratio"] = max(each["largest_ratio"] for each in found)
         if args.kl_target:
             kl_control.update(row["kl"], B)
         seconds = time.perf_counter() - started
         row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
 
         if update % args.eval_every == 0 or update == args.updates:
-            texts, last = held_out()
-            row |= last
-            health.show(update, last, first, eval_records, texts, first_texts)
+            samples, kept["last"] = evaluate(actor, reward_model, *judged)
+            row |= kept["last"]
+            health.show(update, kept, eval_records, run.log_samples(update, samples))
             save_checkpoint(actor, tokenizer, args.out)
             save_checkpoint(critic, tokenizer, os.path.join(args.out, "critic"))
         run.log(update=update, **row)
-        history.append(row)
-        warned.look(history)
-        run.end_step(
-            f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
-            f"{row['tokens_per_s']:.0f} tokens/s" + (text_reward.share() if text_reward else ""),
-            lambda folder: save_checkpoint(actor, tokenizer, folder), first=first, last=last,
-            first_texts=first_texts[:3], history=history, kl_coef=kl_control.coef,
-            deviation=normalize.state() if args.normalize_reward else None)
+        kept["history"].append(row)
+        warned.look(kept["history"])
+        kept |= dict(kl_coef=kl_control.coef, deviation=normalize.state())
+        run.end_step(health.in_short(row) + rewards.share(reward_model),
+                     lambda folder: save_checkpoint(actor, tokenizer, folder))
 
-    for name, value in last.items():
-        print(f"{name.replace('eval_', 'held-out ')}: SFT {first[name]:.3f} -> PPO {value:.3f}")
-    print(f"KL to the SFT policy: {history[-1]['kl']:.2f} nats per response")
-    run.finish(("score of the reward model",
-                {"samples": "score", "held out, greedy": "eval_score"}),
-               ("gold score, held out", {"gold": "eval_gold"}),
-               ("KL to the SFT policy (nats per response)", {"KL": "kl"}),
-               ("entropy (nats per token)", {"entropy": "entropy"}),
-               ("share of tokens clipped",
-                {"policy": "clip_fraction", "value": "value_clip_fraction"}),
-               ("explained variance of the critic", {"explained variance": "explained_variance"}),
-               ("response length (tokens)", {"length": "response_length"}),
-               ("share of responses that ended", {"ended": "ended"}))
+    health.summary(kept)
+    run.finish()
 
 
 if __name__ == "__main__":

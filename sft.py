@@ -23,10 +23,13 @@ from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records
 from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
+from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
-from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (add_lora, load_llama, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
-                   tokens_of, trainable)
+from lib.lora import add_lora, trainable
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, set_lr
+from model import load_llama, load_tokenizer, save_checkpoint, states_of, tokens_of
 
 # The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). One that has
 # read the internet needs a fiftieth of the learning rate of one from scratch.
@@ -51,14 +54,40 @@ SETTINGS = [
                                           "beginning of its prompt"),
 ]
 
+# The columns of metrics.csv, and the panels and labels of curves.png
+METRICS = [
+    # column         what it is                                           panel, label
+    ("step",         "optimizer steps, counted from 1"),
+    ("epoch",        "passes over the data, counted from 1"),
+    ("loss",         "of the batch", "cross entropy (nats per token)", "train"),
+    ("eval_loss",    "after each epoch", "cross entropy (nats per token)", "held out"),
+    ("lr",           "learning rate", "learning rate", "lr"),
+    ("grad_norm",    "length before it is clipped to 1", "gradient norm", "gradient norm"),
+    ("tokens_per_s", "of prompts and completions", "tokens per second", "tokens/s"),
+]
 
-def completion_losses(model, input_ids, places):
-    """The loss -log pi(token) of each completion token, (N,), float32; inputs from `collate`. Only
-    the states in which one is chosen go through the vocabulary projection."""
-    def losses(logits, tokens):
-        return F.cross_entropy(logits.float(), tokens, reduction="none")
-    return over_vocabulary(model, states_of(model(input_ids), places),
-                           tokens_of(input_ids, places), losses)
+
+def completion_losses(model, input_ids, places, args, scale=None, piece=512):
+    """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
+    `collate`. With a `scale` also the backward pass of scale times their sum.
+
+    Only the states in which a completion token is chosen go through the vocabulary projection, and
+    a `piece` of them at a time, forward and at once backward: the logits of all would be the
+    largest tensors of the step. The gradient of the states then goes through the layers.
+    """
+    with autocast(args):
+        states = states_of(model(input_ids), places)
+    leaf, losses = states.detach().requires_grad_(), []
+    for part, tokens in zip(leaf.split(piece), tokens_of(input_ids, places).split(piece)):
+        with autocast(args):
+            logits = model.lm_head(part).float()
+        losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+        if scale is not None:
+            (scale * losses[-1].sum()).backward()
+        losses[-1] = losses[-1].detach()
+    if scale is not None:
+        states.backward(leaf.grad)
+    return torch.cat(losses)
 
 
 def evaluate(model, examples, args, pad_token_id):
@@ -66,15 +95,15 @@ def evaluate(model, examples, args, pad_token_id):
     tokens of short batches double.)"""
     loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    with torch.no_grad(), autocast(args):
+    with torch.no_grad():
         for part, weight in my_parts(order, args.micro_batch_size):
             batch = collate([examples[i] for i in part], pad_token_id, args.device)
-            losses = completion_losses(model, *batch)
+            losses = completion_losses(model, *batch, args)
             loss, tokens = loss + weight * losses.sum().item(), tokens + weight * len(losses)
     return total(loss) / total(tokens)
 
 
-@door
+@clean_exit
 def main(argv=None):
     args, _ = parse("sft.py", __doc__, SETTINGS, argv, real_if=["model"])
     if args.model and not args.data and not args.dry_run:
@@ -84,7 +113,7 @@ def main(argv=None):
         return budget.dry_run("sft", args.model, args)
     start_processes(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "sft")
+    run = Run(args, "sft", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
     model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -104,9 +133,8 @@ def main(argv=None):
     order = torch.Generator().manual_seed(args.seed)  # its own, so nothing else changes the order
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
-    progress = run.begin(["step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens_per_s"],
-                         steps, {"model": (model, optimizer)})
-    watch = LossWatch(args.data, **progress.get("watch", {}))
+    kept = run.begin(steps, {"model": (model, optimizer)}, {}, dict(watch={}))
+    watch = LossWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
@@ -122,12 +150,11 @@ def main(argv=None):
         loss, per_text, records = 0.0, [], []
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
-            with autocast(args):
-                losses = completion_losses(
-                    model, *collate(examples, tokenizer.pad_token_id, args.device))
-            (weight * losses.sum() / tokens).backward()
-            loss += weight * losses.detach().sum() / tokens
-            parts = losses.detach().split([len(completion) for _, completion, _ in examples])
+            losses = completion_losses(
+                model, *collate(examples, tokenizer.pad_token_id, args.device), args,
+                scale=weight / tokens)
+            loss += weight * losses.sum() / tokens
+            parts = losses.split([len(completion) for _, completion, _ in examples])
             per_text += [part.mean() for part in parts]
             records += [number for _, _, number in examples]
         loss, grad_norm, *per_text = torch.stack(
@@ -146,13 +173,12 @@ def main(argv=None):
                        f"token, perplexity {math.exp(eval_loss):.2f}")
         run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
                 lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
+        kept["watch"] = watch.state()
         run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s",
-                     lambda folder: save_checkpoint(model, tokenizer, folder), watch=watch.state())
+                     lambda folder: save_checkpoint(model, tokenizer, folder))
 
     save_checkpoint(model, tokenizer, args.out)
-    run.finish(("cross entropy (nats per token)", {"train": "loss", "held out": "eval_loss"}),
-               ("learning rate", {"lr": "lr"}), ("gradient norm", {"gradient norm": "grad_norm"}),
-               ("tokens per second", {"tokens/s": "tokens_per_s"}))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from ppo import (
     token_rewards,
     value_loss,
 )
-from lib.run import set_lr
+from lib.training import set_lr
 from train_rm import normalize_, pair_statistics, ranking_loss, regression_loss
 
 GARBAGE = [1e30, math.inf, -math.inf, math.nan]

@@ -10,12 +10,13 @@ hidden state to one number, read at the last token of the completion. From the s
 completions of a prompt it learns either
 
     ranking     L = - mean over pairs (better, worse)  log sigmoid(r(better) - r(worse))
-    regression  L = mean  (r - score)^2
+    regression  L = mean of (r - score)^2
 
-(InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized, so that the exported model
-alone gives scores with mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
-do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
-InstructGPT, C.2.)
+(InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized to mean 0 and standard
+deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on samples of the policy; mean 0 on
+the demonstrations is Stiennon et al. 2020 and InstructGPT, C.2.) The deviation is folded into the
+weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts; whoever
+loads the model in transformers subtracts it himself, where it matters.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -29,12 +30,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, on, read_records
-from lib.distributed import (RANK, WORLD, clip_gradients, my_parts, place, release,
+from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts, place, release,
                              start_processes, total)
+from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite, warn_of_labels
-from lib.run import Run, autocast, door, parse, set_lr, stop
-from model import (ScalarHead, add_lora, last_token, load_llama, load_tokenizer, save_checkpoint,
-                   trainable)
+from lib.lora import add_lora, trainable
+from lib.run import Run
+from lib.settings import parse
+from lib.training import autocast, set_lr
+from model import ScalarHead, last_token, load_llama, load_tokenizer, save_checkpoint
 
 # The demo's values, and those of a pretrained LLaMA: InstructGPT (C.2) trains its 6B model for one
 # epoch, since more overfit, with 64 prompts per batch and 9e-6.
@@ -62,6 +66,21 @@ SETTINGS = [
     ("eval_every",        250,      50,     "optimizer steps between evaluations"),
 ]
 
+# The columns of metrics.csv, and the panels and labels of curves.png
+METRICS = [
+    # column           what it is                                           panel, label
+    ("step",           "optimizer steps, counted from 1"),
+    ("epoch",          "passes over the data, counted from 1"),
+    ("loss",           "--loss, of the batch", "loss", "train"),
+    ("accuracy",       "share of the pairs in the right order", "pair accuracy", "train"),
+    ("eval_accuracy",  "of held-out pairs", "pair accuracy", "held out"),
+    ("eval_margin",    "mean of better - worse", "margin (better - worse)", "held out"),
+    ("eval_error",     "root mean squared, of --loss regression"),
+    ("lr",             "learning rate"),
+    ("grad_norm",      "length before it is clipped to 1", "gradient norm", "gradient norm"),
+    ("tokens_per_s",   "of prompts and completions"),
+]
+
 
 # ------------------------------------------------------------------------------------------------
 # The maths
@@ -84,7 +103,7 @@ def ranking_loss(scores, labels):
     better, worse = (on(scores.device, rows) for rows in pairs(labels))
     if not len(better):
         return scores.sum() * 0.0
-    return -F.logsigmoid(scores[:, None] - scores[None, :])[better, worse].mean()
+    return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
 
 def regression_loss(scores, labels):
@@ -104,8 +123,8 @@ def pair_statistics(scores, labels):
 
 
 def normalize_(reward_model, scores):
-    """Let the model give r' = (r - mean) / (standard deviation), where `scores` (n,) are its r of
-    some texts: the deviation goes into the weights of the head, the mean into `config.score_mean`,
+    """Let the model give r' = (r - mean) / (standard deviation), with those of its raw `scores`
+    (n,) on the demonstrations: the deviation goes into the weights of the head, the mean into `config.score_mean`,
     since Hugging Face's classification head has no bias -> mean, deviation."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
@@ -123,15 +142,16 @@ def normalize_(reward_model, scores):
 
 def score_texts(reward_model, examples, args, pad_token_id):
     """The model's scores (n,) of [(prompt, completion, ...)]."""
+    def read(rows):
+        input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
+        return [last_token(reward_model(input_ids), places)]
+
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    scores = torch.zeros(len(examples), device=args.device)  # each process fills in its rows
+    # 4 times the size, since there are no gradients; in the bar, since it can take minutes
+    parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
+                 disable=RANK > 0)
     with torch.no_grad(), autocast(args):
-        # 4 times the size, since there are no gradients; in the bar, since it can take minutes
-        for rows, weight in tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
-                                 disable=RANK > 0):
-            input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
-            scores[on(args.device, rows)] = weight * last_token(reward_model(input_ids), places)
-    return total(scores)
+        return gather_rows(read, parts, len(examples))[0]
 
 
 def group_by_prompt(records, examples):
@@ -144,11 +164,12 @@ def group_by_prompt(records, examples):
 
 
 def with_pairs(groups, labels):
-    """The groups whose completions have different labels. If these are fewer than half of the
-    completions, as where each prompt has one, completions of different prompts are compared, 64 at
-    a time: what regression learns makes them comparable."""
+    """The groups whose completions have different labels. If these hold fewer than half of the
+    completions of all `groups`, as where each prompt has one, completions of different prompts are
+    compared, 64 at a time: what regression learns makes them comparable. (With ranking each group
+    given has a pair.)"""
     useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
-    if 2 * sum(map(len, useful)) >= len(labels):
+    if 2 * sum(map(len, useful)) >= sum(map(len, groups)):
         return useful
     mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(64)
     return [group.tolist() for group in mixed]
@@ -169,7 +190,7 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     return accuracy.mean().item(), margin.mean().item(), error, by_gap
 
 
-@door
+@clean_exit
 def main(argv=None):
     args, _ = parse("train_rm.py", __doc__, SETTINGS, argv, real_if=["model"])
     if not (args.data and args.demonstrations) and not args.dry_run:
@@ -181,7 +202,7 @@ def main(argv=None):
         stop("runs/sft: missing; run python sft.py first, or name a --model")
     start_processes(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "reward model")
+    run = Run(args, "reward model", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
     reward_model = place(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets,
@@ -222,10 +243,8 @@ def main(argv=None):
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    progress = run.begin(
-        ["step", "epoch", "loss", "accuracy", "eval_accuracy", "eval_margin", "eval_error", "lr",
-         "grad_norm", "tokens_per_s"], steps, {"reward_model": (reward_model, optimizer)})
-    watch = RankingWatch(args.data, **progress.get("watch", {}))
+    kept = run.begin(steps, {"reward_model": (reward_model, optimizer)}, {}, dict(watch={}))
+    watch = RankingWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
@@ -272,9 +291,9 @@ def main(argv=None):
         if (step + 1) % steps_per_epoch == 0 and args.loss == "ranking":
             watch.end_epoch(row["epoch"])
         run.log(**row)
+        kept["watch"] = watch.state()
         run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {row['tokens_per_s']:.0f} tokens/s",
-                     lambda folder: save_checkpoint(reward_model, tokenizer, folder),
-                     watch=watch.state())
+                     lambda folder: save_checkpoint(reward_model, tokenizer, folder))
 
     mean, deviation = normalize_(reward_model, score_texts(
         reward_model, demonstrations, args, tokenizer.pad_token_id))
@@ -288,10 +307,7 @@ def main(argv=None):
         for upto, gap_accuracy, pairs in by_gap:
             print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {pairs} pairs")
     save_checkpoint(reward_model, tokenizer, args.out)
-    run.finish((f"{args.loss} loss", {"train": "loss"}),
-               ("pair accuracy", {"train": "accuracy", "held out": "eval_accuracy"}),
-               ("margin (better - worse)", {"held out": "eval_margin"}),
-               ("gradient norm", {"gradient norm": "grad_norm"}))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Neither side is tuned beyond its defaults but for the sizes at the top of this f
 batches hold records of similar length, as sft.py and train_rm.py make them; TRL's are shuffled, as
 its trainers make them. `--against` puts another checkout in place of these peers.
 
-Each side is a process of its own, since its peak memory is compared: ours, peer, ours, peer, ... A
+Each side is a process of its own, since its peak memory is compared: ours, peer, peer, ours, ... A
 ratio is that of two neighbours; the table has the median over the pairs, with the smallest and the
 largest. In each process two updates (or generations) warm up, since its memory still grows in the
 second, and the median of the others counts. An epoch of SFT or RM counts whole.
@@ -261,7 +261,10 @@ def ppo_step(work, actor, critic, ref, reward_model, pad_token_id, eos):
     options = [f"--{name}={value}" for name, value in options.items()]
     has_lib = hasattr(ppo, "SETTINGS")
     if has_lib:
-        from lib.run import parse
+        try:
+            from lib.settings import parse
+        except ImportError:  # it is older
+            from lib.run import parse
         args, _ = parse("ppo.py", ppo.__doc__, ppo.SETTINGS, options, real_if=["sft", "rm"])
     else:
         args, _ = ppo.parse(options)
@@ -524,13 +527,16 @@ def spread(values, digits=2):
 
 
 def compare(name, work, args, folder):
-    """Ours, peer, ours, peer, ... -> a row of the table."""
+    """Ours, peer, peer, ours, ours, peer, ... -> a row of the table. Whoever comes first is up to a
+    seventh slower where memory that was never used must first be had from the system."""
     pairs, shares, flops = [], [], []
     for seed in range(1, args.repeats + 1):  # at realistic lengths the seed draws the responses
         work["seed"] = seed
         product = start(sys.executable, ROOT, work, folder, "product")["flops_per_s"]
-        ours = start(sys.executable, ROOT, work, folder)
-        peer = start(args.python, args.against or "peer", work, folder)
+        sides = dict(ours=(sys.executable, ROOT), peer=(args.python, args.against or "peer"))
+        found = {side: start(*sides[side], work, folder)
+                 for side in sorted(sides, reverse=seed % 2 == 0)}
+        ours, peer = found["ours"], found["peer"]
         if different := [key for key in ("threads", "torch") if ours[key] != peer[key]]:
             print(f"warning: ours and peer differ in {different}", file=sys.stderr)
         pairs.append((ours, peer))
@@ -580,7 +586,7 @@ def main():
     parser.add_argument("--against", help="another checkout of this repo, to be the peer")
     parser.add_argument("--python", default=sys.executable, help="the Python of the peer's "
                         "processes, which has TRL (default: this one)")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of processes per comparison")
+    parser.add_argument("--repeats", type=int, default=4, help="pairs of processes per comparison")
     parser.add_argument("--updates", type=int, default=2, help="measured updates, or generations, "
                         "in each process, after two to warm up")
     parser.add_argument("--profile", action="store_true", help="only profile our PPO updates and "

@@ -17,7 +17,7 @@ from transformers import (AutoConfig, LlamaConfig, LlamaForCausalLM,
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from lib.run import explain, first_line, stop
+from lib.errors import explain, first_line, stop
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@ import functools
 import gzip
 import json
 import re
-import runpy
 import sys
 import zlib
 from typing import NamedTuple
 
 import torch
 
-from lib.run import explain, first_line, stop, write_whole
+from lib.errors import explain, first_line, stop, write_whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,17 +109,6 @@ def what_is_wrong(field, value):
             return (f"has a message with role {message.get('role')!r}; roles are system, user and "
                     "assistant")
     return None if value[-1]["role"] == "user" else "must end with a message of the user"
-
-
-def load_judge(option, path):
-    """The function `score(user_input, completion)` -> float of a Python file, such as
-    data_gen.py."""
-    wanted = "score(user_input, completion)"
-    with explain(f"{option} {path}: not a Python file with a function {wanted}"):
-        score = runpy.run_path(path)["score"]
-        if not callable(score):
-            raise TypeError("score is not a function")
-    return score
 
 
 # ------------------------------------------------------------------------------------------------
@@ -336,7 +324,10 @@ def length_batches(lengths, batch_size, generator):
 
 
 def deal(size, number, seed):
-    """`number` indices below `size` in random order, each once before any comes again."""
+    """`number` indices below `size` in random order, each once before any comes again; [] if there
+    is nothing to deal."""
+    if not size:
+        return []
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-number // size)
     order = [torch.randperm(size, generator=generator) for _ in range(rounds)]

@@ -126,6 +126,19 @@ def micro_batches(rows, lengths, size):
     return [(part, 1) for part in parts]
 
 
+def gather_rows(function, parts, number):
+    """What `function(rows)` gives, tensors (len(rows), ...), for the rows of these `parts`, [(rows,
+    weight)] -> tensors (number, ...) of the rows of all processes."""
+    wholes = None
+    for rows, weight in parts:
+        found = function(rows)
+        if wholes is None:
+            wholes = [x.new_zeros(number, *x.shape[1:]) for x in found]
+        for whole, x in zip(wholes, found):
+            whole[torch.tensor(rows).to(x.device, non_blocking=True)] = weight * x
+    return [total(whole) for whole in wholes]
+
+
 def total(x):
     """The sum over all processes of a number or a tensor. Where each fills in its rows of zeros,
     the sum is the whole."""

@@ -6,7 +6,7 @@ import math
 
 from tqdm import tqdm
 
-from lib.run import stop
+from lib.errors import stop
 
 
 def check_finite(step, loss, grad_norm, path, records):
@@ -174,13 +174,27 @@ class Warned:
                 self.said.add(name)
 
 
-def show(update, result, first, records, completions, first_completions):
+def show(update, kept, records, completions):
     """What an evaluation found, beside the SFT model, and three of its answers."""
     tqdm.write(f"update {update}: " + ", ".join(
-        f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {first[name]:.3f})"
-        for name, value in result.items()))
-    for record, before, now in list(zip(records, first_completions, completions))[:3]:
+        f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {kept['first'][name]:.3f})"
+        for name, value in kept["last"].items()))
+    for record, before, now in zip(records, kept["first_texts"], completions):
         asked = record["user_input"]
         asked = asked if isinstance(asked, str) else asked[-1]["content"]
         tqdm.write(f"    prompt  {asked[:100]!r}\n    SFT     {before[:100]!r}\n"
                    f"    now     {now[:100]!r}")
+
+
+def in_short(row):
+    """An update in the progress bar."""
+    return (f"score {row['score']:.2f}, KL {row['kl']:.2f}, length {row['response_length']:.0f}, "
+            f"{row['tokens_per_s']:.0f} tokens/s")
+
+
+def summary(kept):
+    """What a PPO run came to."""
+    for name, value in kept["last"].items():
+        print(f"{name.replace('eval_', 'held-out ')}: SFT {kept['first'][name]:.3f} -> PPO "
+              f"{value:.3f}")
+    print(f"KL to the SFT policy: {kept['history'][-1]['kl']:.2f} nats per response")

@@ -1,174 +1,36 @@
-"""What every run needs and no lesson is about: settings, the run directory, saved state and
-resuming, signals.
+"""The run directory: metrics, saved state and resuming, signals.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
+    runs/ppo/samples.jsonl a row per held-out answer of each evaluation
     runs/sft/last/         the state to resume from     runs/sft/*            the exported model
 """
 
-import argparse
 import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 import threading
-import traceback
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from lib import cpu
-from lib.distributed import (RANK, WORLD, as_held, end_processes, in_one_piece, largest, leave,
-                             named_wholes, started, wait_for_all)
+from lib.curves import draw_curves
+from lib.distributed import RANK, as_held, in_one_piece, largest, named_wholes, wait_for_all
+from lib.errors import explain, stop, write_whole
 
-
-# ------------------------------------------------------------------------------------------------
-# Errors: one line that says what is wrong and where
-
-def stop(message, code=2):
-    """End the program with one line on standard error. Exit code 2: the input is wrong; 1: the run
-    went wrong."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # not print: a progress bar may be on the line
-    raise SystemExit(code)
-
-
-def first_line(error):
-    """The first line of an error's message: an error here is told in one line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
-
-
-@contextlib.contextmanager
-def explain(what, advice="", code=2):
-    """Whatever a library raises inside ends the program with the line `what (its message)advice`.
-    For files from outside: the libraries that read them raise anything for a damaged one."""
-    try:
-        yield
-    except OSError as error:
-        stop(f"{what} ({error.strerror or first_line(error)}){advice}", code)
-    except Exception as error:
-        stop(f"{what} ({first_line(error)}){advice}", code)
-
-
-def door(main):
-    """Around a script's `main`: Ctrl-C outside a step ends in one line too. With many processes the
-    group is closed at the end; a process that fails waits for no other."""
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        outermost = not started()  # ppo.py may call the main of other stages
-        try:
-            result = main(argv)
-        except KeyboardInterrupt:
-            tqdm.write("interrupted", file=sys.stderr)
-            code = 130
-        except SystemExit as end:
-            code = end.code
-        except BrokenPipeError:  # whoever read our output, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
-        except Exception:
-            if not started():
-                raise
-            traceback.print_exc()
-            code = 1
-        else:
-            if outermost:
-                end_processes()
-            return result
-        if started():
-            leave(code)
-        raise SystemExit(code)
-    return wrapped
-
-
-def write_whole(path, data):
-    """Write bytes to `path` so that the file appears whole or not at all: beside it, then
-    renamed."""
-    with explain(f"{path}: cannot be written"):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        try:
-            with open(path + ".part", "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".part", path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".part")
-
-
-# ------------------------------------------------------------------------------------------------
-# Settings: a table per script, a line each (name, the demo's value, a real model's, what it is)
-
-def positive(text):
-    """argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
-def whole(text):
-    """argparse type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return int(text)
-
-
-def any_whole(text):
-    """argparse type: a whole number, also one below 0."""
-    return int(text)
-
-
-def usable_device(text):
-    """argparse type: a device on which PyTorch computes. "cuda" with many processes: to each its
-    own."""
-    if WORLD > 1 and text == "cuda":
-        text = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
-    if torch.device(text).type == "mps":
-        print("mps: nothing here was ever run on it; bfloat16 and many processes are not supported")
-    return text
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMMON = [
-    "LoRA (Hu et al. 2021): a few weights learn beside frozen ones",
-    ("lora_rank", 0, 0, "rank of the adapters; 0: no adapters, every weight is trained", whole),
-    ("lora_alpha", 16, 16, "the adapters' output is scaled by this over the rank"),
-    ("lora_targets", *2 * ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
-     "matrices of each layer that get one"),
-    ("base_dtype", *2 * ["float32"], "of the frozen weights", ["float32", "bfloat16"]),
-    "the run",
-    ("seed", 0, 0, "seed of every random choice", any_whole),
-    ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32",
-     ["float32", "bfloat16"]),
-    ("tf32", False, False, "on a GPU, faster float32 products, with mantissas of 10 bits, not 23"),
-    ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
-     "memory, a third more time"),
-    ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
-    ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
-    ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
-    ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
-    ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
-    ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
-    ("resume", False, False, "continue an interrupted run in --out"),
-    ("accept_changed_data", False, False, "resume even if data or models have changed"),
-    ("overwrite", False, False, "replace an earlier run in --out"),
-]
 # What --resume may change: nothing in the result depends on it
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
         "processes", "process_timeout", "gradient_checkpointing", "shard_rollout",
-        "accept_changed_data"}
+        "accept_changed_data", "tensorboard"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
+LOGS = ["metrics.csv", "samples.jsonl"]  # grow as a run goes on; --resume cuts off what came later
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
           "eval_prompts", "demonstrations", "gold"]
@@ -199,97 +61,19 @@ def fingerprint(path):
     return found.hexdigest()
 
 
-def parse(script, doc, table, argv, real_if):
-    """The settings of a run, from a script's table and the command line, printed a line each, those
-    that the user changed first -> (args, whether it is the demo).
-
-    A row of `table`: (name, the demo's value, a real model's value, what it is[, type or choices]);
-    a text alone starts a group of the --help. The values of a real model apply if an option named
-    in `real_if` is given. Without a type, that of the values counts; a whole number is then at
-    least 1.
-    """
-    parser = argparse.ArgumentParser(prog=script, description=doc.split("\n\n")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    group, rows = parser, [row for row in table + COMMON if not isinstance(row, str)]
-    for row in table + COMMON:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-            continue
-        name, demo, real, what, *kind = row
-        value = real if demo is None else demo
-        if isinstance(value, bool):
-            group.add_argument(f"--{name}", action="store_true", help=what)
-            continue
-        default = f"demo {demo}" if demo != real else f"default {demo}"
-        if demo != real and real is not None:
-            default += f", real model {real}"
-        kind = kind[0] if kind else str if value is None else type(value)
-        options = dict(choices=kind) if isinstance(kind, list) else dict(
-            type=positive if kind is int else kind)
-        about = what if value is None else f"{what} ({default})"
-        group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
-    args = parser.parse_args(argv)
-    is_demo = all(getattr(args, name) is None for name in real_if)
-    changed = [row[0] for row in rows
-               if getattr(args, row[0]) is not None and getattr(args, row[0]) is not False]
-    for name, demo, real, *_ in rows:
-        if getattr(args, name) is None:
-            setattr(args, name, demo if is_demo else real)
-    args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    if RANK == 0:
-        print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
-        for name in changed + [row[0] for row in rows if row[0] not in changed]:
-            mark = "*" if name in changed else " "
-            print(f"  {mark} {name:<24}{getattr(args, name)}", flush=True)
-    return args, is_demo
-
-
-def autocast(args):
-    """bf16 matrix products where --dtype says so; what is sensitive (norms, losses, softmax) stays
-    float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16,
-                          enabled=args.dtype == "bfloat16")
-
-
-def numbers(tensors):
-    """{name: scalar tensor} -> {name: number}, all at once: asking a GPU for a number waits until
-    it has finished all that it was given."""
-    values = torch.stack([x.detach().float() for x in tensors.values()]).tolist()
-    return dict(zip(tensors, values))
-
-
-def set_lr(optimizer, peak, step, steps, shape="cosine", floor=0.0):
-    """Set and return the learning rate of step `step` (from 0) of `steps`.
-
-    "cosine": a linear warm-up over the first 3 % of the steps, then half a cosine from `peak` down
-    to the share `floor` of it (Loshchilov and Hutter 2017, eq. 5). "linear": from `peak` down to 0.
-    """
-    warmup = math.ceil(0.03 * steps)
-    if shape == "linear":
-        lr = peak * (1 - step / steps)
-    elif step < warmup:
-        lr = peak * (step + 1) / warmup
-    else:
-        turn = math.pi * (step - warmup) / max(1, steps - warmup)
-        lr = peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(turn)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-# ------------------------------------------------------------------------------------------------
-# The run directory
-
 class Run:
     """A run in `args.out`: its metrics, its saved state, its progress bar.
+
+    `metrics`: a row (column, what it is) or (column, what it is, panel, label) of each; the columns
+    of metrics.csv, and the panels of curves.png.
 
     Made before anything is loaded: it refuses a folder that holds another run. `begin` once all
     input is read: only then does an earlier run in the folder end.
     """
 
-    def __init__(self, args, name):
+    def __init__(self, args, name, metrics):
         self.args, self.folder, self.name, self.state = args, args.out, name, None
+        self.metrics = metrics
         self.last = os.path.join(args.out, "last")
         holds = [name for name in ("metrics.csv", "config.json", "last")
                  if os.path.exists(os.path.join(args.out, name))]
@@ -304,6 +88,9 @@ class Run:
             if whole_out.startswith(whole_path) or whole_path.startswith(whole_out):
                 stop(f"--out {args.out} and --{setting} {path} overlap: a run does "
                      "not write where it reads; name another --out")
+        if args.tensorboard:
+            with explain("--tensorboard needs a package", ": pip install tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
@@ -314,9 +101,9 @@ class Run:
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
 
-    def begin(self, columns, steps, trained, generators={}):
-        """Open metrics.csv, and put back what was saved -> the progress that `save` was given, or
-        {}.
+    def begin(self, steps, trained, generators, kept):
+        """Open metrics.csv, and put back what was saved -> `kept`, as it was saved or else as it is
+        given: a dict of numbers, texts and lists, which the caller changes and each `save` holds.
 
         `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
         """
@@ -330,24 +117,32 @@ class Run:
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
             if RANK == 0 and self.state is None:  # config.json would say that the model is whole
-                for name in ("config.json", "last/state.json"):
+                for name in ("config.json", "last/state.json", *LOGS):
                     if os.path.exists(os.path.join(self.folder, name)):
                         os.remove(os.path.join(self.folder, name))
-                for name in [*self.exports(), self.last]:
+                for name in [*self.exports(), self.last, os.path.join(self.folder, "tensorboard")]:
                     shutil.rmtree(name, ignore_errors=True)
             elif RANK == 0:
-                os.truncate(path, self.state["metrics_bytes"])
+                for name, size in self.state["log_bytes"].items():
+                    log = os.path.join(self.folder, name)
+                    if size or os.path.exists(log):
+                        os.truncate(log, size)
             self.file = open(path, "a" if self.state else "w", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, columns)
+        self.writer = csv.DictWriter(self.file, [column for column, *_ in self.metrics])
         if self.state is None:
             self.writer.writeheader()
             self.file.flush()
-        progress = self.restore() if self.state else {}
-        self.step, self.steps = progress.get("step", 0), steps
+        self.kept = self.restore() if self.state else kept
+        self.step, self.steps = self.kept.pop("step", 0), steps
+        self.board = None
+        if self.args.tensorboard and RANK == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(os.path.join(self.folder, "tensorboard"),
+                                       purge_step=self.step + 1 if self.state else None)
         self.signals = Signals()
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, dynamic_ncols=True,
                         disable=RANK > 0)
-        return progress
+        return self.kept
 
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
@@ -356,8 +151,35 @@ class Run:
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
+        if self.board:
+            step = self.writer.fieldnames[0]
+            for name, value in row.items():
+                if name != step and value is not None:
+                    self.board.add_scalar(name, value, row[step])
+            self.board.flush()
 
-    def end_step(self, postfix, export, **progress):
+    def log_samples(self, step, samples):
+        """Append what an evaluation answered, dicts, to samples.jsonl, on disk at once -> the
+        answers."""
+        answers = [sample["completion"] for sample in samples]
+        if RANK > 0 or not samples:
+            return answers
+        path = os.path.join(self.folder, "samples.jsonl")
+        with explain(f"{path}: cannot be written",
+                     "; --resume continues from the last saved state", code=1):
+            with open(path, "a", encoding="utf-8") as file:
+                for number, sample in enumerate(samples, 1):
+                    row = dict(update=step, number=number, **sample)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        if self.board:  # four spaces: Markdown leaves it as it is
+            lines = [line for sample in samples
+                     for line in [*json.dumps(sample, ensure_ascii=False, indent=1).split("\n"), ""]]
+            self.board.add_text("samples", "\n".join("    " + line for line in lines), step)
+        return answers
+
+    def end_step(self, postfix, export):
         """Move the bar; save the state where it is due; end the run after a signal.
         `export(folder)` writes the model as it is now, for --keep."""
         self.step += 1
@@ -365,7 +187,7 @@ class Run:
         self.bar.update()
         self.signals.agree()
         if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
-            self.save(**progress)
+            self.save()
             if self.args.keep:
                 export(os.path.join(self.folder, f"step-{self.step}"))
                 for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
@@ -373,13 +195,15 @@ class Run:
         if self.signals.caught:
             self.signals.leave(self.folder)
 
-    def finish(self, *panels):
-        """The end of the last step: `curves.png`, a panel for each `(title, {label: column})`."""
+    def finish(self):
+        """The end of the last step: `curves.png`."""
         self.bar.close()
         self.signals.restore()
         self.file.close()
+        if self.board:
+            self.board.close()
         if RANK == 0:
-            draw_curves(self.folder, panels)
+            draw_curves(self.folder, self.metrics)
         print(f"saved {self.folder}")
 
     def exports(self):
@@ -387,10 +211,10 @@ class Run:
         found = glob.glob(os.path.join(glob.escape(self.folder), "step-*"))
         return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
 
-    def save(self, **progress):
+    def save(self):
         """Write `last/`: all that is needed to continue exactly as if nothing had happened. The
         tensors go into a new file, then state.json, which names it, takes the place of the old one:
-        at every moment one of the two states is whole. `progress`: numbers, texts and lists."""
+        at every moment one of the two states is whole."""
         tensors = {}
         for name, (model, optimizer) in self.trained.items():
             learns = {key for key, p in model.named_parameters() if p.requires_grad}
@@ -415,9 +239,12 @@ class Run:
             finally:
                 with contextlib.suppress(OSError):
                     os.remove(file + ".part")
-        state = dict(file=os.path.basename(file), metrics_bytes=os.path.getsize(self.file.name),
+        logs = {name: os.path.join(self.folder, name) for name in LOGS}
+        log_bytes = {name: os.path.getsize(path) if os.path.exists(path) else 0
+                     for name, path in logs.items()}
+        state = dict(file=os.path.basename(file), log_bytes=log_bytes,
                      settings=vars(self.args), inputs=self.inputs,
-                     progress=dict(progress, step=self.step))
+                     progress=dict(self.kept, step=self.step))
         write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
         for name in os.listdir(self.last):
             if name not in (os.path.basename(file), "state.json"):
@@ -431,7 +258,7 @@ class Run:
             with open(path, encoding="utf-8") as file:
                 state = json.load(file)
             before, tensors = state["settings"], os.path.join(self.last, state["file"])
-            state["progress"]["step"]
+            state["progress"]["step"], state["log_bytes"]
         for name, value in json.loads(json.dumps(vars(self.args))).items():
             if name in LONGER and name in before and value > before[name]:
                 print(f"--{name} {value}, where {before[name]} were planned: from here on the "
@@ -502,37 +329,3 @@ class Signals:
         tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume continues",
                    file=sys.stderr)
         raise SystemExit(128 + self.caught)
-
-
-def draw_curves(folder, panels):
-    """`curves.png` from `metrics.csv`: a panel for each `(title, {label: column})` that has values,
-    over the first column."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no curves.png: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(os.path.join(folder, "metrics.csv"), encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    step = next(iter(rows[0]))
-    panels = [(title, lines) for title, lines in panels
-              if any(row[column] for row in rows for column in lines.values())]
-    columns = min(4, len(panels))
-    height = -(-len(panels) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 3 * height), squeeze=False)
-    for axis, (title, lines) in zip(axes.flat, panels):
-        for label, column in lines.items():
-            points = [(float(row[step]), float(row[column])) for row in rows if row[column]]
-            if points:
-                axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
-        axis.set(title=title, xlabel=step)
-        axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.remove()
-    figure.tight_layout()
-    figure.savefig(os.path.join(folder, "curves.png"), dpi=110)
-    plt.close(figure)

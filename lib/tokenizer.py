@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.checkpoints import is_meta, open_gguf, quiet, refuse_others, said_in
 from lib.data import encode_completion
-from lib.run import explain, stop
+from lib.errors import explain, stop
 
 # For a checkpoint without a chat template. The completion follows "Assistant:", and ends with </s>.
 CHAT_TEMPLATE = (

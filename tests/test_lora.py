@@ -25,16 +25,8 @@ import model
 import ppo
 import sft
 import train_rm
-from model import (
-    Llama,
-    LoRALinear,
-    ScalarHead,
-    add_lora,
-    adapters_off,
-    merged,
-    random_llama,
-    trainable,
-)
+from lib.lora import LoRALinear, add_lora, adapters_off, merged, trainable
+from model import Llama, ScalarHead, random_llama
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 IDS = torch.randint(0, 90, (3, 11), generator=torch.Generator().manual_seed(1))

@@ -59,7 +59,7 @@ from lib.data import (
     length_batches,
     read_records,
 )
-from lib.run import write_whole
+from lib.errors import write_whole
 from lib.tokenizer import CHAT_TEMPLATE, LLAMA3_SPECIAL
 from model import (
     Llama,
@@ -2205,7 +2205,11 @@ def test_linear_of_no_rows_and_in_bf16():
 
 
 MODULES = [
+    "lib.errors",
+    "lib.settings",
+    "lib.training",
     "lib.run",
+    "lib.curves",
     "lib.data",
     "lib.checkpoints",
     "lib.tokenizer",

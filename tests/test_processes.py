@@ -27,6 +27,7 @@ def script(stage, *options):
     """What each process runs. Which random number a row gets depends on the rows beside it: here
     all get 1/2."""
     sys.path.insert(0, os.path.dirname(HERE))
+    import lib.errors
     import lib.run
     import model
     from lib.distributed import RANK, WORLD
@@ -50,7 +51,7 @@ def script(stage, *options):
 
         def log_or_die(self, **row):
             if at in (row.get("step"), row.get("update")) and RANK == WORLD - 1:
-                lib.run.stop("this process is out of luck", code=1)
+                lib.errors.stop("this process is out of luck", code=1)
             log(self, **row)
 
         lib.run.Run.log = log_or_die

@@ -46,6 +46,7 @@ from transformers import (
 
 import data_gen
 import lib.run
+import lib.settings
 import model
 import ppo
 import sft
@@ -87,7 +88,7 @@ def options(**values):
 def parse(script, argv):
     """The settings that a script has with these options."""
     real_if = ["sft", "rm"] if script is ppo else ["model"]
-    return lib.run.parse(f"{script.__name__}.py", script.__doc__, script.SETTINGS, argv, real_if)[0]
+    return lib.settings.parse(f"{script.__name__}.py", script.__doc__, script.SETTINGS, argv, real_if)[0]
 
 
 def with_demo(script, **values):
@@ -807,12 +808,16 @@ def test_sft_export_in_plain_transformers(sft_run, home):
     assert_same_llama(sft_run.folder, sft_run.exported[sft_run.folder], home.tokenizer)
 
 
+FLOAT32 = SimpleNamespace(device="cpu", dtype="float32")
+
+
 def test_completion_losses(sft_run, ragged, home):
     """Against a loop over tokens; none for a prompt token, none for padding, and one for
     end-of-sequence."""
     llama = load_llama(sft_run.folder, home.tokenizer)
     prompts, completions, _ = zip(*ragged.examples)
-    losses = sft.completion_losses(llama, *collate(ragged.examples, home.tokenizer.pad_token_id))
+    batch = collate(ragged.examples, home.tokenizer.pad_token_id)
+    losses = sft.completion_losses(llama, *batch, FLOAT32, piece=5)
     slow = [
         -slow_token_logprobs(copy.deepcopy(llama).double(), p, c)[0]
         for p, c in zip(prompts, completions)
@@ -834,9 +839,8 @@ def test_no_loss_falls_on_the_prompt(sft_run, ragged, home):
         kept.append(output)
 
     llama.model.register_forward_hook(keep)
-    sft.completion_losses(
-        llama, *collate(ragged.examples, home.tokenizer.pad_token_id)
-    ).sum().backward()
+    batch = collate(ragged.examples, home.tokenizer.pad_token_id)
+    sft.completion_losses(llama, *batch, FLOAT32, scale=1.0, piece=5)
     touched = kept[0].grad.abs().sum(-1).nonzero().tolist()
     ends = [
         (len(prompt), len(prompt) + len(completion))
@@ -971,11 +975,11 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
     exported."""
     losses, poison = sft.completion_losses, home.tokenizer.encode("&", add_special_tokens=False)[-1]
 
-    def poisoned(llama, input_ids, places):
-        result = losses(llama, input_ids, places)
-        if not (input_ids == poison).any():
-            return result
-        return result * math.nan if what == "loss" else steep(result)
+    def poisoned(llama, input_ids, *rest, **options):
+        result = losses(llama, input_ids, *rest, **options)
+        if (input_ids == poison).any():
+            (result if what == "loss" else llama.lm_head.weight.grad)[0] = math.nan
+        return result
 
     monkeypatch.setattr(sft, "completion_losses", poisoned)
     argv = suspicious({9: {"user_input": "What is 3 plus 4?", "completion": "7 & 8."}})
@@ -1468,7 +1472,8 @@ def test_experience_against_one_response_at_a_time(
             )
             log_ratios = [a - b for a, b in zip(logprobs, ref_logprobs)]
             kl = [math.exp(-d) - 1 + d if args.kl_kind == "k3" else d for d in log_ratios]
-            counted.append(scores[i] if response[-1] == eos else args.no_eos_score)
+            as_it_is = response[-1] == eos or args.no_eos_score is None
+            counted.append(scores[i] if as_it_is else args.no_eos_score)
             rewards.append([-args.kl_coef * k for k in kl])
             rewards[i][-1] += counted[i]
             kls.append(sum(log_ratios))
@@ -2074,8 +2079,8 @@ def test_the_running_deviation():
             1,
         ),
         ("def scores(user_inputs, completions):\n    return [1.0]\n", ["1 scores for 4 texts"], 1),
-        ("def score(:\n", ["not a Python file with score(user_input, completion)"], 2),
-        ("x = 1\n", ["not a Python file with score(user_input, completion)"], 2),
+        ("def score(:\n", ["not a Python file with a function score(user_input, completion)"], 2),
+        ("x = 1\n", ["not a Python file with a function score(user_input, completion)"], 2),
     ],
 )
 def test_a_reward_that_fails_is_told_in_one_line(

@@ -28,9 +28,11 @@ from lib import cpu
 from lib.checkpoints import read_config
 from lib.data import collate
 from lib.distributed import clip_gradients, place
-from lib.run import autocast, door, parse
-from model import (DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, add_lora, last_token,
-                   load_tokenizer, trainable)
+from lib.errors import clean_exit
+from lib.lora import add_lora, trainable
+from lib.settings import parse
+from lib.training import autocast
+from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, last_token, load_tokenizer
 
 
 def widths(config):
@@ -119,18 +121,18 @@ def layer_bytes(config, args):
     """What autograd keeps of a token in a layer, in bytes.
 
     Of two norms the input, the normalized input (for the gradient of the norm's weight) and a
-    number: 4 d + 2. The inputs of the seven matrices: one for q, k and v, one for gate and up, one
-    for down, 2 d + I; o's is the output of attention. That is kept with q, k and v: 2 Q + 2 K, and
-    a number per head. gate, silu(gate) and up: 3 I. Each takes 4 bytes; in bf16 what enters or
-    leaves a matrix 2. A matrix whose input must be cast keeps that by itself:
-    5 d + Q + I. (GPUs keep less: the norms are fused, attention is in bf16.)
+    number: 4 d + 2. The inputs of the matrices: one for q, k and v, one for gate and up, 2 d; o's
+    is the output of attention. That is kept with q, k and v: 2 Q + 2 K, and a number per head. gate
+    and up: 2 I; down's input is computed again. Each takes 4 bytes; in bf16 what enters or leaves a
+    matrix 2. A matrix whose input must be cast keeps that by itself: 5 d + Q. (GPUs keep less: the
+    norms are fused, attention is in bf16.)
     """
     d, i, q, k, _ = widths(config)
     cast, base = args.dtype == "bfloat16", args.base_dtype == "bfloat16"
     norms = 4 * ((2 if args.lora_rank else 4) * d + 2)
     attention = 4 * (2 * q + 2 * k + config.num_attention_heads)
-    mlp = 3 * i * (2 if cast or base else 4)
-    shared, own = 4 * (2 * d + i), (2 if cast else 4) * (5 * d + q + i)
+    mlp = 2 * i * (2 if cast or base else 4)
+    shared, own = 4 * 2 * d, (2 if cast else 4) * (5 * d + q)
     return norms + (own if cast or base else shared) + attention + mlp
 
 
@@ -148,7 +150,7 @@ def activation_bytes(config, rows, length, projected, copies, args):
     if cast and args.base_dtype == "float32":
         kept += 2 * d * words
         if args.processes == 1:  # many gather their layers in bf16
-            kept += 2 * n * (2 * d * q + 2 * d * k + 3 * d * i)
+            kept += 2 * n * (2 * d * q + 2 * d * k + 2 * d * i)
     gradients = 4 * 3 * i * tokens + (0 if args.lora_rank else 4 * d * (i + words))
     return kept + tokens * 12 * d + max(projected * v * (4 * copies + 2 * cast), gradients)
 
@@ -193,8 +195,8 @@ def budget(stage, config, args):
         response = args.max_new_tokens
         prompt = min(args.max_prompt_length, context - response)
         length = prompt + response
-        # logits and their log softmax, and for the entropy four more
-        activations = activation_bytes(config, rows, length, rows * response, 6, args)
+        # logits, a piece at a time, and their log softmax, and for the entropy four more
+        activations = activation_bytes(config, rows, length, min(1024, rows * response), 6, args)
         flops = update_flops(config, batch * [(prompt, response)], args)
         if args.ptx_coef:
             ptx = activation_bytes(config, rows, length, rows * length, 4, args)
@@ -209,7 +211,8 @@ def budget(stage, config, args):
     else:
         length, texts = min(args.max_length, context), 4 if stage == "rm" else 1
         projected = length if stage == "sft" else 0
-        activations = activation_bytes(config, texts * rows, length, rows * projected, 3, args)
+        piece = min(512, rows * projected)  # logits are made and used a piece at a time
+        activations = activation_bytes(config, texts * rows, length, piece, 3, args)
         flops = training_flops(config, texts * batch * [length], batch * projected, args)
     peak = weights + optimizer + gathered + max(gradients + activations, rollout)
     resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
@@ -317,14 +320,15 @@ def measure(stage, name, freed, options):
     def text(n):
         return torch.randint(1, config.vocab_size, (n,)).tolist()
 
-    def loss(model):
+    def backward(model):
         """Of a micro-batch. One token is the prompt: the budget takes all for completion."""
         batch = [(text(1), text(args.max_length - 1)) for _ in range(rows)]
         if stage == "sft":
-            return sft.completion_losses(model, *collate(batch, 0)).mean()
+            return sft.completion_losses(model, *collate(batch, 0), args, scale=1.0)
         input_ids, places = collate(4 * batch, 0)
-        scores = last_token(model(input_ids), places)
-        return train_rm.ranking_loss(scores, torch.arange(len(scores)))
+        with autocast(args):
+            scores = last_token(model(input_ids), places)
+        train_rm.ranking_loss(scores, torch.arange(len(scores))).backward()
 
     for _ in range(2):
         if stage == "ppo":
@@ -336,9 +340,7 @@ def measure(stage, name, freed, options):
             ppo.train_minibatch(trained, experience, everyone, [], tokenizer, args)
             continue
         for _ in range(2):
-            with autocast(args):
-                part = loss(models[0])
-            part.backward()
+            backward(models[0])
         clip_gradients(models[0], 1.0)
         optimizers[0].step()
         optimizers[0].zero_grad()
@@ -349,7 +351,7 @@ def measure(stage, name, freed, options):
     return abs(predicted / measured - 1) > 0.15
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from lib.data import (cut_left, encode_completion, encode_prompt, half_character, left_pad,
                       read_records)
-from lib.run import DEVICE, door, explain, positive, stop, usable_device, write_whole
+from lib.errors import clean_exit, explain, stop, write_whole
+from lib.settings import DEVICE, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import quantize, weight_bytes
 
@@ -292,7 +293,7 @@ def markdown_cell(value):
     return "<br>".join(re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", line) for line in lines)
 
 
-@door
+@clean_exit
 def main(argv=None):
     args = parse_args(argv)
     if args.prompts:

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 
-from lib.run import explain, stop
+from lib.errors import explain, stop
 
 
 def add_command(commands, name, function, summary, example, *options):

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 
-from lib.run import door, stop
+from lib.errors import clean_exit, stop
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MATHS, STAGES, MODEL = "test_ppo_math.py", "tests/test_stages.py", "tests/test_model.py"
@@ -72,7 +72,7 @@ def make(number, folder):
         opened.write(source)
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.exercise", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,8 @@ import random
 import huggingface_hub
 
 from lib.data import save
-from lib.run import door, explain, positive, stop
+from lib.errors import clean_exit, explain, stop
+from lib.settings import positive
 from tools import ratings
 from tools.commands import EVAL_SHARE, OUT, add_command
 from tools.layouts import PARTS
@@ -161,7 +162,7 @@ def download(args):
     save_sets(convert(paths, number), args, args.make, args.overwrite)
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

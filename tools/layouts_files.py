@@ -11,7 +11,7 @@ import json
 from collections import Counter
 
 from lib.data import read_values, what_is_wrong
-from lib.run import explain, stop
+from lib.errors import explain, stop
 from tools.layouts import LeftOut, dialogue, from_parts, named_in, parts_of, score_of
 from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
                                     sides_in)

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
-from lib.run import first_line, positive, stop, whole
+from lib.errors import first_line, stop
+from lib.settings import positive, whole
 from tools.commands import add_options, digest, not_negative
 
 

@@ -18,11 +18,13 @@ import re
 import unicodedata
 from collections import Counter
 
-from lib.data import load_judge, read_records, save, what_is_wrong
-from lib.run import door, explain, positive, stop
+from lib.data import read_records, save, what_is_wrong
+from lib.errors import clean_exit, explain, stop
+from lib.settings import positive
 from tools.commands import EVAL_SHARE, OUT, Journal, add_command, journal_of
 from tools.get_data import as_text, convert, save_sets
 from tools.llm import add_llm, ask
+from tools.rewards import Judge, number
 
 # ------------------------------------------------------------------------------------------------
 # What the LLM is asked. A templates.json with some of these keys overrides them
@@ -127,14 +129,16 @@ def score(args):
             todo.append((n, record))
         elif wrong := what_is_wrong("score", record["score"]):
             stop(f"{args.file}: record {n}: field 'score' {wrong}")
-    judge = load_judge("--judge", args.judge) if args.judge else None
+    judge = Judge("--judge", args.judge) if args.judge else None
     template = "" if judge else template_of("reward", args.reward_template or args.templates)
     journal = journal_of(args)
     if judge:
+        judge.check(args.file, records)
         scores = []
         for n, record in todo:
             with explain(f"{args.file}: record {n}: {args.judge} cannot judge it"):
-                scores.append(float(judge(record["user_input"], record["completion"])))
+                asked = {name: value for name, value in record.items() if name != "score"}
+                scores += map(number, judge.ask([asked], [record["completion"]], [True]))
     else:
         questions = [("", fill_in(template, user_input=as_text(record["user_input"]),
                                   completion=record["completion"])) for _, record in todo]
@@ -310,7 +314,7 @@ def new_data(args):
     save_sets(records, args, args.make, overwrite=True)  # what is there comes from this journal
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.data import collate, encode_prompt, left_pad
-from lib.run import door, explain, positive, stop
+from lib.errors import clean_exit, explain, stop
+from lib.settings import positive
 from model import generate, load_llama, load_tokenizer, states_of, tokens_of
 
 PROMPTS = """What is the capital of France?
@@ -104,7 +105,7 @@ def answer_logprobs(llama, texts):
     return torch.cat(logprobs), torch.cat(likeliest)
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.quantize", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

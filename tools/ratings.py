@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 
 from lib.data import save
-from lib.run import explain, stop
+from lib.errors import explain, stop
 
 SDIST = "vaderSentiment-0.5.zip"
 SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"

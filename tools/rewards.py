@@ -5,13 +5,18 @@
 
 my_reward.py is a Python file with `score(user_input, completion)`, which gives a number, or
 `scores(user_inputs, completions)`, which gives a list of them: for verifiable rewards, checks of
-the format, a judge behind HTTP. A reward model may have a tokenizer and a chat template of its own,
-and be of any architecture that transformers has, with one label: the texts go through these.
+the format, a judge behind HTTP. What else the function names are fields of the prompt's record, as
+in `score(user_input, completion, answer)`. A reward model may have a tokenizer and a chat template
+of its own, and be of any architecture that transformers has, with one label: the texts go through
+these.
 """
 
+import inspect
 import math
+import numbers
 import os
 import runpy
+import sys
 import time
 import traceback
 
@@ -21,15 +26,157 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from lib.checkpoints import quiet
 from lib.data import collate, encode_completion
 from lib.distributed import RANK
-from lib.run import explain, first_line, stop
+from lib.errors import explain, first_line, stop
 from model import last_token, load_scalar_head, load_tokenizer
 
 
-def of_texts(args, tokenizer):
-    """What --reward or --rm names, if it scores texts; None for a LLaMA on the policy's tokens. The
-    critic cannot begin as what scores texts: that is said."""
-    if args.reward:
-        reward = from_file(args.reward, tokenizer)
+# ------------------------------------------------------------------------------------------------
+# A function of the user's
+
+class Judge:
+    """The function of a Python file, `score` of one text or `scores` of many:
+
+        judge(records, completions, ended) -> their scores, finite floats
+
+    `records`: those of the prompts; `ended`: whether a response did, and was not cut. A parameter
+    that is named `ended` gets that. Every other one beside user_input and completion is a field of
+    the record; one with a default may be missing there. `**record` gets all fields that are left.
+    `scores` gets a list of each. The first two parameters may have names of their own.
+    """
+
+    def __init__(self, option, path):
+        """Ends the program with one line if there is no such function."""
+        self.path, pair = path, ["user_input", "completion"]
+        with explain(f"{option} {path}: not a Python file with a function score(user_input, "
+                     "completion), or scores(user_inputs, completions)"):
+            found = runpy.run_path(path)
+            self.batched = callable(found.get("scores"))
+            self.function = found["scores" if self.batched else "score"]
+            if not callable(self.function):
+                raise TypeError("score is not a function")
+        if self.batched:
+            pair = ["user_inputs", "completions"]
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # some of those written in C do not say
+            parameters = inspect.signature(lambda *given: 0).parameters.values()
+        kinds = {kind: [p for p in parameters if p.kind == kind] for kind in
+                 (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)}
+        any_number, self.takes_all = map(bool, kinds.values())
+        named = {p.name: p for p in parameters if p not in sum(kinds.values(), [])}
+        in_order = [p.name for p in named.values() if p.kind != inspect.Parameter.KEYWORD_ONLY]
+        # the names of the parameters that get user_input and completion: these, wherever they
+        # stand, or whatever stands first and second
+        self.pair = [name if name in named else
+                     in_order[i] if i < len(in_order) and in_order[i] not in pair else None
+                     for i, name in enumerate(pair)]
+        self.by_place = any_number and not in_order or self.pair == in_order[:2]
+        if not self.by_place and self.pair[1] is None:
+            stop(f"{option} {path}: {'scores' if self.batched else 'score'} has no parameter "
+                 f"{pair[1]}")
+        self.wants_ended = "ended" in named and "ended" not in self.pair
+        self.fields = {name: p.default is p.empty for name, p in named.items()
+                       if name not in (*self.pair, "ended")}  # whether it must be there
+
+    def check(self, path, records):
+        """Ends the program with one line if these records lack a field, or if it is not clear what
+        a parameter is."""
+        for number, record in enumerate(records, 1):
+            where = f"{path}: record {number}"
+            for field in (name for name, needed in self.fields.items() if needed):
+                if field not in record:
+                    stop(f"{where}: field '{field}' is missing, a parameter of {self.path}")
+            for name, what in zip(self.pair, ("user_input", "completion")):
+                if name in record and name != what:
+                    stop(f"{where}: has a field '{name}', but in {self.path} the parameter of that "
+                         f"name gets the {what}: rename one of them")
+            if self.wants_ended and "ended" in record:
+                stop(f"{where}: has a field 'ended', but in {self.path} the parameter of that name "
+                     "says whether the response ended: rename the field")
+
+    def ask(self, records, completions, ended):
+        """What the function gives for these texts, a list; raises what it raises."""
+        there = dict.fromkeys(name for record in records for name in record)
+        names = [name for name in self.fields if name in there]
+        if self.takes_all:
+            names += [name for name in there if name not in (*names, *self.pair)]
+        by_name = {name: [record.get(name) for record in records] for name in names}
+        if self.wants_ended:
+            by_name["ended"] = list(ended)
+        texts = [[record["user_input"] for record in records], list(completions)]
+        if not self.by_place:
+            by_name |= {name: text for name, text in zip(self.pair, texts) if name}
+            texts = []
+        if self.batched:
+            scores = self.function(*texts, **by_name)
+            if isinstance(scores, (str, dict)) or not hasattr(scores, "__len__"):
+                raise TypeError(f"scores gave {described(scores)}, not a list of numbers")
+            if len(scores) != len(records):
+                raise ValueError(f"{len(scores)} scores for {len(records)} texts")
+            return list(scores)
+        return [self.function(*(text[i] for text in texts),
+                              **{name: values[i] for name, values in by_name.items()})
+                for i in range(len(records))]
+
+    def __call__(self, records, completions, ended):
+        scores, texts = [], list(zip(records, completions, ended))
+        for group in [texts] if self.batched else [[text] for text in texts]:
+            asked = group[0][0]["user_input"]
+            try:
+                for (record, *_), score in zip(group, self.ask(*zip(*group))):
+                    asked = record["user_input"]
+                    scores.append(number(score))
+            except Exception as error:
+                lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                         if os.path.realpath(frame.filename) == os.path.realpath(self.path)]
+                where = f"line {lines[-1]}: {type(error).__name__}: " if lines else ""
+                stop(f"{self.path}: {where}{first_line(error)}, on a response to "
+                     f"{str(asked)[:100]!r}; --resume goes on from the last saved state", code=1)
+        return scores
+
+
+def described(value):
+    """A value that is no score, in a few words."""
+    if value is None or isinstance(value, (str, float)):
+        return repr(value)[:100]
+    return f"{repr(value)[:100]} ({type(value).__name__})"
+
+
+def number(score):
+    """A score as a float; one of numpy or torch is a number, too. Raises ValueError for anything
+    else."""
+    if getattr(score, "ndim", None) == 0:
+        score = score.item()
+    if not isinstance(score, numbers.Real) or not abs(score) <= sys.float_info.max:
+        raise ValueError(f"the score is {described(score)}, which is not a finite number")
+    return float(score)
+
+
+# ------------------------------------------------------------------------------------------------
+# What PPO asks
+
+def judges(args, records, eval_records):
+    """The functions --reward and --gold, None where there is none. Ends the program with one line
+    if these records do not fit one of them."""
+    found = [path and Judge(option, path)
+             for option, path in (("--reward", args.reward), ("--gold", args.gold))]
+    reward, gold = (judge or None for judge in found)
+    if reward:
+        reward.check(args.prompts, records)
+    for judge in filter(None, (reward, gold)):
+        judge.check(args.eval_prompts, eval_records)
+    for number, record in enumerate(eval_records if gold else [], 1):
+        with explain(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it",
+                     "; without a judge: --gold ''"):
+            gold.ask([record], [""], [True])
+    return reward, gold
+
+
+def of_texts(args, tokenizer, judge):
+    """What --reward (`judge`) or --rm names, if it scores texts; None for a LLaMA on the policy's
+    tokens. The critic cannot begin as what scores texts: that is said."""
+    if judge:
+        reward = TextReward(judge.path, tokenizer, judge)
     elif not (reward := other_model(args, tokenizer)):
         return None
     if args.critic == "rm":
@@ -47,70 +194,37 @@ def other_model(args, tokenizer):
 
 
 class TextReward:
-    """Scores texts by `function(user_inputs, completions)`. Responses come as tokens of the policy,
-    whose `tokenizer` this is; `asked` says what the user said: {tokens of a prompt: user_input}."""
+    """Scores texts by `function(records, completions, ended)`. Responses come as tokens of the
+    policy, whose `tokenizer` this is; `asked` says for which record a prompt stands: {id of the
+    list of its tokens: record}. (Two records may have the same tokens, and other answers.)"""
 
     def __init__(self, name, tokenizer, function):
         self.name, self.tokenizer, self.function = name, tokenizer, function
         self.asked, self.seconds, self.began = {}, 0.0, time.perf_counter()
 
     def remember(self, prompts, records):
-        self.asked |= {tuple(prompt): record["user_input"]
-                       for prompt, record in zip(prompts, records)}
+        self.asked |= {id(prompt): record for prompt, record in zip(prompts, records)}
 
-    def scores(self, texts):
-        """[(prompt, response)] in tokens -> their scores, a list. Of many processes the first asks,
-        and the others add zeros. Ends the program if a score is not a finite number."""
+    def scores(self, texts, ended):
+        """[(prompt, response)] in tokens, and whether each ended -> their scores, a list. Of many
+        processes the first asks, and the others add zeros."""
         if RANK > 0:
             return [0.0] * len(texts)
         started = time.perf_counter()
-        asked = [self.asked[tuple(prompt)] for prompt, _ in texts]
         completions = [self.tokenizer.decode(response, skip_special_tokens=True).strip()
                        for _, response in texts]
-        scores = list(self.function(asked, completions))
-        if len(scores) != len(texts):
-            stop(f"{self.name}: {len(scores)} scores for {len(texts)} texts", code=1)
-        for user_input, score in zip(asked, scores):
-            if not isinstance(score, (int, float)) or not math.isfinite(score):
-                stop(f"{self.name}: the score of a response to {str(user_input)[:100]!r} is "
-                     f"{score!r}, which is not a finite number; --resume continues from the last "
-                     "saved state", code=1)
+        scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions, ended)
         self.seconds += time.perf_counter() - started
-        return [float(score) for score in scores]
+        return scores
 
 
-    def share(self):
-        """Its share of the time so far, for the progress bar, where it is noticeable."""
-        share = self.seconds / (time.perf_counter() - self.began)
-        return f", reward {share:.0%} of the time" if share > 0.05 else ""
-
-
-def from_file(path, tokenizer):
-    """The reward of a Python file."""
-    with explain(f"--reward {path}: not a Python file with score(user_input, completion) or "
-                 "scores(user_inputs, completions)"):
-        found = runpy.run_path(path)
-        batched, single = found.get("scores"), found.get("score")
-        if not callable(batched or single):
-            raise TypeError("it has neither function")
-
-    def call(function, user_input, *given):
-        try:
-            return function(*given)
-        except Exception as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                     if os.path.realpath(frame.filename) == os.path.realpath(path)]
-            stop(f"{path}: line {lines[-1] if lines else '?'}: {type(error).__name__}: "
-                 f"{first_line(error)}, on a response to {str(user_input)[:100]!r}; --resume goes "
-                 "on from the last saved state", code=1)
-
-    def function(asked, completions):
-        if batched:
-            return call(batched, asked[0], asked, completions)
-        return [call(single, user_input, user_input, completion)
-                for user_input, completion in zip(asked, completions)]
-
-    return TextReward(path, tokenizer, function)
+def share(reward):
+    """Its share of the time so far, for the progress bar, if it is a `TextReward` and that is
+    noticeable."""
+    if not isinstance(reward, TextReward):
+        return ""
+    share = reward.seconds / (time.perf_counter() - reward.began)
+    return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
 def from_model(path, tokenizer, device, batch_size):
@@ -154,8 +268,8 @@ def from_model(path, tokenizer, device, batch_size):
     model.requires_grad_(False)
 
     @torch.no_grad()
-    def function(asked, completions):
-        scores = []
+    def function(records, completions, ended):
+        scores, asked = [], [record["user_input"] for record in records]
         for start in range(0, len(asked), batch_size):
             part = slice(start, start + batch_size)
             scores += score(asked[part], completions[part]).tolist()
@@ -166,10 +280,11 @@ def from_model(path, tokenizer, device, batch_size):
 
 class RunningDeviation:
     """Divides scores by the standard deviation of all that came so far (Welford 1962), for
-    --normalize_reward. `state` is what --resume needs."""
+    --normalize_reward; leaves them alone if it is not `wanted`. `state` is what --resume
+    needs."""
 
-    def __init__(self, number=0, mean=0.0, squares=0.0):
-        self.number, self.mean, self.squares = number, mean, squares
+    def __init__(self, wanted=True, number=0, mean=0.0, squares=0.0):
+        self.wanted, self.number, self.mean, self.squares = wanted, number, mean, squares
 
     def state(self):
         return dict(number=self.number, mean=self.mean, squares=self.squares)
@@ -177,10 +292,10 @@ class RunningDeviation:
     def __call__(self, scores):
         """`scores` (B,) -> (B,) over that deviation, in which they count; unchanged while it is
         0."""
-        for score in scores.tolist():
+        for score in scores.tolist() if self.wanted else []:
             self.number += 1
             distance = score - self.mean
             self.mean += distance / self.number
             self.squares += distance * (score - self.mean)
-        deviation = math.sqrt(self.squares / self.number)
+        deviation = math.sqrt(self.squares / max(1, self.number))
         return scores / deviation if deviation > 0 else scores

@@ -16,7 +16,9 @@ import torch
 from tqdm import tqdm
 
 from lib.data import encode_prompts, left_pad, read_records, save
-from lib.run import DEVICE, door, fingerprint, positive, stop, usable_device, whole
+from lib.errors import clean_exit, stop
+from lib.run import fingerprint
+from lib.settings import DEVICE, positive, usable_device, whole
 from model import generate, load_llama, load_tokenizer
 from tools.commands import add_command, digest, journal_of, not_negative
 from tools.get_data import as_text, prompt_key
@@ -154,7 +156,7 @@ def rank(args):
                         for text, value in zip(texts, scores)])
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

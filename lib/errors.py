@@ -1,0 +1,82 @@
+"""One line that says what is wrong and where, in place of a traceback; files that appear whole."""
+
+import contextlib
+import functools
+import os
+import sys
+import traceback
+
+from tqdm import tqdm
+
+from lib.distributed import end_processes, leave, started
+
+
+def stop(message, code=2):
+    """End the program with one line on standard error. Exit code 2: the input is wrong; 1: the run
+    went wrong."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not print: a progress bar may be on the line
+    raise SystemExit(code)
+
+
+def first_line(error):
+    """The first line of an error's message: an error here is told in one line."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
+@contextlib.contextmanager
+def explain(what, advice="", code=2):
+    """Whatever a library raises inside ends the program with the line `what (its message)advice`.
+    For files from outside: the libraries that read them raise anything for a damaged one."""
+    try:
+        yield
+    except OSError as error:
+        stop(f"{what} ({error.strerror or first_line(error)}){advice}", code)
+    except Exception as error:
+        stop(f"{what} ({first_line(error)}){advice}", code)
+
+
+def clean_exit(main):
+    """Around a script's `main`: Ctrl-C outside a step ends in one line too. With many processes the
+    group is closed at the end; a process that fails waits for no other."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        outermost = not started()  # ppo.py may call the main of other stages
+        try:
+            result = main(argv)
+        except KeyboardInterrupt:
+            tqdm.write("interrupted", file=sys.stderr)
+            code = 130
+        except SystemExit as end:
+            code = end.code
+        except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except Exception:
+            if not started():
+                raise
+            traceback.print_exc()
+            code = 1
+        else:
+            if outermost:
+                end_processes()
+            return result
+        if started():
+            leave(code)
+        raise SystemExit(code)
+    return wrapped
+
+
+def write_whole(path, data):
+    """Write bytes to `path` so that the file appears whole or not at all: beside it, then
+    renamed."""
+    with explain(f"{path}: cannot be written"):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(path + ".part", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".part", path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".part")

@@ -1,0 +1,118 @@
+"""Settings: a table per script, a line each (name, the demo's value, a real model's, what it is),
+and from it the options of the command line. Here are the rows that all stages share."""
+
+import argparse
+import os
+
+import torch
+
+from lib.distributed import RANK, WORLD
+from lib.errors import first_line
+
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def whole(text):
+    """argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
+def any_whole(text):
+    """argparse type: a whole number, also one below 0."""
+    return int(text)
+
+
+def usable_device(text):
+    """argparse type: a device on which PyTorch computes. "cuda" with many processes: to each its
+    own."""
+    if WORLD > 1 and text == "cuda":
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
+    if torch.device(text).type == "mps":
+        print("mps: nothing here was ever run on it; bfloat16 and many processes are not supported")
+    return text
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMMON = [
+    "LoRA (Hu et al. 2021): a few weights learn beside frozen ones",
+    ("lora_rank", 0, 0, "rank of the adapters; 0: no adapters, every weight is trained", whole),
+    ("lora_alpha", 16, 16, "the adapters' output is scaled by this over the rank"),
+    ("lora_targets", *2 * ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
+     "matrices of each layer that get one"),
+    ("base_dtype", *2 * ["float32"], "of the frozen weights", ["float32", "bfloat16"]),
+    "the run",
+    ("seed", 0, 0, "seed of every random choice", any_whole),
+    ("dtype", *2 * ["float32"], "of the matrix products; weights stay float32",
+     ["float32", "bfloat16"]),
+    ("tf32", False, False, "on a GPU, faster float32 products, with mantissas of 10 bits, not 23"),
+    ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
+     "memory, a third more time"),
+    ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
+    ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
+    ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
+    ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
+    ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
+    ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
+    ("resume", False, False, "continue an interrupted run in --out"),
+    ("tensorboard", False, False, "write the metrics, and samples as text, to --out/tensorboard "
+     "too"),
+    ("accept_changed_data", False, False, "resume even if data or models have changed"),
+    ("overwrite", False, False, "replace an earlier run in --out"),
+]
+
+
+def parse(script, doc, table, argv, real_if):
+    """The settings of a run, from a script's table and the command line, printed a line each, those
+    that the user changed first -> (args, whether it is the demo).
+
+    A row of `table`: (name, the demo's value, a real model's value, what it is[, type or choices]);
+    a text alone starts a group of the --help. The values of a real model apply if an option named
+    in `real_if` is given. Without a type, that of the values counts; a whole number is then at
+    least 1.
+    """
+    parser = argparse.ArgumentParser(prog=script, description=doc.split("\n\n")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group, rows = parser, [row for row in table + COMMON if not isinstance(row, str)]
+    for row in table + COMMON:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+            continue
+        name, demo, real, what, *kind = row
+        value = real if demo is None else demo
+        if isinstance(value, bool):
+            group.add_argument(f"--{name}", action="store_true", help=what)
+            continue
+        default = f"demo {demo}" if demo != real else f"default {demo}"
+        if demo != real and real is not None:
+            default += f", real model {real}"
+        kind = kind[0] if kind else str if value is None else type(value)
+        options = dict(choices=kind) if isinstance(kind, list) else dict(
+            type=positive if kind is int else kind)
+        about = what if value is None else f"{what} ({default})"
+        group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
+    args = parser.parse_args(argv)
+    is_demo = all(getattr(args, name) is None for name in real_if)
+    changed = [row[0] for row in rows
+               if getattr(args, row[0]) is not None and getattr(args, row[0]) is not False]
+    for name, demo, real, *_ in rows:
+        if getattr(args, name) is None:
+            setattr(args, name, demo if is_demo else real)
+    args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    if RANK == 0:
+        print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
+        for name in changed + [row[0] for row in rows if row[0] not in changed]:
+            mark = "*" if name in changed else " "
+            print(f"  {mark} {name:<24}{getattr(args, name)}", flush=True)
+    return args, is_demo

@@ -1,0 +1,288 @@
+"""See what PPO sees: the curves of a run, its answers, and some answers token by token, in one page
+that needs no network. docs/look.md says how to read it.
+
+    python -m tools.look runs/ppo                    # writes runs/ppo/look.html
+    python -m tools.look runs/rm                     # what the reward model says after each token
+    python -m tools.look runs/ppo runs/other         # the curves laid over each other
+
+The numbers of a token are those of `ppo.make_experience`. The run stays as it is.
+"""
+
+import argparse
+import base64
+import csv
+import hashlib
+import json
+import math
+import os
+
+import torch
+from safetensors import safe_open
+
+import ppo
+import sft
+import train_rm
+from lib import health
+from lib.data import collate, encode_prompts, encode_records, read_records
+from lib.distributed import place
+from lib.lora import add_lora, trainable
+from lib.run import (COMMON, DEVICE, FREE, autocast, door, explain, positive, stop, usable_device,
+                     write_whole)
+from model import load_llama, load_scalar_head, load_tokenizer, tokens_of
+from tools import rewards
+
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "look.html")
+COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
+               entropy="entropy")  # a quantity of the page: its name in the experience
+
+
+def about_run(folder, settings, progress, table):
+    """What the folder of a run says without its models."""
+    rows = [row for row in table + COMMON if not isinstance(row, str) and row[0] not in FREE]
+    differ = [[f"{row[0]} {settings[row[0]]}" for row in rows if settings[row[0]] != row[column]]
+              for column in (1, 2)]  # from the demo's values, and from a real model's
+    run = dict(name=folder, changed=", ".join(min(differ, key=len)), warnings=[])
+    path = os.path.join(folder, "metrics.csv")
+    with explain(f"{path}: missing or damaged"):
+        with open(path, encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        run["x"] = x = next(iter(rows[0]))
+        columns = {name: [(float(row[x]), float(row[name])) for row in rows
+                          if row[name] and math.isfinite(float(row[name]))] for name in rows[0]}
+    run["columns"] = {name: points for name, points in columns.items() if points and name != x}
+    if table is not ppo.SETTINGS:
+        return run
+    said, history = {}, progress["history"]
+    for n in range(1, len(history) + 1):
+        found = health.unhealthy(history[:n], progress["first"], settings["updates"])
+        said |= {name: f"update {n}: {text}" for name, text in found.items() if name not in said}
+    run["warnings"] = list(said.values())
+
+    path, prompts = os.path.join(folder, "samples.jsonl"), {}
+    if not os.path.exists(path):
+        print(f"{path}: missing, so the page shows no held-out answers")
+        return run
+    rows = read_records(path, "user_input", "completion")
+    with explain(f"{path}: not as ppo.py writes it, with every prompt at each evaluation"):
+        for row in rows:
+            answers = prompts.setdefault(row["number"], (text_of(row.pop("user_input")), {}))[1]
+            answers[row["update"]] = row
+        run["updates"] = sorted({row["update"] for row in rows})
+        run["answers"] = [dict(prompt=prompt, evals=[answers[u] for u in run["updates"]])
+                          for prompt, answers in prompts.values()]
+    return run
+
+
+def text_of(user_input):
+    """A prompt, or a dialogue, as one text."""
+    if isinstance(user_input, str):
+        return user_input
+    return "\n".join(f"{message['role']}: {message['content']}" for message in user_input)
+
+
+def find(path, folder, option):
+    """What a run calls `path`; where the runs were moved, it is beside this one."""
+    for path_now in (path, os.path.join(folder, "..", os.path.basename(path))):
+        if os.path.exists(path_now):
+            return path_now
+    stop(f"{path}: missing, where {folder} read it; {option} says where it is now")
+
+
+def shown(tokenizer, token):
+    """A token's name; ␣ is a space."""
+    name, text = str(tokenizer.convert_ids_to_tokens(token)), tokenizer.decode([token])
+    if "\u2581" in name or "\ufffd" in text or not text:
+        return name.replace("\u2581", "␣")
+    return text.replace(" ", "␣")
+
+
+def pieces(tokenizer, tokens):
+    """{text, raw} of each token. The texts join to that of all, but where a part of a character
+    shows its name."""
+    found, before = [], ""
+    for n, token in enumerate(tokens, 1):
+        text, raw = tokenizer.decode(tokens[:n]), shown(tokenizer, token)
+        own = "" if text.endswith("\ufffd") else text[len(before):]
+        found.append(dict(text=own or raw, raw=raw))
+        before += own
+    return found
+
+
+def digits(x):
+    """JSON has no nan."""
+    return round(x, 7) if math.isfinite(x) else None
+
+
+def experience_of(folder, args, progress, records):
+    """Answers to these records -> the tokenizer, and what `ppo.make_experience` gives, with
+    `entropy` and `ratio` (B, T), and for each token the five likeliest ones, [[name, probability],
+    ...], of `policy` and `reference`. The ratio is that after one step of `ppo.train_minibatch` on
+    all answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
+    tokenizer = load_tokenizer(folder)
+    text_reward = rewards.of_texts(args, tokenizer)
+    prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
+                             args.max_prompt_length, args.prompts)
+    if text_reward:
+        text_reward.remember(prompts, records)
+
+    def learning(model, lr):
+        model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+                               args.base_dtype), args)
+        return model, torch.optim.AdamW(trainable(model), lr=lr, eps=1e-5, weight_decay=0.0)
+
+    actor = load_llama(folder, tokenizer)
+    critic = load_scalar_head(os.path.join(folder, "critic"))
+    trained = dict(actor=learning(actor, args.lr), critic=learning(critic, args.critic_lr))
+    ref = place(load_llama(args.sft, tokenizer), args)
+    reward_model = text_reward or place(load_scalar_head(args.rm), args)
+    normalize = [rewards.RunningDeviation(**progress["deviation"])] if args.normalize_reward else []
+    everything = list(range(len(prompts)))
+    experience, _ = ppo.make_experience(
+        actor, critic, reward_model, ref, prompts, [everything], tokenizer, args,
+        progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), *normalize)
+    texts, mask = experience["texts"], experience["mask"]
+
+    @torch.no_grad()
+    def ask(model):
+        rows, likeliest = [], []
+        for i, text in enumerate(texts):
+            batch = *collate([text], tokenizer.pad_token_id, args.device), mask[i:i + 1]
+            with autocast(args):
+                logits = ppo.response_logits(model, *batch[:2])
+                entropy = ppo.to_rows(ppo.entropy_from_logits(logits, args.temperature), *batch[1:])
+                rows.append((entropy, ppo.response_logprobs(logits, *batch, args)))
+            top = ppo.tempered_log_softmax(logits, args.temperature).exp().topk(5)
+            likeliest.append([[[shown(tokenizer, token), round(p, 6)] for token, p in zip(*five)]
+                              for five in zip(top.indices.tolist(), top.values.tolist())])
+        return *map(torch.cat, zip(*rows)), likeliest
+
+    experience["entropy"], before, experience["policy"] = ask(actor)
+    experience["reference"] = ask(ref)[2]
+    ppo.train_minibatch(trained, experience, everything, [], tokenizer, args)
+    experience["ratio"] = (ask(actor)[1] - before).exp()
+    return tokenizer, experience
+
+
+def inside(folder, args, progress):
+    records = read_records(args.prompts, "user_input")[:args.number]
+    tokenizer, experience = experience_of(folder, args, progress, records)
+    rows, cards = {name: experience[own].tolist() for name, own in COLUMNS.items()}, []
+    for i, score in enumerate(experience["scores"].tolist()):
+        tokens = pieces(tokenizer, experience["texts"][i][1])
+        for t, token in enumerate(tokens):
+            token |= {name: digits(row[i][t]) for name, row in rows.items()}
+            token |= {name: experience[name][i][t] for name in ("policy", "reference")}
+        cards.append(dict(prompt=text_of(records[i]["user_input"]), tokens=tokens, score=score,
+                          label=f"score {score:.3f}; expected {rows['value'][i][0]:.3f}"))
+    about = (f"Sampled, on {args.prompts}. Choose what colours the tokens; point at one for all "
+             "its numbers. The line is the value, given before the token; the dot, the score that "
+             "came. The ratio is that after one more step on these answers.")
+    return dict(name=folder, about=about, names=list(COLUMNS), cards=cards)
+
+
+def trained_scale(path, reward_model):
+    """The differences of the exported scores times this are log odds, as in training: the head in
+    `path`, the saved state, is from before the division by the deviation (train_rm.normalize_)."""
+    with explain(f"{path}: missing or damaged"):
+        with safe_open(path, "pt") as tensors:
+            head = tensors.get_tensor("reward_model.score.weight")
+    return (head.norm() / reward_model.score.weight.norm().cpu()).item()
+
+
+def reliability(margins, accuracies, bins=5):
+    """The model prefers one of two with probability sigmoid(|margin|); how often do people?
+    `margins`, `accuracies` (number of pairs,) -> [(mean probability, share, number of pairs)] of
+    bins of equal width from 0.5 to 1; empty ones are left out."""
+    predicted = torch.sigmoid(margins.abs())
+    bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [(predicted[bin_of == b].mean().item(), accuracies[bin_of == b].mean().item(),
+             int((bin_of == b).sum())) for b in bin_of.unique()]
+
+
+def judge(folder, args):
+    """The value after each token of good and bad held-out completions; the reliability on all."""
+    tokenizer = load_tokenizer(folder)
+    reward_model = place(load_scalar_head(folder), args)
+    records = read_records(args.eval_data, "user_input", "completion", "score")
+    examples = encode_records(records, tokenizer, args.max_length, args.eval_data)
+    labels = torch.tensor([float(records[n - 1]["score"]) for *_, n in examples])
+    groups = train_rm.with_pairs(train_rm.group_by_prompt(records, examples), labels)
+    scores = train_rm.score_texts(reward_model, examples, args, tokenizer.pad_token_id).cpu()
+    accuracy, margin, _ = map(torch.cat, zip(*(
+        train_rm.pair_statistics(scores[group], labels[group]) for group in groups)))
+    bins, cards = [], []
+    if args.loss == "ranking":
+        bins = reliability(margin * trained_scale(args.state, reward_model), accuracy)
+    for group in groups[:args.number]:
+        for name, i in (("good", labels[group].argmax()), ("bad", labels[group].argmin())):
+            prompt, completion, n = examples[group[i]]
+            input_ids, places = collate([(prompt, completion)], tokenizer.pad_token_id, args.device)
+            with torch.no_grad(), autocast(args):
+                # no shift: this value is that of the text up to and including the token
+                values = tokens_of(reward_model(input_ids), places).tolist()
+            tokens = pieces(tokenizer, completion)
+            for t, token in enumerate(tokens):
+                token["value"] = digits(values[t])
+                token["change"] = digits(values[t] - values[t - 1]) if t else None
+            cards.append(dict(prompt=text_of(records[n - 1]["user_input"]), tokens=tokens,
+                              label=f"{name}: label {labels[group[i]]:g}, score {values[-1]:.3f}"))
+    about = (f"What it says of {args.eval_data} after each token; only the last counts. It prefers "
+             f"the better one in {accuracy.mean():.1%} of {len(accuracy)} pairs; on the dashed "
+             "line it would be as sure as it is right.")
+    return dict(name=folder, about=about, bins=bins, cards=cards)
+
+
+def page(data):
+    """What people and models wrote is JSON without a `<`, and becomes text nodes. The browser runs
+    this script alone, and fetches nothing."""
+    with open(TEMPLATE, encoding="utf-8") as file:
+        template = file.read()
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    before, after = template.replace("HASH", digest).split("DATA</script>")
+    return before + text.replace("<", "\\u003c") + "</script>" + after
+
+
+@door
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tools.look", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="run", help="directories of ppo.py, train_rm.py "
+                        "or sft.py; the tokens are of the first of each kind")
+    parser.add_argument("--out", help="the page (default: look.html in the first run)")
+    parser.add_argument("--prompts", help="prompts to answer (default: the run's held-out ones)")
+    parser.add_argument("--number", type=positive, default=8, help="of these (default 8)")
+    parser.add_argument("--sft", help="the reference (default: the run's)")
+    parser.add_argument("--rm", help="the reward model (default: the run's)")
+    parser.add_argument("--device", default=DEVICE, type=usable_device)
+    given = parser.parse_args(argv)
+    data = dict(runs=[], inside=None, judge=None)
+    for folder in map(os.path.normpath, given.runs):
+        path = os.path.join(folder, "last", "state.json")
+        with explain(f"{path}: missing or damaged"):
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            settings, progress = state["settings"], state["progress"]
+            saved = os.path.join(folder, "last", state["file"])
+            script = ppo if "kl_coef" in settings else train_rm if "loss" in settings else sft
+        data["runs"].append(about_run(folder, settings, progress, script.SETTINGS))
+        args = argparse.Namespace(**settings | dict(
+            number=given.number, device=given.device, state=saved))
+        if script is ppo and not data["inside"]:
+            args.prompts = given.prompts or find(args.eval_prompts or args.prompts, folder,
+                                                 "--prompts")
+            args.sft = given.sft or find(args.sft, folder, "--sft")
+            args.reward = None if given.rm else args.reward
+            args.rm = given.rm or args.reward and args.rm or find(args.rm, folder, "--rm")
+            data["inside"] = inside(folder, args, progress)
+        if script is train_rm and args.eval_data and not data["judge"]:
+            args.eval_data = find(given.prompts or args.eval_data, folder, "--prompts")
+            data["judge"] = judge(folder, args)
+    path = given.out or os.path.join(given.runs[0], "look.html")
+    write_whole(path, page(data).encode())
+    print(f"wrote {path}, {os.path.getsize(path) / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
