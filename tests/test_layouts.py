@@ -373,6 +373,11 @@ def test_keep(tmp_path, capsys):
     assert "1 prompts come again with other values in the fields that are kept" in said
 
 
+def test_what_is_kept_stays_as_it_is(tmp_path):
+    source = write(tmp_path / "x.csv", [{"prompt": "Q", "tests": [1, 2]}])
+    assert convert([source]) == [{"user_input": "Q", "kept": {"tests": "[1, 2]"}}]
+
+
 def test_what_is_kept_unasked(tmp_path, capsys):
     records = [{"prompt": [user("Q")], "reward_model": {"ground_truth": "4"}, "ability": "math"},
                {"prompt": "R", "ability": "math"}]
