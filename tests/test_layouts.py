@@ -123,6 +123,12 @@ def test_a_verdict_that_says_nothing_is_left_out(tmp_path, capsys, record, reaso
     assert f"left out 1: {reason} (records 2)" in capsys.readouterr().out
 
 
+def test_sides_without_a_prompt(tmp_path, capsys):
+    record = {"text1": "x", "text2": "y", "preference": 1}
+    assert imported(tmp_path, [record]) == []
+    assert "left out 1: there is no prompt (records 1)" in capsys.readouterr().out
+
+
 def test_zero_and_one_do_not_number_sides_one_and_two(tmp_path, capsys):
     assert imported(tmp_path, [FARM | {"preference": 0}, FARM | {"preference": 1}]) == []
     assert "its preference is 0 in some records" in capsys.readouterr().out
