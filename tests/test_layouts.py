@@ -123,6 +123,12 @@ def test_a_verdict_that_says_nothing_is_left_out(tmp_path, capsys, record, reaso
     assert f"left out 1: {reason} (records 2)" in capsys.readouterr().out
 
 
+def test_sides_without_a_prompt(tmp_path, capsys):
+    record = {"text1": "x", "text2": "y", "preference": 1}
+    assert imported(tmp_path, [record]) == []
+    assert "left out 1: there is no prompt (records 1)" in capsys.readouterr().out
+
+
 def test_zero_and_one_do_not_number_sides_one_and_two(tmp_path, capsys):
     assert imported(tmp_path, [FARM | {"preference": 0}, FARM | {"preference": 1}]) == []
     assert "its preference is 0 in some records" in capsys.readouterr().out
@@ -371,6 +377,11 @@ def test_keep(tmp_path, capsys):
     assert "kept in prompts (--make rlhf): answer (in 3 records), cases (in 3 records)" in said
     assert "not used: more (in 1 records)" in said
     assert "1 prompts come again with other values in the fields that are kept" in said
+
+
+def test_what_is_kept_stays_as_it_is(tmp_path):
+    source = write(tmp_path / "x.csv", [{"prompt": "Q", "tests": [1, 2]}])
+    assert convert([source]) == [{"user_input": "Q", "kept": {"tests": "[1, 2]"}}]
 
 
 def test_what_is_kept_unasked(tmp_path, capsys):

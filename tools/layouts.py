@@ -273,6 +273,8 @@ def from_sides(before, sides, scores):
             said = [{"role": "assistant", "content": side}]
         else:
             said = dialogue(side)
+        if not before and len(said) < 2:
+            raise LeftOut("there is no prompt")
         if not said or said[-1]["role"] != "assistant":
             raise LeftOut("a side does not end with the assistant")
         prompts.append(said[:-1] or before)
