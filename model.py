@@ -28,6 +28,7 @@ from lib import checkpoints, cpu
 from lib.distributed import RANK, is_sharded, total, wait_for_all
 from lib.errors import explain, stop
 from lib.lora import merged
+from lib.memory import PIECE
 from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -246,7 +247,7 @@ class ScalarHead(nn.Module):
             return F.linear(hidden.float(), weight.float()).squeeze(-1) - self.config.score_mean
 
 
-def over_vocabulary(llama, states, tokens, function, piece=1024):
+def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, d), `tokens` (N,) and the
     logits (N, V), made a `piece` of rows at a time: logits are the largest tensors of a pass, and
     so their memory does not grow with N. The backward pass computes those of each piece again."""

@@ -26,6 +26,7 @@ from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, sta
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
 from lib.lora import add_lora, trainable
+from lib.memory import PIECE
 from lib.run import Run
 from lib.settings import parse
 from lib.training import autocast, set_lr
@@ -67,7 +68,7 @@ METRICS = [
 ]
 
 
-def completion_losses(model, input_ids, places, args, scale=None, piece=512):
+def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
     """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
     `collate`. With a `scale` also the backward pass of scale times their sum.
 

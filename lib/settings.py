@@ -58,7 +58,8 @@ COMMON = [
     ("tf32", False, False, "on a GPU, faster float32 products, with mantissas of 10 bits, not 23"),
     ("gradient_checkpointing", False, False, "compute each layer again in the backward pass: less "
      "memory, a third more time"),
-    ("device", DEVICE, DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
+    # the demo's model is so small that a GPU has nothing to gain
+    ("device", "cpu", DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
     ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
     ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
     ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
@@ -107,11 +108,13 @@ def parse(script, doc, table, argv, real_if):
                if getattr(args, row[0]) is not None and getattr(args, row[0]) is not False]
     for name, demo, real, *_ in rows:
         if getattr(args, name) is None:
-            setattr(args, name, demo if is_demo else real)
+            value = demo if is_demo else real
+            setattr(args, name, usable_device(value) if name == "device" else value)
     args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if RANK == 0:
-        print(f"{script}{', the demo' if is_demo else ''}: {len(changed)} settings changed")
+        whose = "the demo" if is_demo else "a real model's settings"
+        print(f"{script}, {whose}: {len(changed)} changed")
         for name in changed + [row[0] for row in rows if row[0] not in changed]:
             mark = "*" if name in changed else " "
             print(f"  {mark} {name:<24}{getattr(args, name)}", flush=True)

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 import data_gen
 import ppo
 import train_rm
-from lib.run import COMMON
+from lib.settings import COMMON
 from model import load_scalar_head, load_tokenizer, random_llama, save_checkpoint
 from tools import look
 

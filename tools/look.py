@@ -25,10 +25,12 @@ import train_rm
 from lib import health
 from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import place
+from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora, trainable
-from lib.run import (COMMON, DEVICE, FREE, autocast, door, explain, positive, stop, usable_device,
-                     write_whole)
-from model import load_llama, load_scalar_head, load_tokenizer, tokens_of
+from lib.run import FREE
+from lib.settings import COMMON, DEVICE, positive, usable_device
+from lib.training import autocast
+from model import load_llama, load_scalar_head, load_tokenizer, states_of, tokens_of
 from tools import rewards
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "look.html")
@@ -119,7 +121,8 @@ def experience_of(folder, args, progress, records):
     ...], of `policy` and `reference`. The ratio is that after one step of `ppo.train_minibatch` on
     all answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
-    text_reward = rewards.of_texts(args, tokenizer)
+    judge, _ = rewards.judges(args, records, [])
+    text_reward = rewards.of_texts(args, tokenizer, judge)
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
                              args.max_prompt_length, args.prompts)
     if text_reward:
@@ -135,11 +138,11 @@ def experience_of(folder, args, progress, records):
     trained = dict(actor=learning(actor, args.lr), critic=learning(critic, args.critic_lr))
     ref = place(load_llama(args.sft, tokenizer), args)
     reward_model = text_reward or place(load_scalar_head(args.rm), args)
-    normalize = [rewards.RunningDeviation(**progress["deviation"])] if args.normalize_reward else []
+    normalize = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
     everything = list(range(len(prompts)))
     experience, _ = ppo.make_experience(
         actor, critic, reward_model, ref, prompts, [everything], tokenizer, args,
-        progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), *normalize)
+        progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), normalize)
     texts, mask = experience["texts"], experience["mask"]
 
     @torch.no_grad()
@@ -148,18 +151,17 @@ def experience_of(folder, args, progress, records):
         for i, text in enumerate(texts):
             batch = *collate([text], tokenizer.pad_token_id, args.device), mask[i:i + 1]
             with autocast(args):
-                logits = ppo.response_logits(model, *batch[:2])
-                entropy = ppo.to_rows(ppo.entropy_from_logits(logits, args.temperature), *batch[1:])
-                rows.append((entropy, ppo.response_logprobs(logits, *batch, args)))
+                rows.append(ppo.response_logprobs(model, *batch, args, entropy=True))
+                logits = model.lm_head(states_of(model(batch[0]), batch[1]))
             top = ppo.tempered_log_softmax(logits, args.temperature).exp().topk(5)
             likeliest.append([[[shown(tokenizer, token), round(p, 6)] for token, p in zip(*five)]
                               for five in zip(top.indices.tolist(), top.values.tolist())])
         return *map(torch.cat, zip(*rows)), likeliest
 
-    experience["entropy"], before, experience["policy"] = ask(actor)
+    before, experience["entropy"], experience["policy"] = ask(actor)
     experience["reference"] = ask(ref)[2]
     ppo.train_minibatch(trained, experience, everything, [], tokenizer, args)
-    experience["ratio"] = (ask(actor)[1] - before).exp()
+    experience["ratio"] = (ask(actor)[0] - before).exp()
     return tokenizer, experience
 
 
@@ -244,7 +246,7 @@ def page(data):
     return before + text.replace("<", "\\u003c") + "</script>" + after
 
 
-@door
+@clean_exit
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.look", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
