@@ -1,11 +1,10 @@
-"""See what PPO sees: the curves of a run, its answers, and some answers token by token, in one page
-that needs no network. docs/look.md says how to read it.
+"""See what PPO sees: a run's curves, its answers, and some of them token by token, on one page.
 
     python -m tools.look runs/ppo                    # writes runs/ppo/look.html
     python -m tools.look runs/rm                     # what the reward model says after each token
     python -m tools.look runs/ppo runs/other         # the curves laid over each other
 
-The numbers of a token are those of `ppo.make_experience`. The run stays as it is.
+The numbers are those of `ppo.make_experience`.
 """
 
 import argparse
@@ -93,7 +92,7 @@ def find(path, folder, option):
 def shown(tokenizer, token):
     """A token's name; ␣ is a space."""
     name, text = str(tokenizer.convert_ids_to_tokens(token)), tokenizer.decode([token])
-    if "\u2581" in name or "\ufffd" in text or not text:
+    if name[:3] == "<0x" or "\u2581" in name or "\ufffd" in text or not text:
         return name.replace("\u2581", "␣")
     return text.replace(" ", "␣")
 
@@ -111,7 +110,6 @@ def pieces(tokenizer, tokens):
 
 
 def digits(x):
-    """JSON has no nan."""
     return round(x, 7) if math.isfinite(x) else None
 
 
@@ -176,9 +174,9 @@ def inside(folder, args, progress):
             token |= {name: experience[name][i][t] for name in ("policy", "reference")}
         cards.append(dict(prompt=text_of(records[i]["user_input"]), tokens=tokens, score=score,
                           label=f"score {score:.3f}; expected {rows['value'][i][0]:.3f}"))
-    about = (f"Sampled, on {args.prompts}. Choose what colours the tokens; point at one for all "
-             "its numbers. The line is the value, given before the token; the dot, the score that "
-             "came. The ratio is that after one more step on these answers.")
+    about = (f"Sampled, on {args.prompts}. Choose what colours the tokens; point at one for its "
+             "numbers. The line is the value, before the token; the dot, the score that came. The "
+             "ratio is that after one more step on these answers.")
     return dict(name=folder, about=about, names=list(COLUMNS), cards=cards)
 
 
