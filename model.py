@@ -29,7 +29,7 @@ from lib.distributed import RANK, is_sharded, total, wait_for_all
 from lib.errors import explain, stop
 from lib.lora import merged
 from lib.memory import PIECE
-from lib.tokenizer import load_tokenizer  # noqa: F401: half of what one loads
+from lib.tokenizer import load_tokenizer  # noqa: F401: re-exported
 
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():  # silu and product, a quarter of what would be kept, are quick
+        if torch.is_grad_enabled():  # a quarter of what a layer keeps, and cheap to compute again
             return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
         return self.down(gate, up)
 
@@ -519,7 +519,8 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
             # dropping ended rows copies the cache, and needs another capture
             if 0 < len(left) <= (0.5 if capture else 0.75) * len(rows):
                 rows, token, position, mask, uniform, tokens, logprobs, ended = (
-                    x[left] for x in (rows, token, position, mask, uniform, tokens, logprobs, ended))
+                    x[left]
+                    for x in (rows, token, position, mask, uniform, tokens, logprobs, ended))
                 cache.tensor = cache.tensor[:, :, left]
                 replay = None
         if not capture:

@@ -37,7 +37,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from lib import health
+from lib import health, rewards
 from lib.data import collate, deal, encode_prompts, encode_records, left_pad, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
                              my_parts, place, start_processes, total, wait_for_all)
@@ -49,7 +49,6 @@ from lib.training import autocast, numbers, set_lr
 from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
                    tokens_of)
-from tools import rewards
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
@@ -380,7 +379,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     texts in training, and `counted` puts a fixed score in place of its own."""
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
-    if not isinstance(reward_model, ScalarHead):  # tools.rewards: it scores texts, not tokens
+    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores texts, not tokens
         return total(on(args.device, reward_model.scores(texts, ends))), ended
 
     def read(rows):
@@ -408,9 +407,9 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     and returns.
 
     `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
-    the experience, a dict of `texts`, their `lengths`, and `mask`, `old_logprobs`, `old_values`,
-    `advantages`, `returns`, all (B, T), and for tools.look `ref_logprobs`, `kl`, `rewards` (B, T)
-    and `scores` (B,); and statistics for the log.
+    the experience, a dict of `texts`, their `lengths`, `scores` (B,), and `mask`, `old_logprobs`,
+    `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`, all (B, T); and
+    statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
@@ -446,7 +445,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     # over the whole rollout batch, as Huang et al. 2024's code; lm-human-preferences: per minibatch
     whitened = advantages if args.no_whiten_advantages else masked_whiten(advantages, mask)
-    experience = dict(texts=texts, lengths=lengths, mask=mask, old_logprobs=old_logprobs,
+    experience = dict(texts=texts, lengths=lengths, scores=scores, mask=mask, kl=kl,
+                      rewards=rewards, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
                       advantages=whitened, old_values=values, returns=returns)
 
     log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
@@ -464,7 +464,6 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         statistics["score_ended"] = None
     if statistics["ended"] == 1:
         statistics["score_cut"] = None
-    experience |= dict(ref_logprobs=ref_logprobs, kl=kl, rewards=rewards, scores=scores)
     return experience, statistics
 
 
@@ -495,7 +494,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         share = weight * mask.sum() / all_tokens
 
         with autocast(args):
-            logprobs, entropy = response_logprobs(actor, input_ids, places, mask, args, True)
+            logprobs, entropy = response_logprobs(actor, input_ids, places, mask, args,
+                                                  entropy=True)
         loss, clip_fraction = policy_loss(logprobs, old_logprobs, advantages, mask, args.clip)
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
@@ -661,9 +661,6 @@ def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
 @clean_exit
 def main(argv=None):
     args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
-    if args.dry_run:
-        from tools import budget
-        return budget.dry_run("ppo", args.sft, args)
     check(args, demo)
     start_processes(args)
     run = Run(args, "ppo", METRICS)
@@ -676,8 +673,8 @@ def main(argv=None):
     if args.eval_prompts:
         eval_records = read_records(args.eval_prompts, "user_input")[:args.eval_number]
     judge, gold = rewards.judges(args, records, eval_records)
-    actor, critic, ref, reward_model = four_models(
-        args, tokenizer, rewards.of_texts(args, tokenizer, judge))
+    text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
+    actor, critic, ref, reward_model = four_models(args, tokenizer, text_reward)
     prompts, eval_prompts, demonstrations = encode_inputs(
         records, eval_records, reward_model, actor.config, tokenizer, args)
 

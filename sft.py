@@ -32,8 +32,8 @@ from lib.settings import parse
 from lib.training import autocast, set_lr
 from model import load_llama, load_tokenizer, save_checkpoint, states_of, tokens_of
 
-# The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). One that has
-# read the internet needs a fiftieth of the learning rate of one from scratch.
+# The demo's values, and those of a pretrained LLaMA: Alpaca's (Taori et al. 2023). A
+# pretrained model needs 1/50 of the learning rate of one from scratch.
 SETTINGS = [
     # name                demo    real    what it is
     "what goes in and out",
@@ -92,8 +92,8 @@ def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
 
 
 def evaluate(model, examples, args, pad_token_id):
-    """Mean loss over all completion tokens, nats. (A mean of the batches' means would count the
-    tokens of short batches double.)"""
+    """Mean loss over all completion tokens, nats. (A mean of the batches' means would overweight
+    short batches.)"""
     loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     with torch.no_grad():
@@ -107,11 +107,8 @@ def evaluate(model, examples, args, pad_token_id):
 @clean_exit
 def main(argv=None):
     args, _ = parse("sft.py", __doc__, SETTINGS, argv, real_if=["model"])
-    if args.model and not args.data and not args.dry_run:
+    if args.model and not args.data:
         stop("--model needs --data: the built-in data is for the demo")
-    if args.dry_run:
-        from tools import budget
-        return budget.dry_run("sft", args.model, args)
     start_processes(args)
     torch.manual_seed(args.seed)
     run = Run(args, "sft", METRICS)

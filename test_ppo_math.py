@@ -857,7 +857,8 @@ def test_colossalchat_set_the_same_seed_at_every_rollout():
     p = slow_softmax(logits[0].tolist())[0]
 
     def rollout(generator):
-        return tuple(sample(logits, 1.0, 0, 1.0, 1 - torch.rand(8, 1, generator=generator))[0].tolist())
+        uniform = 1 - torch.rand(8, 1, generator=generator)
+        return tuple(sample(logits, 1.0, 0, 1.0, uniform)[0].tolist())
 
     generator = torch.Generator().manual_seed(0)
     ours = [rollout(generator) for _ in range(200)]

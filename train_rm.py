@@ -15,8 +15,8 @@ completions of a prompt it learns either
 (InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized to mean 0 and standard
 deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on samples of the policy; mean 0 on
 the demonstrations is Stiennon et al. 2020 and InstructGPT, C.2.) The deviation is folded into the
-weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts; whoever
-loads the model in transformers subtracts it himself, where it matters.
+weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts;
+elsewhere, as in transformers, subtract it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -123,9 +123,9 @@ def pair_statistics(scores, labels):
 
 
 def normalize_(reward_model, scores):
-    """Let the model give r' = (r - mean) / (standard deviation), with those of its raw `scores`
-    (n,) on the demonstrations: the deviation goes into the weights of the head, the mean into `config.score_mean`,
-    since Hugging Face's classification head has no bias -> mean, deviation."""
+    """Let the model give r' = (r - mean) / (standard deviation), those of its raw `scores` (n,) on
+    the demonstrations. The deviation goes into the weights of the head, and the mean into
+    `config.score_mean`, since Hugging Face's classification head has no bias -> mean, deviation."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
         stop(f"the demonstrations all have the score {mean}, so their standard deviation cannot be "
@@ -193,11 +193,8 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 @clean_exit
 def main(argv=None):
     args, _ = parse("train_rm.py", __doc__, SETTINGS, argv, real_if=["model"])
-    if not (args.data and args.demonstrations) and not args.dry_run:
+    if not (args.data and args.demonstrations):
         stop("--model needs --data and --demonstrations: the built-in ones are for the demo")
-    if args.dry_run:
-        from tools import budget
-        return budget.dry_run("rm", args.model, args)
     if args.model == "runs/sft" and not os.path.isdir("runs/sft"):
         stop("runs/sft: missing; run python sft.py first, or name a --model")
     start_processes(args)

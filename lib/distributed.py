@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# Which of how many processes this is, as torchrun sets it; without torchrun the first of one
+# Rank and world size, as torchrun sets them; without torchrun 0 and 1
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -24,7 +24,7 @@ def start_processes(args):
     files.
 
     An error in one ends its process at once, upon which torchrun ends all. --process_timeout
-    minutes without a word from one are an error.
+    minutes without a message from one are an error.
     """
     if WORLD == 1 or started():
         return
@@ -43,7 +43,7 @@ def started():
 
 
 def end_processes():
-    """Take leave of the others, when all have done their work. Threads of gloo may outlive the
+    """Destroy the process group, when all have done their work. Threads of gloo may outlive the
     group, and would abort the process while Python ends: so it ends without waiting for them."""
     if started():
         wait_for_all()
@@ -127,8 +127,8 @@ def micro_batches(rows, lengths, size):
 
 
 def gather_rows(function, parts, number):
-    """What `function(rows)` gives, tensors (len(rows), ...), for the rows of these `parts`, [(rows,
-    weight)] -> tensors (number, ...) of the rows of all processes."""
+    """Call `function(rows)` for each (rows, weight) of `parts`; it gives tensors (len(rows), ...) ->
+    the tensors (number, ...) that hold the rows of all parts and of all processes."""
     wholes = None
     for rows, weight in parts:
         found = function(rows)
@@ -163,7 +163,7 @@ def largest(x):
 
 
 def wait_for_all():
-    """Go on when all processes have come here."""
+    """A barrier: wait for all processes."""
     total(0)
 
 

@@ -19,7 +19,7 @@ def stop(message, code=2):
 
 
 def first_line(error):
-    """The first line of an error's message: an error here is told in one line."""
+    """The first line of an error's message: errors are reported in one line."""
     return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 

@@ -38,8 +38,8 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha, targets, base_dtype="float32"):
-    """Give the named linear maps of every layer an adapter, and freeze all else but a
-    scalar head -> the model.
+    """Give the named linear maps of every layer an adapter, and freeze all else but a scalar head
+    -> the model.
 
     `model`: a `Llama` or a `ScalarHead`, changed in place; `targets`: names with commas between;
     rank 0 changes nothing. Ends the program with one line if a name is not that of a linear map.
@@ -98,5 +98,6 @@ def merged(model, dtype=torch.float32, everywhere=False):
     for name, part in model.named_modules():
         if isinstance(part, LoRALinear):
             a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + part.scale * b @ a
+            whole = tensors[f"{name}.weight"].float() + part.scale * b @ a
+            tensors[f"{name}.weight"] = whole.to(dtype)  # at once: one float32 matrix at a time
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The memory of a training step, predicted from the model's configuration (for tools.budget).
+"""The memory of a training step, predicted from the model's configuration, for tools.budget.
 
 In the formulas: n layers; widths d of the hidden state, I of the MLP, Q of all query heads
 together, K of all key heads; H query heads; V words.

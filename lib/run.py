@@ -26,8 +26,8 @@ from lib.distributed import RANK, as_held, in_one_piece, largest, named_wholes, 
 from lib.errors import explain, stop, write_whole
 
 # What --resume may change: nothing in the result depends on it
-FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size", "dry_run",
-        "processes", "process_timeout", "gradient_checkpointing", "shard_rollout",
+FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size",
+        "process_timeout", "gradient_checkpointing", "shard_rollout",
         "accept_changed_data", "tensorboard"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
 LOGS = ["metrics.csv", "samples.jsonl"]  # grow as a run goes on; --resume cuts off what came later
@@ -174,9 +174,8 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
         if self.board:  # four spaces: Markdown leaves it as it is
-            lines = [line for sample in samples
-                     for line in [*json.dumps(sample, ensure_ascii=False, indent=1).split("\n"), ""]]
-            self.board.add_text("samples", "\n".join("    " + line for line in lines), step)
+            text = json.dumps(samples, ensure_ascii=False, indent=1)
+            self.board.add_text("samples", "    " + text.replace("\n", "\n    "), step)
         return answers
 
     def end_step(self, postfix, export):

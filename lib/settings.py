@@ -3,11 +3,12 @@ and from it the options of the command line. Here are the rows that all stages s
 
 import argparse
 import os
+import sys
 
 import torch
 
 from lib.distributed import RANK, WORLD
-from lib.errors import first_line
+from lib.errors import first_line, stop
 
 
 def positive(text):
@@ -62,8 +63,6 @@ COMMON = [
     ("device", "cpu", DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
     ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
     ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
-    ("dry_run", False, False, "print what the run would need in memory and arithmetic, and stop"),
-    ("processes", 1, 1, "for --dry_run: the number of processes that share the model"),
     ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
     ("resume", False, False, "continue an interrupted run in --out"),
     ("tensorboard", False, False, "write the metrics, and samples as text, to --out/tensorboard "
@@ -102,6 +101,8 @@ def parse(script, doc, table, argv, real_if):
             type=positive if kind is int else kind)
         about = what if value is None else f"{what} ({default})"
         group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
+    if "--dry_run" in (sys.argv if argv is None else argv):
+        stop("--dry_run is a tool now: python -m tools.budget sft, rm or ppo, and the same options")
     args = parser.parse_args(argv)
     is_demo = all(getattr(args, name) is None for name in real_if)
     changed = [row[0] for row in rows

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,15 +80,12 @@ def test_generation_flops_are_those_of_the_flop_counter():
 
 def test_an_update_asks_the_actor_once_more_where_it_is_not_exact():
     c, texts = config(), [(5, 3), (9, 2)]
-    exact, half, base = (
-        budget.update_flops(c, texts, settings(**other))
-        for other in (
-            dict(lora_rank=2),
-            dict(lora_rank=2, dtype="bfloat16"),
-            dict(lora_rank=2, base_dtype="bfloat16"),
-        )
+    exact, half, base, tf32 = (
+        budget.update_flops(c, texts, settings("ppo", *flags, lora_rank=2))
+        for flags in ([], ["--dtype=bfloat16"], ["--base_dtype=bfloat16"], ["--tf32"])
     )
-    assert half == base == exact + budget.forward_flops(c, [8, 11], 5)
+    torch.set_float32_matmul_precision("highest")
+    assert half == base == tf32 == exact + budget.forward_flops(c, [8, 11], 5)
 
 
 def kept(c, args, rows, length):
@@ -181,13 +177,20 @@ def test_lora_checkpointing_and_processes_need_less():
     assert few < many
 
 
-@pytest.mark.parametrize("stage, name", [(sft, "--model"), (train_rm, "--model"), (ppo, "--sft")])
-def test_dry_run_prints_and_writes_nothing(stage, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [sft, train_rm, ppo])
+def test_dry_run_says_where_it_went(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--dry_run"])
+    assert end.value.code == 2 and "python -m tools.budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage, name", [("sft", "--model"), ("rm", "--model"), ("ppo", "--sft")])
+def test_budget_of_a_run_prints_and_writes_nothing(stage, name, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "llama"
     config(num_key_value_heads=4).save_pretrained(checkpoint)  # no weights: none are read
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    stage.main([name, str(checkpoint), "--dry_run", "--processes", "8"])
+    budget.main([stage, name, str(checkpoint), "--processes", "8"])
     out = capsys.readouterr().out
     for word in (
         "parameters, layers: 35,520",
@@ -204,7 +207,7 @@ def test_dry_run_prints_and_writes_nothing(stage, name, tmp_path, monkeypatch, c
 
 def test_a_configuration_that_is_not_there_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        budget.dry_run("sft", str(tmp_path), SimpleNamespace())
+        budget.main(["sft", "--model", str(tmp_path)])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

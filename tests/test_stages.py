@@ -52,7 +52,7 @@ import ppo
 import sft
 import train_rm
 from lib.data import collate, deal, encode_prompt, encode_records, read_records
-from tools import rewards
+from lib import rewards
 from waits import waits_of_steps
 from model import LlamaBackbone, ScalarHead, load_llama, load_scalar_head, load_tokenizer
 

@@ -1,11 +1,11 @@
 """How much memory and arithmetic a run needs, from the model's configuration alone.
 
-    python ppo.py --sft path/to/sft --dry_run --processes 8
+    python -m tools.budget ppo --sft path/to/sft --processes 8
     python -m tools.budget                # a table: LLaMA of 1B to 70B, on 1, 8 and 64 processes
     python -m tools.budget --check        # predicted and measured, for random LLaMAs that fit here
     python -m tools.budget --check --stages ppo --sizes 21M --lora_rank=8
 
-Further options are those of the stages. All sizes are the largest that the settings allow: every
+The options of sft, rm (train_rm.py) and ppo are those of the stage. All sizes are the largest that the settings allow: every
 text is as long as it may be, and no response ends early.
 
 In the formulas: n layers; widths d of the hidden state, I of the MLP, Q of all query heads
@@ -70,7 +70,8 @@ def update_flops(config, texts, args):
     """FLOP of a PPO update without the PTX term; `texts` as in `generation_flops`."""
     lengths = [prompt + response for prompt, response in texts]
     projected = sum(response for _, response in texts)
-    asked = 1 if args.dtype == args.base_dtype == "float32" else 2  # the reference; and the actor
+    # the reference; and the actor, if sampling does not give its log probabilities (ppo.py, `exact`)
+    asked = 1 if args.dtype == args.base_dtype == "float32" and not args.tf32 else 2
     experience = asked * forward_flops(config, lengths, projected)
     experience += 2 * forward_flops(config, lengths, 0)  # critic and reward model
     training = (training_flops(config, lengths, projected, args)
@@ -129,7 +130,7 @@ def budget(stage, config, args):
     weights = size(p for _, p in every) / n
     gradients = size(p for _, p in every if p.requires_grad) / n
     optimizer = 2 * gradients  # Adam keeps two numbers per parameter
-    layer, layers = models[0].model.layers[0], size(models[0].model.layers.parameters())
+    layer = models[0].model.layers[0]
     gathered = rollout = 0
     if n > 1:
         ends = [p for name, p in models[0].named_parameters() if ".layers." not in name]
@@ -151,10 +152,9 @@ def budget(stage, config, args):
             flops += args.ppo_epochs * training_flops(config, batch * [length], batch * length,
                                                       args)
         rollout = rollout_bytes(config, -(-batch // n), prompt, response, args)
-        if n > 1 and not args.shard_rollout:  # the actor is gathered
-            rollout += layers / (2 if args.dtype == "bfloat16" else 1)
-        elif args.dtype == "bfloat16" and not args.lora_rank:  # autocast keeps its casts
-            rollout += layers / 2
+        if not (args.dtype == "float32" and n == 1 or args.shard_rollout):  # model.decoding_copy
+            plain = sum(n for part, n in parameters(models[0]).items() if part != "adapters")
+            rollout += plain * (2 if args.dtype == "bfloat16" else 4)
     else:
         length, texts = min(args.max_length, context), 4 if stage == "rm" else 1
         projected = length if stage == "sft" else 0
@@ -167,8 +167,20 @@ def budget(stage, config, args):
                 rollout=rollout, gathered=gathered, peak=peak, resident=resident, flops=flops)
 
 
-def dry_run(stage, path, args):
-    """--dry_run: print the size of the model at `path` and the budget of the run."""
+PROCESSES = ("processes", 1, 1, "that share the model")  # beside the settings of the stages
+MODEL = dict(sft="model", rm="model", ppo="sft")  # the option that names a stage's LLaMA
+
+
+def script_of(stage):
+    return importlib.import_module("train_rm" if stage == "rm" else stage)
+
+
+def predict(stage, options):
+    """Print the size of the model, and the budget, of a run of this stage with these options."""
+    script, real_if = script_of(stage), ["sft", "rm", "reward"] if stage == "ppo" else ["model"]
+    args, _ = parse(f"tools.budget {stage}", script.__doc__, [*script.SETTINGS, PROCESSES], options,
+                    real_if)
+    path = getattr(args, MODEL[stage])
     if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
         path = None  # the demo's, not yet trained
     if path is None:
@@ -211,11 +223,9 @@ CHECKED = {  # name: (model, rows of a micro-batch)
 
 def settings(stage, options, **more):
     """The settings of a stage for a real model, with `more` and the user's `options`."""
-    script = importlib.import_module("train_rm" if stage == "rm" else stage)
-    model = "sft" if stage == "ppo" else "model"
-    given = [f"--{model}=-", *(f"--{name}={value}" for name, value in more.items()), *options]
+    given = [f"--{MODEL[stage]}=-", *(f"--{name}={value}" for name, value in more.items()), *options]
     with contextlib.redirect_stdout(None):
-        return parse(stage, script.__doc__, script.SETTINGS, given, real_if=[model])[0]
+        return parse(stage, "", [*script_of(stage).SETTINGS, PROCESSES], given, [MODEL[stage]])[0]
 
 
 def table(options):
@@ -300,6 +310,9 @@ def measure(stage, name, freed, options):
 
 @clean_exit
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in MODEL:
+        return predict(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure, too")

@@ -20,11 +20,11 @@ from collections import Counter
 
 from lib.data import read_records, save, what_is_wrong
 from lib.errors import clean_exit, explain, stop
+from lib.rewards import Judge, number
 from lib.settings import positive
 from tools.commands import EVAL_SHARE, OUT, Journal, add_command, journal_of
 from tools.get_data import as_text, convert, save_sets
 from tools.llm import add_llm, ask
-from tools.rewards import Judge, number
 
 # ------------------------------------------------------------------------------------------------
 # What the LLM is asked. A templates.json with some of these keys overrides them

@@ -1,8 +1,8 @@
 """See what PPO sees: a run's curves, its answers, and some of them token by token, on one page.
 
     python -m tools.look runs/ppo                    # writes runs/ppo/look.html
-    python -m tools.look runs/rm                     # what the reward model says after each token
-    python -m tools.look runs/ppo runs/other         # the curves laid over each other
+    python -m tools.look runs/rm                     # the reward model after each token
+    python -m tools.look runs/ppo runs/other         # their curves in one picture
 
 The numbers are those of `ppo.make_experience`.
 """
@@ -21,7 +21,7 @@ from safetensors import safe_open
 import ppo
 import sft
 import train_rm
-from lib import health
+from lib import health, rewards
 from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import place
 from lib.errors import clean_exit, explain, stop, write_whole
@@ -29,8 +29,8 @@ from lib.lora import add_lora, trainable
 from lib.run import FREE
 from lib.settings import COMMON, DEVICE, positive, usable_device
 from lib.training import autocast
-from model import load_llama, load_scalar_head, load_tokenizer, states_of, tokens_of
-from tools import rewards
+from model import (last_token, load_llama, load_scalar_head, load_tokenizer, states_of,
+                   tokens_of)
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "look.html")
 COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
@@ -120,7 +120,7 @@ def experience_of(folder, args, progress, records):
     all answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
     judge, _ = rewards.judges(args, records, [])
-    text_reward = rewards.of_texts(args, tokenizer, judge)
+    text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
                              args.max_prompt_length, args.prompts)
     if text_reward:

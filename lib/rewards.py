@@ -27,7 +27,7 @@ from lib.checkpoints import quiet
 from lib.data import collate, encode_completion
 from lib.distributed import RANK
 from lib.errors import explain, first_line, stop
-from model import last_token, load_scalar_head, load_tokenizer
+from lib.tokenizer import load_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -172,25 +172,27 @@ def judges(args, records, eval_records):
     return reward, gold
 
 
-def of_texts(args, tokenizer, judge):
+def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
     """What --reward (`judge`) or --rm names, if it scores texts; None for a LLaMA on the policy's
-    tokens. The critic cannot begin as what scores texts: that is said."""
+    tokens. The critic cannot begin as what scores texts: that is said. The last two are `model`'s:
+    how a LLaMA reward model is loaded and read."""
     if judge:
         reward = TextReward(judge.path, tokenizer, judge)
-    elif not (reward := other_model(args, tokenizer)):
+    elif not (reward := other_model(args, tokenizer, load_scalar_head, last_token)):
         return None
     if args.critic == "rm":
         print(f"{reward.name} scores texts: the critic begins as the SFT model, with a new head")
     return reward
 
 
-def other_model(args, tokenizer):
+def other_model(args, tokenizer, load_scalar_head, last_token):
     """The reward model --rm, if its tokens are not the policy's."""
     with explain(f"{args.rm}: no reward model can be loaded from it"):
         is_llama = AutoConfig.from_pretrained(args.rm).model_type == "llama"
     if is_llama and load_tokenizer(args.rm).get_vocab() == tokenizer.get_vocab():
         return None
-    return from_model(args.rm, tokenizer, args.device, args.micro_batch_size)
+    return from_model(args.rm, tokenizer, args.device, args.micro_batch_size, load_scalar_head,
+                      last_token)
 
 
 class TextReward:
@@ -227,7 +229,7 @@ def share(reward):
     return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
-def from_model(path, tokenizer, device, batch_size):
+def from_model(path, tokenizer, device, batch_size, load_scalar_head, last_token):
     """The reward of a model whose tokens are not the policy's: LLaMA as our own `ScalarHead`, any
     other as transformers has it."""
     with explain(f"{path}: no reward model can be loaded from it"):
