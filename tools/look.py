@@ -2,7 +2,7 @@
 
     python -m tools.look runs/ppo                    # writes runs/ppo/look.html
     python -m tools.look runs/rm                     # the reward model after each token
-    python -m tools.look runs/ppo runs/other         # their curves in one picture
+    python -m tools.look runs/ppo runs/other         # their curves as one
 
 The numbers are those of `ppo.make_experience`.
 """
