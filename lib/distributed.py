@@ -127,8 +127,8 @@ def micro_batches(rows, lengths, size):
 
 
 def gather_rows(function, parts, number):
-    """Call `function(rows)` for each (rows, weight) of `parts`; it gives tensors (len(rows), ...) ->
-    the tensors (number, ...) that hold the rows of all parts and of all processes."""
+    """Call `function(rows)` for each (rows, weight) of `parts`; it gives tensors (len(rows), ...)
+    -> the tensors (number, ...) that hold the rows of all parts and of all processes."""
     wholes = None
     for rows, weight in parts:
         found = function(rows)
