@@ -1,8 +1,8 @@
 """Stage 0: the three data sets of RLHF, built in.
 
     python data_gen.py                 # writes data/ in seconds, the same bytes for the same --seed
-    python data_gen.py COMMAND --help  # other data, by tools/: download, import, self-instruct,
-                                       # prompts, score, sample, rank
+    python data_gen.py COMMAND --help  # other data, by tools/data/: download, import,
+                                       # self-instruct, prompts, score, sample, rank, sums
 
 The world is that of a small bilingual assistant: nine families of tasks, each asked in English and
 in Chinese and in several phrasings. From it come
@@ -34,9 +34,9 @@ import sentencepiece
 from lib.data import save
 from lib.errors import clean_exit, write_whole
 
-# command: the module of tools/ that has it
-COMMANDS = {"download": "get_data", "import": "get_data", "self-instruct": "llm_data",
-            "prompts": "llm_data", "score": "llm_data", "sample": "sample", "rank": "sample",
+# command: the module of tools/data/ that has it
+COMMANDS = {"download": "download", "import": "import_", "self-instruct": "synthesize",
+            "prompts": "synthesize", "score": "score", "sample": "sample", "rank": "rank",
             "sums": "sums"}
 
 # ------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def train_tokenizer(texts, vocab_size=1536):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"tools.{COMMANDS[argv[0]]}").main(argv)
+        return importlib.import_module(f"tools.data.{COMMANDS[argv[0]]}").main(argv)
     parser = argparse.ArgumentParser(
         usage="%(prog)s [-h] [--out OUT] [--seed SEED]\n"
               f"       %(prog)s {{{','.join(COMMANDS)}}} ...",

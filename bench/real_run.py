@@ -9,7 +9,7 @@
 SmolLM2-135M learns to finish sentences of film reviews, and then to finish them the way people
 like. The steps:
 
-    data      the rated sentences (tools/ratings.py), and the model
+    data      the rated sentences (tools/data/ratings.py), and the model
     sft       demonstrations
     rm        reward model A on ratings A; the gold reward model on ratings B, other sentences,
               which PPO never sees; and a poor one on 100 ratings

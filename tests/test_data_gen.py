@@ -32,9 +32,9 @@ import ppo
 import sft
 import train_rm
 from lib.data import encode_prompt, left_pad, read_records
-from tools import get_data, layouts, llm_data
-from tools import sample as sampling
-from tools.llm import retry_after, without_thoughts
+from tools.data import download, layouts, rank, sets, synthesize, templates
+from tools.data.llm import retry_after, without_thoughts
+from tools.data.score import read_score
 
 ROOT = Path(__file__).parents[1]
 EN, ZH = "Name a kind of bird.", "请说出一种鸟。"
@@ -800,7 +800,7 @@ def cached(home, repository, path, text):
 
 
 def test_download_from_the_cache(tmp_path):
-    folders = get_data.HUB["hh"][1]
+    folders = download.HUB["hh"][1]
     for folder in folders:
         cached(
             tmp_path / "hub",
@@ -1263,7 +1263,7 @@ def test_nobody_answers(tmp_path, capsys):
     ],
 )
 def test_read_score(text, score):
-    assert llm_data.read_score(text) == score
+    assert read_score(text) == score
 
 
 @pytest.mark.parametrize(
@@ -1503,8 +1503,8 @@ def test_rouge_l():
         a = [rng.choice("abcde") for _ in range(rng.randrange(1, 10))]
         b = [rng.choice("abcde") for _ in range(rng.randrange(1, 30))]
         rouge = 2 * naive_lcs(a, b) / (len(a) + len(b))
-        assert llm_data.rouge_l(a, b) == llm_data.rouge_l(b, a) == pytest.approx(rouge)
-    assert llm_data.rouge_tokens("Name 3 birds, 请说出 OK!") == [
+        assert synthesize.rouge_l(a, b) == synthesize.rouge_l(b, a) == pytest.approx(rouge)
+    assert synthesize.rouge_tokens("Name 3 birds, 请说出 OK!") == [
         "name",
         "3",
         "birds",
@@ -1513,7 +1513,7 @@ def test_rouge_l():
         "出",
         "ok",
     ]
-    assert llm_data.rouge_l([], ["a"]) == 0
+    assert synthesize.rouge_l([], ["a"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -1533,23 +1533,23 @@ def test_rouge_l():
     ],
 )
 def test_which_instructions_are_taken(text, language, why):
-    pool = [llm_data.rouge_tokens(seed) for seed in (EN, ZH)]
-    assert llm_data.why_unfit(text, language, pool, llm_data.FORBIDDEN) == why
+    pool = [synthesize.rouge_tokens(seed) for seed in (EN, ZH)]
+    assert synthesize.why_unfit(text, language, pool, synthesize.FORBIDDEN) == why
 
 
 def test_read_list():
     text = 'Sure!\n1. First thing\nwith two lines\n2) **"Second"**\n三、第三'
-    assert llm_data.read_list({"text": text, "finish": "stop"}) == [
+    assert synthesize.read_list({"text": text, "finish": "stop"}) == [
         "First thing\nwith two lines",
         'Second',
         "第三",
     ]
     # the last was cut off
     assert (
-        llm_data.read_list({"text": text, "finish": "length"})[-1] == "Second"
+        synthesize.read_list({"text": text, "finish": "length"})[-1] == "Second"
     )
     for finish in ("stop", "length"):
-        assert llm_data.read_list({"text": "I cannot.", "finish": finish}) is None
+        assert synthesize.read_list({"text": "I cannot.", "finish": finish}) is None
 
 
 @pytest.mark.parametrize(
@@ -1569,7 +1569,7 @@ def test_read_list():
     ],
 )
 def test_read_list_takes_the_outer_level_and_whole_markup(text, entries):
-    assert llm_data.read_list({"text": text, "finish": "stop"}) == entries
+    assert synthesize.read_list({"text": text, "finish": "stop"}) == entries
 
 
 def inventor(question, n):
@@ -1656,7 +1656,7 @@ def test_self_instruct_on_a_faulty_server(tmp_path, llm, capsys, language):
     assert len(records) == 40 and all(
         r["completion"] == f"It is {r['user_input']}" for r in records
     )
-    chinese = sum(bool(llm_data.CJK.search(r["user_input"])) for r in records)
+    chinese = sum(bool(synthesize.CJK.search(r["user_input"])) for r in records)
     assert chinese == {"en": 0, "zh": 40}.get(language, chinese) and (
         language != "both" or 0 < chinese < 40
     )
@@ -1730,7 +1730,7 @@ def checkpoint(tmp_path_factory):
     demos += [
         {"user_input": fill, "completion": text}
         for text in lists
-        for fill in llm_data.TEMPLATES.values()
+        for fill in templates.TEMPLATES.values()
     ]
     (folder / "tokenizer").mkdir()
     texts = [f"User: {d['user_input']}\nAssistant: {d['completion']}" for d in demos]
@@ -1842,8 +1842,8 @@ def test_sample(tmp_path, checkpoint, capsys):
     said = capsys.readouterr().out
     assert "of 11 prompts, 1 cut on the left" in said
     records = read(tmp_path / "a.json")
-    assert list(dict.fromkeys(get_data.prompt_key(r["user_input"]) for r in records)) == [
-        get_data.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
+    assert list(dict.fromkeys(sets.prompt_key(r["user_input"]) for r in records)) == [
+        sets.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
     ]
     assert (
         len(records)
@@ -1883,7 +1883,7 @@ def test_sample(tmp_path, checkpoint, capsys):
     ],
 )
 def test_read_order(text, levels):
-    assert sampling.read_order(text, 3) == levels
+    assert rank.read_order(text, 3) == levels
 
 
 @pytest.mark.parametrize(
@@ -1891,7 +1891,7 @@ def test_read_order(text, levels):
 )
 def test_what_is_no_order(text):
     with pytest.raises(ValueError):
-        sampling.read_order(text, 3)
+        rank.read_order(text, 3)
 
 
 class Terminal:

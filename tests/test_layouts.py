@@ -8,7 +8,7 @@ import json
 import pytest
 
 import data_gen
-from tools.get_data import convert
+from tools.data.import_ import convert
 
 
 def user(text):

@@ -38,11 +38,10 @@ SPANS = sorted(
     {" ".join(span.split()) for text in TEXTS.values() for span in re.findall(r"`([^`]+)`", text)}
 )
 SCRIPTS = ["data_gen", "sft", "train_rm", "ppo", "model"]
-# those are data_gen.py's
 TOOLS = [
     f"tools.{path.stem}"
     for path in sorted(ROOT.glob("tools/*.py"))
-    if "def main(" in path.read_text("utf-8") and path.stem not in data_gen.COMMANDS.values()
+    if "def main(" in path.read_text("utf-8")
 ]
 BENCHES = [
     f"bench.{path.stem}"

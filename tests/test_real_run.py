@@ -1,4 +1,4 @@
-"""bench/real_run.py and its data, tools/ratings.py:
+"""bench/real_run.py and its data, tools/data/ratings.py:
 
     pytest tests/test_real_run.py
 """
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import ratings
+from tools.data import ratings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ import random
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
 from lib.data import save
 from lib.errors import clean_exit, write_whole
-from tools.commands import add_command
+from tools.data.commands import add_command
 
 
 def draw(rng, digits, number):

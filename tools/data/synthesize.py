@@ -1,169 +1,28 @@
-"""Data from an LLM: new instructions, and scores in place of a human labeller's.
+"""New instructions from an LLM, by a few examples, and answers to them (Wang et al. 2022,
+"Self-Instruct", section 2 and appendix A.2).
 
     python data_gen.py self-instruct seed_tasks.jsonl --number 1000 --model llama --out data/new
     python data_gen.py prompts seed_tasks.jsonl --number 1000 --model llama --out data/more
-    python data_gen.py score samples.json --model llama --out scored.json
 
-(or python -m tools.llm_data score ...). The LLM is any server with OpenAI's chat API, at
+(or python -m tools.data.synthesize prompts ...). The LLM is any server with OpenAI's chat API, at
 --api_base. Every answer is on disk the moment it arrives, in a journal beside the output: the same
 command continues where it stopped, and asks nothing twice.
 """
 
 import argparse
-import json
 import math
 import os
 import random
 import re
-import unicodedata
 from collections import Counter
 
-from lib.data import read_records, save, what_is_wrong
-from lib.errors import clean_exit, explain, stop
-from lib.rewards import Judge, number
+from lib.errors import clean_exit, stop
 from lib.settings import positive
-from tools.commands import EVAL_SHARE, OUT, Journal, add_command, journal_of
-from tools.get_data import as_text, convert, save_sets
-from tools.llm import add_llm, ask
-
-# ------------------------------------------------------------------------------------------------
-# What the LLM is asked. A templates.json with some of these keys overrides them
-
-TEMPLATES = {
-    "actor": "Here are some tasks that people have given to an assistant:\n\n{examples}\n\nWrite "
-             "{number} new ones, in {language}. Vary the subject, the kind of task, the wording "
-             "and the length. Each must make sense without the others and be answerable with text "
-             "alone. Reply with nothing but a numbered list.",
-    "rlhf": "These are things that users have said to a chat assistant:\n\n{examples}\n\nThink of "
-            "{number} other users and write what each of them says first, in {language}: "
-            "questions and requests as different as possible, each complete in itself. Reply with "
-            "nothing but a numbered list.",
-    "reward": "You grade the answers of an assistant. A user wrote:\n\n{user_input}\n\nThe "
-              "assistant answered:\n\n{completion}\n\nHow good is the answer? Look at whether it "
-              "does what was asked, is true, clear, polite and no longer than it needs to be. Give "
-              "a number from 0 (useless) to 5 (could not be better), decimals allowed. Reply with "
-              "one line: Score: <number>",
-}
-NEEDED = {"actor": ["examples"], "rlhf": ["examples"], "reward": ["user_input", "completion"]}
-
-
-def template_of(name, path):
-    """The template `name`: that of the file `path`, or of a templates.json in this folder, or the
-    built-in one. A file that is not JSON is the template itself."""
-    if not path and os.path.exists("templates.json"):
-        path = "templates.json"
-    template = TEMPLATES[name]
-    if path:
-        with explain(f"{path}: cannot be read as templates"):
-            with open(path, encoding="utf-8-sig") as file:
-                template = file.read()
-            if path.endswith(".json"):
-                template = json.loads(template).get(name, TEMPLATES[name])
-            if not isinstance(template, str):
-                raise TypeError(f"what stands under '{name}' is not a text")
-    for slot in NEEDED[name]:
-        if f"{{{slot}}}" not in template:
-            stop(f"{path}: template '{name}' lacks its placeholder {{{slot}}}")
-    return template
-
-
-def fill_in(template, **slots):
-    """Fills every `{slot}` at once: a brace in what is filled in stays as it is."""
-    return re.sub(r"\{(\w+)\}", lambda found: str(slots.get(found[1], found[0])), template)
-
-
-# ------------------------------------------------------------------------------------------------
-# score
-
-DIGITS = dict(zip("零〇一二两三四五六七八九十", [0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
-NUMERAL = f"([{''.join(DIGITS)}])"
-VALUE = r"(-?\d+(?:\.\d+)?)"
-SCALE = r"满分(?:是|为)?\s*:?\s*\d+\s*分?|\b\d\s*(?:-|–|~|to|到|至)\s*\d+\b"  # "0 to 5": no score
-NAMED = (r"(?i)(?:scores?|rating|grade|评分|得分|分数|打分|给)[^\w-]{0,6}"
-         r"(?:\b(?:is|of|as)\b|是|为|打|它|出|了)?[^\w-]{0,6}"
-         rf"{VALUE}(?:\s*分?\s*(?:/|out of|of)\s*(\d+))?")
-SCALED = rf"{VALUE}(?:\s*分?\s*(?:/|out of)\s*(\d+)|\s*分)"
-ALONE = rf"(?<![\w.]){VALUE}(?!\w)"
-
-
-def judged(answer):
-    """The score of a judge's answer; None if there is none, or if it was cut: what it would have
-    said in the end is not known."""
-    return None if answer["finish"] == "length" else read_score(answer["text"])
-
-
-def read_score(text):
-    """The score in [0, 5] that a judge's text gives, or None: of "Score: 4/5", "**4.5**", "4,5",
-    "8 out of 10" (4.0), "四分半" (4.5).
-
-    The last number after a word for score counts; else the last one with a scale ("4/5", "4分");
-    else a number that is the only one.
-    """
-    text = unicodedata.normalize("NFKC", text).replace("负", "-")
-    # Chinese numerals where a score can stand: with 点, before 分, or at the end. (第一 is no score)
-    text = re.sub(f"{NUMERAL}点{NUMERAL}", lambda m: f"{DIGITS[m[1]]}.{DIGITS[m[2]]}", text)
-    text = re.sub(rf"{NUMERAL}(?=\s*(?:分|/)|\s*[。.!]?\s*$)", lambda m: str(DIGITS[m[1]]), text)
-    text = re.sub(r"(\d)\s*分半", r"\1.5分", text)
-    text = re.sub(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)
-    text = re.sub(SCALE, " ", text)
-    alone = set(re.findall(ALONE, text))
-    if found := re.findall(NAMED, text) or re.findall(SCALED, text):
-        value, scale = found[-1]
-    elif len(alone) == 1:
-        value, scale = alone.pop(), ""
-    else:
-        return None
-    value = float(value) * 5 / (float(scale or 5) or 5)
-    return value if 0 <= value <= 5 else None
-
-
-def score(args):
-    """Scores every record without a score. What stays without one goes to `..._unscored`, so that
-    train_rm.py takes the rest."""
-    if not (args.model or args.judge):
-        stop("score needs --model or --judge")
-    records = read_records(args.file, "user_input", "completion")
-    todo = []
-    for n, record in enumerate(records, 1):
-        if record.get("score") is None:
-            todo.append((n, record))
-        elif wrong := what_is_wrong("score", record["score"]):
-            stop(f"{args.file}: record {n}: field 'score' {wrong}")
-    judge = Judge("--judge", args.judge) if args.judge else None
-    template = "" if judge else template_of("reward", args.reward_template or args.templates)
-    journal = journal_of(args)
-    if judge:
-        judge.check(args.file, records)
-        scores = []
-        for n, record in todo:
-            with explain(f"{args.file}: record {n}: {args.judge} cannot judge it"):
-                asked = {name: value for name, value in record.items() if name != "score"}
-                scores += map(number, judge.ask([asked], [record["completion"]], [True]))
-    else:
-        questions = [("", fill_in(template, user_input=as_text(record["user_input"]),
-                                  completion=record["completion"])) for _, record in todo]
-        scores = ask(args, journal, questions, judged, "score")
-    for (_, record), value in zip(todo, scores):
-        record["score"] = value
-    scored = [record for record in records if record["score"] is not None]
-    if not scored:
-        stop(f"{args.file}: not one record got a score; look at the answers in {journal.path}",
-             code=1)
-    save(args.out, scored)
-    folder, name = os.path.split(args.out)
-    stem, dot, ending = name.partition(".")
-    rest = os.path.join(folder, f"{stem}_unscored{dot}{ending}")
-    unscored = [{key: value for key, value in record.items() if key != "score"}
-                for record in records if record["score"] is None]
-    if unscored:
-        save(rest, unscored)
-    elif os.path.exists(rest):
-        os.remove(rest)
-
-
-# ------------------------------------------------------------------------------------------------
-# self-instruct and prompts: new instructions from a few (Wang et al. 2022, section 2 and appendix
-# A.2)
+from tools.data.commands import EVAL_SHARE, OUT, Journal, add_command
+from tools.data.import_ import convert
+from tools.data.llm import add_llm, ask
+from tools.data.sets import as_text, save_sets
+from tools.data.templates import fill_in, template_of
 
 CJK = re.compile("[\u3400-\u9fff]")
 LANGUAGES = {"en": "English", "zh": "Chinese (简体中文)"}
@@ -338,18 +197,6 @@ def main(argv=None):
         command.add_argument("--language", choices=["en", "zh", "both"], default="en",
                              help="of the new instructions (default: en)")
         add_llm(command, 0.7, 2048)
-    command = add_command(
-        commands, "score", score,
-        "Scores every record of FILE that has no score yet, by an LLM or a Python file.",
-        "OPENAI_API_KEY=... python data_gen.py score samples.json --model gpt-4o-mini --out "
-        "scored.json\n"
-        "  python data_gen.py score samples.json --judge data_gen.py --out scored.json",
-        ("judge", None, "Python file with score(user_input, completion), in place of an LLM", str),
-        ("reward_template", None, "file with the template of the question (a text, or JSON with "
-         "key reward)", str))
-    command.add_argument("file", metavar="FILE", help="records with user_input and completion")
-    command.add_argument("--out", required=True, help="file to write")
-    add_llm(command, 0.1, 1024)
     args = parser.parse_args(argv)
     args.function(args)
 

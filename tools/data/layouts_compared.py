@@ -7,8 +7,9 @@ such as response_a and response_b, and a verdict on them: `find_sides`. `LAYOUTS
 import math
 import re
 
-from tools.layouts import (PARTS, ROLES, LeftOut, answer_of, as_prompt, asked_in, from_pair,
-                           from_parts, from_sides, named_in, number, scored, words)
+from tools.data.layouts import PARTS, ROLES, LeftOut, as_prompt, named_in
+from tools.data.layouts_parts import (answer_of, asked_in, from_pair, from_parts, from_sides,
+                                      number, scored, words)
 
 ANSWERS_ONLY = ["response", "completion", "answer", "output", "generation", "candidate", "summary",
                 "human_ref", "reply", "assistant"]

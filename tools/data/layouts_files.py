@@ -12,10 +12,11 @@ from collections import Counter
 
 from lib.data import read_values, what_is_wrong
 from lib.errors import explain, stop
-from tools.layouts import LeftOut, dialogue, from_parts, named_in, parts_of, score_of
-from tools.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
-                                    sides_in)
-from tools.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
+from tools.data.layouts import LeftOut, dialogue, named_in
+from tools.data.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
+                                         sides_in)
+from tools.data.layouts_parts import from_parts, parts_of, score_of
+from tools.data.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: kept with the prompts unasked, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",

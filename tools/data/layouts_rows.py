@@ -3,8 +3,8 @@
 import ast
 import json
 
-from tools.layouts import PARTS, named_in
-from tools.layouts_compared import is_something, sides_in
+from tools.data.layouts import PARTS, named_in
+from tools.data.layouts_compared import is_something, sides_in
 
 
 def json_in(text):

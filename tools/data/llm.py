@@ -1,5 +1,5 @@
-"""The LLM behind the commands of tools.llm_data: any server with OpenAI's chat API, asked by many
-threads, through errors of every kind."""
+"""The LLM that writes or judges data: any server with OpenAI's chat API, asked by many threads,
+through errors of every kind."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lib.errors import first_line, stop
 from lib.settings import positive, whole
-from tools.commands import add_options, digest, not_negative
+from tools.data.commands import add_options, digest, not_negative
 
 
 class Unanswered(Exception):

@@ -1,0 +1,77 @@
+"""Files in the layouts that people have, as our data sets.
+
+    python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out data/alpaca
+
+(or python -m tools.data.import_ import ...). layouts*.py have the layouts that are known.
+"""
+
+import argparse
+import json
+
+from lib.errors import clean_exit, stop
+from tools.data.commands import EVAL_SHARE, OUT, add_command
+from tools.data.layouts import PARTS
+from tools.data.layouts_files import KEPT, convert_file
+from tools.data.sets import add_make, prompt_key, save_sets
+
+
+def convert(paths, number=None, mapped={}, all_turns=False, keep=()):
+    """Our records of files in any layout, of each file's first `number`, without exact duplicates.
+    Those with fields to keep have them in {"kept": {field: value}}."""
+    records, found = {}, 0
+    for path in paths:
+        made = convert_file(path, number, mapped, all_turns, keep)
+        found += len(made)
+        for ours in made:
+            key = (prompt_key(ours["user_input"]), ours.get("completion"), ours.get("score"),
+                   json.dumps(ours.get("kept"), sort_keys=True))
+            records.setdefault(key, ours)
+    if found > len(records):
+        print(f"{found - len(records)} exact duplicates dropped")
+    return list(records.values())
+
+
+def import_files(args):
+    mapped = dict(pair.partition("=")[::2] for pair in args.map.split(",")) if args.map else {}
+    for part, field in mapped.items():
+        if part not in PARTS or not field:
+            stop(f"--map {args.map}: must be part=field pairs, with commas between; the "
+                 f"parts are {', '.join(PARTS)}")
+    keep = args.keep.split(",") if args.keep else []
+    if not all(keep) or "user_input" in keep:
+        stop(f"--keep {args.keep}: must be fields of the files, with commas between; a prompt "
+             "keeps its user_input anyway")
+    records = convert(args.files, mapped=mapped, all_turns=args.all_turns, keep=keep)
+    if keep and "rlhf" not in args.make and any("completion" in r for r in records):
+        stop(f"--keep {args.keep}: only prompts keep fields, and these records are more than "
+             "prompts: add --make rlhf")
+    save_sets(records, args, args.make, args.overwrite)
+
+
+@clean_exit
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = add_command(
+        commands, "import", import_files,
+        "Files in the layouts that people have, as our data sets; the layout is recognized, and "
+        "reported.",
+        "python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out "
+        "data/alpaca",
+        OUT, EVAL_SHARE)
+    command.add_argument("files", nargs="+", metavar="FILE", help="JSON, JSON Lines, CSV, TSV, "
+                         "also .gz of them; Parquet")
+    command.add_argument("--map", help="which field plays which part, such as "
+                         f"prompt=question,completion=answer; the parts are {', '.join(PARTS)}")
+    command.add_argument("--keep", metavar="FIELD,...", help="fields of theirs that the records of "
+                         "rlhf_training_data keep, for a reward function (default: those of "
+                         f"{', '.join(KEPT)} that play no other part)")
+    command.add_argument("--all_turns", action="store_true", help="every answer of a dialogue "
+                         "demonstrates, not only the last")
+    add_make(command)
+    args = parser.parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

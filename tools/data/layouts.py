@@ -1,0 +1,139 @@
+"""The layouts that people have: what the parts of a record are called there, and dialogues.
+
+A record of ours is a prompt, `{"user_input": ...}`, with a completion, or with a completion and its
+score. `PARTS` says under which names the parts of one are found elsewhere. layouts_parts.py goes by
+these names, layouts_compared.py has what needs more than names, layouts_files.py reads the files.
+"""
+
+import re
+
+# Part: the names of the field that plays it, in small or capital letters. The first that a file has
+# counts, but all of `input`.
+PARTS = {
+    "system": ["system", "system_prompt"],
+    "history": ["history"],            # earlier turns: [[question, answer], ...]
+    "messages": ["messages", "conversations", "conversation", "dialogue", "trajectory",
+                 "data", "text"],
+    "prompt": ["user_input", "prompt", "instruction", "question", "problem", "query", "input",
+               "inputs", "context"],
+    "input": ["input", "context"],     # what the prompt is about, where it is not the prompt
+    "completion": ["completion", "output", "response", "solution", "answer", "target",
+                   "targets"],
+    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred", "response_j",
+               "pos_resp"],
+    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred",
+                 "response_k", "neg_resp"],
+    "score": ["score", "rating", "overall_score", "helpfulness"],
+    "label": ["label", "kto_tag", "is_safe", "is_correct"],  # whether the completion is a good one
+}
+ROLES = {"system": "system", "developer": "system", "human": "user", "user": "user",
+         "prompter": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+         "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant"}
+
+
+class LeftOut(Exception):
+    """Raised for a record that is of no use; says why, in words that follow "left out: "."""
+
+
+def named_in(fields, names):
+    """Those of the fields that have one of these names, in the order of the names."""
+    by_name = {field.lower(): field for field in sorted(fields)}
+    return [by_name[name] for name in names if name in by_name]
+
+
+# ------------------------------------------------------------------------------------------------
+# Dialogues
+
+def turns_of(text):
+    """Chat messages from a text: turns after "### Human:" (guanaco), after "Human:" at the
+    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML or
+    in [INST] of LLaMA 2; else one message of the user."""
+    if text.lstrip().startswith("<|im_start|>"):
+        found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", text, re.S)
+        return [(role, said.strip()) for role, said in found]
+    if re.match(r"\s*(<s>)?\s*\[INST\]", text):
+        system, rest = re.fullmatch(r"(?:.*?<<SYS>>\s*(.*?)\s*<</SYS>>)?(.*)", text, re.S).groups()
+        turns = re.split(r"\[/?INST\]|</s>|<s>", rest)
+        said = [turn.strip() for turn in turns if turn.strip()]
+        return [("system", system)] * bool(system) + [
+            (("user", "assistant")[i % 2], turn) for i, turn in enumerate(said)]
+    mark = r"(?:^|\n\n)(Human|Assistant):"
+    if re.match(r"\s*### (Human|Assistant):", text):
+        mark = r"### (Human|Assistant):"
+    elif text.startswith("Human:"):
+        mark = r"(?:^|\n+)(Human|Assistant):"
+    _, *parts = re.split(mark, text)
+    return [(role, said.strip()) for role, said in zip(parts[::2], parts[1::2])] or [("user", text)]
+
+
+def text_of(content):
+    """The text of a message, which may come as a list of parts."""
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                   for part in content):
+            raise LeftOut("a message has a part that is no text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise LeftOut("a message has no text")
+    return content
+
+
+def dialogue(value):
+    """Chat messages from a text (see `turns_of`), from a message or a list of them, {"role",
+    "content"} or ShareGPT's {"from", "value"}, from a list of texts that take turns, or from a list
+    of exchanges, {"human", "assistant"} or {"input", "output"}.
+
+    Neighbours of one role become one message: many chat templates take no other dialogue.
+    """
+    if isinstance(value, dict):
+        value = next((value[name] for name in ("messages", "full_text") if name in value), value)
+    if isinstance(value, str):
+        said = turns_of(value)
+    elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        said = [(("user", "assistant")[n % 2], text) for n, text in enumerate(value)]
+    elif isinstance(value, (dict, list)):
+        said = []
+        for message in [value] if isinstance(value, dict) else value:
+            if not isinstance(message, dict):
+                raise LeftOut("a message is not an object")
+            asked = named_in(message, PARTS["prompt"] + ["human", "user"])
+            answer = named_in(message, PARTS["completion"] + ["assistant", "gpt"])
+            if asked and answer and not message.keys() & {"role", "from"}:
+                said += [("user", text_of(message[asked[0]])),
+                         ("assistant", text_of(message[answer[0]]))]
+            else:
+                role = message.get("role", message.get("from"))
+                said.append((role, text_of(message.get("content", message.get("value")))))
+    else:
+        raise LeftOut("a dialogue is not a list of messages")
+    messages = []
+    for theirs, text in said:
+        role = ROLES.get(str(theirs).lower())
+        if role is None:
+            raise LeftOut(f"a message is of {theirs!r}")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text
+        else:
+            messages.append({"role": role, "content": text})
+    if messages and messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()  # of a transcript that ends with "Assistant:"
+    return messages
+
+
+def as_prompt(messages):
+    """A lone message of the user is a text, anything longer stays a list of messages."""
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if not roles or all(not m["content"].strip() for m in messages if m["role"] == "user"):
+        raise LeftOut("there is no prompt")
+    if roles[0] != "user" or roles[-1] != "user":
+        raise LeftOut(f"the dialogue {'begins' if roles[0] != 'user' else 'ends'} with the "
+                      "assistant")
+    return messages[0]["content"] if len(messages) == 1 else messages
+
+
+def with_system(system, messages):
+    if not system:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
+    return [{"role": "system", "content": system}, *messages]

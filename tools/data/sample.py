@@ -1,0 +1,98 @@
+"""Samples of a checkpoint: what a reward model is best trained on, once they have scores.
+
+    python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out samples.json
+
+(or python -m tools.data.sample sample ...). What is written is on disk at once, in a journal beside
+the output: the same command continues where it stopped.
+"""
+
+import argparse
+import os
+
+import torch
+from tqdm import tqdm
+
+from lib.data import encode_prompts, left_pad, read_records, save
+from lib.errors import clean_exit, stop
+from lib.run import fingerprint
+from lib.settings import DEVICE, positive, usable_device, whole
+from model import generate, load_llama, load_tokenizer
+from tools.data.commands import add_command, digest, journal_of, not_negative
+from tools.data.sets import prompt_key
+
+
+def sample(args):
+    """K completions per prompt. Each batch has its own random numbers: a run that was stopped goes
+    on with the same result."""
+    records = read_records(args.file, "user_input")
+    prompts = list({prompt_key(r["user_input"]): r["user_input"] for r in records}.values())
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    llama = load_llama(args.model, tokenizer).to(args.device)
+    context = llama.config.max_position_embeddings
+    room = context - args.max_new_tokens
+    if room < 1:
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
+             f"context is {context} tokens")
+    journal = journal_of(args)
+    tokens = encode_prompts(prompts, tokenizer, room, args.file)
+    # a model that was trained again under the same name is another model
+    trained = fingerprint(args.model) if os.path.exists(args.model) else ""
+    how = [args.model, trained, args.k, args.temperature, args.top_k, args.top_p,
+           args.max_new_tokens, args.seed]
+    keys = [digest("sample", how, prompt_key(prompt)) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # little padding
+    step = max(1, args.batch_size // args.k)
+    bar = tqdm(total=len(prompts), desc="sample", unit="prompt", dynamic_ncols=True)
+    for start in range(0, len(order), step):
+        batch = order[start:start + step]
+        if any(keys[i] not in journal.answers for i in batch):
+            seed = int(digest(how, tokens[batch[0]])[:15], 16)
+            texts = write([tokens[i] for i in batch for _ in range(args.k)], seed, llama,
+                          tokenizer, args)
+            for n, i in enumerate(batch):
+                journal.add(keys[i], {"completions": texts[n * args.k:(n + 1) * args.k]})
+        bar.update(len(batch))
+    bar.close()
+    written = [journal.answers[key]["completions"] for key in keys]
+    same = sum(len(texts) - len(set(texts)) for texts in written)
+    print(f"{len(prompts)} prompts, {args.k} completions each; {same} that a prompt has already "
+          "are left out")
+    save(args.out, [{"user_input": prompt, "completion": text}
+                    for prompt, texts in zip(prompts, written) for text in dict.fromkeys(texts)])
+
+
+def write(prompts, seed, llama, tokenizer, args):
+    """One text for each of the prompts, which are lists of tokens."""
+    input_ids, mask = left_pad(prompts, tokenizer.pad_token_id, args.device)
+    generator = torch.Generator(args.device).manual_seed(seed)
+    out = generate(llama, input_ids, mask, args.max_new_tokens, tokenizer.end_ids,
+                   args.temperature, args.top_k, args.top_p, generator)
+    return [tokenizer.decode(row[used.bool()].tolist(), skip_special_tokens=True).strip()
+            for row, used in zip(out.tokens, out.mask)]
+
+
+@clean_exit
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = add_command(
+        commands, "sample", sample, "K completions per prompt from a checkpoint.",
+        "python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out "
+        "samples.json",
+        ("model", "runs/sft", "checkpoint, as sft.py takes it", str),
+        ("tokenizer", None, "where its tokenizer is, if not with it", str),
+        ("k", 4, "completions per prompt", positive),
+        ("max_new_tokens", 128, "longest completion, tokens", positive),
+        ("temperature", 1.0, "of the sampling", not_negative),
+        ("top_k", 0, "only the likeliest tokens; 0: all", whole),
+        ("top_p", 1.0, "only the likeliest tokens with this probability; 1: all", float),
+        ("batch_size", 64, "completions at a time", positive),
+        ("device", DEVICE, "where to compute", usable_device))
+    command.add_argument("file", metavar="FILE", help="records with user_input")
+    command.add_argument("--out", required=True, help="file to write")
+    args = parser.parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Records as the files of our data sets, some prompts held out in the twins `..._eval.json`."""
+
+import json
+import os
+import random
+
+from lib.data import save
+from lib.errors import stop
+
+
+def prompt_key(user_input):
+    """A text that stands for the prompt, equal for equal prompts."""
+    return user_input if isinstance(user_input, str) else json.dumps(user_input, sort_keys=True)
+
+
+def as_text(user_input):
+    """A prompt for people, or an LLM, to read."""
+    if isinstance(user_input, str):
+        return user_input
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in user_input)
+
+
+def sets_of(records, make):
+    """{name: records} of the data sets `make`, or if that is empty, of those that the records are.
+    Made are demonstrations of the best of scored completions, and PPO's prompts of all."""
+    prompts, others = {}, 0
+    for r in records:
+        if make or "completion" not in r:
+            prompt = {"user_input": r["user_input"]} | r.get("kept", {})
+            others += prompts.setdefault(prompt_key(r["user_input"]), prompt) != prompt
+    if others and (not make or "rlhf" in make):
+        print(f"{others} prompts come again with other values in the fields that are kept: the "
+              "first is taken")
+    records = [{field: r[field] for field in r if field != "kept"} for r in records]
+    scored = [r for r in records if "score" in r]
+    unscored = [r for r in records if "completion" in r and "score" not in r]
+    if not make:
+        return {"actor": unscored, "reward": scored, "rlhf": list(prompts.values())}
+    best = {}
+    for r in scored:
+        now = best.setdefault(prompt_key(r["user_input"]), r)
+        if r["score"] > now["score"]:
+            best[prompt_key(r["user_input"])] = r
+    demonstrations = [{"user_input": r["user_input"], "completion": r["completion"]}
+                      for r in best.values()]
+    sets = {"actor": unscored + demonstrations, "reward": scored, "rlhf": list(prompts.values())}
+    for name in make:
+        if not sets[name]:
+            what = {"actor": "completions", "reward": "scored completions", "rlhf": "prompts"}
+            stop(f"--make {name}: the files hold no {what[name]}")
+    return {name: sets[name] for name in make}
+
+
+def save_sets(records, args, make, overwrite):
+    """Write the data sets (see `sets_of`) and their held-out twins to the folder args.out. A prompt
+    is on one side only, in whichever set it stands; args.eval_share of them are held out."""
+    keys = list(dict.fromkeys(prompt_key(r["user_input"]) for r in records))
+    number = 0
+    if args.eval_share and len(keys) > 1:
+        number = max(1, round(args.eval_share * len(keys)))
+    held_out = set(random.Random(args.seed).sample(keys, number))
+    files = {}
+    for name, chosen in sets_of(records, make).items():
+        for r in chosen:
+            twin = "_eval" if prompt_key(r["user_input"]) in held_out else ""
+            path = os.path.join(args.out, f"{name}_training_data{twin}.json")
+            files.setdefault(path, []).append(r)
+    if not files:
+        stop("nothing to write: no record is left")
+    for path in sorted(files):
+        if os.path.exists(path) and not overwrite:
+            stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
+                 "it")
+    for path in sorted(files):
+        save(path, files[path])
+
+
+def add_make(command):
+    """The option that chooses among these sets."""
+    command.add_argument("--make", nargs="+", choices=["actor", "reward", "rlhf"], default=[],
+                         help="sets to make of the records (default: what they are): of pairs, "
+                         "say, demonstrations and prompts too")
