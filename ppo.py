@@ -43,8 +43,9 @@ from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, 
                              my_parts, place, start_processes, total, wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
+from lib.memory import micro_batch
 from lib.run import Run
-from lib.settings import parse
+from lib.settings import parse, whole
 from lib.training import autocast, numbers, set_lr
 from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
@@ -96,8 +97,9 @@ SETTINGS = [
     "training",
     ("ppo_epochs",        2,        1,      "passes over each round's experience"),
     ("minibatch_size",    32,       32,     "responses per optimizer step"),
-    ("micro_batch_size",  32,       4,      "responses per forward pass, if all are the longest: "
-                                            "bounds the memory (decoding runs the whole batch)"),
+    ("micro_batch_size",  32,       0,      "responses per forward pass, if all are the longest: "
+                                            "bounds the memory (decoding runs the whole batch). 0: "
+                                            "4 on a CPU, on a GPU as many as fit", whole),
     ("lr",                2e-4,     2.5e-5, "learning rate of the actor; decays linearly to 0"),
     ("critic_lr",         1e-3,     5e-5,   "learning rate of the critic, likewise"),
     ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
@@ -106,6 +108,8 @@ SETTINGS = [
     ("ptx_coef",          0.1,      0.0,    "weight of the cross entropy on demonstrations"),
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
                                             "far from the one that sampled", float),
+    ("adam_eps",          1e-5,     1e-5,   "epsilon of Adam: entries of the gradient that are "
+                                            "smaller hardly move their weight"),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
     "evaluation",
     ("eval_every",        20,       20,     "updates between evaluations, each with an export"),
@@ -551,6 +555,12 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     return s
 
 
+def averaged(found):
+    """The mean of each statistic over the minibatches of an update; the largest of largest_ratio."""
+    means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    return means | dict(largest_ratio=max(each["largest_ratio"] for each in found))
+
+
 # ------------------------------------------------------------------------------------------------
 # The run
 
@@ -637,6 +647,15 @@ def four_models(args, tokenizer, text_reward):
     return actor, critic, ref, text_reward or shared or frozen(load_scalar_head(args.rm))
 
 
+def with_optimizers(args, **models):
+    """{name: (model, its optimizer)} of those that learn."""
+    # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
+    # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
+    options = dict(eps=args.adam_eps, weight_decay=0.0, fused=WORLD == 1)
+    return {name: (model, torch.optim.AdamW(trainable(model), **options))
+            for name, model in models.items()}
+
+
 def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
     """Prompts, held-out prompts, and the demonstrations for the PTX term, as tokens."""
     limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
@@ -678,11 +697,8 @@ def main(argv=None):
     prompts, eval_prompts, demonstrations = encode_inputs(
         records, eval_records, reward_model, actor.config, tokenizer, args)
 
-    # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
-    # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
-    options = dict(eps=1e-5, weight_decay=0.0, fused=WORLD == 1)
-    trained = {name: (model, torch.optim.AdamW(trainable(model), **options))
-               for name, model in (("actor", actor), ("critic", critic))}
+    trained = with_optimizers(args, actor=actor, critic=critic)
+    args.micro_batch_size = micro_batch("ppo", trained, args, run.state)
     B, passes = args.batch_size, args.ppo_epochs
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
     shown_order = deal(len(demonstrations), args.updates * passes * B, args.seed)
@@ -718,8 +734,7 @@ def main(argv=None):
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and found[-1]["approx_kl"] > args.target_kl:
                 break
-        row |= {name: sum(each[name] for each in found) / len(found) for name in found[0]}
-        row["largest_ratio"] = max(each["largest_ratio"] for each in found)
+        row |= averaged(found)
         if args.kl_target:
             kl_control.update(row["kl"], B)
         seconds = time.perf_counter() - started

@@ -26,9 +26,9 @@ from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, sta
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
 from lib.lora import add_lora, trainable
-from lib.memory import PIECE
+from lib.memory import PIECE, micro_batch
 from lib.run import Run
-from lib.settings import parse
+from lib.settings import parse, whole
 from lib.training import autocast, set_lr
 from model import load_llama, load_tokenizer, save_checkpoint, states_of, tokens_of
 
@@ -47,8 +47,9 @@ SETTINGS = [
     "training",
     ("epochs",            6,      3,      "passes over the demonstrations"),
     ("batch_size",        32,     128,    "demonstrations per optimizer step"),
-    ("micro_batch_size",  32,     8,      "demonstrations per forward pass: bounds the memory, and "
-                                          "changes nothing else"),
+    ("micro_batch_size",  32,     0,      "demonstrations per forward pass: bounds the memory, and "
+                                          "changes nothing else. 0: 8 on a CPU, on a GPU as "
+                                          "many as fit", whole),
     ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
     ("weight_decay",      0.1,    0.0,    "AdamW's weight decay"),
     ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the "
@@ -131,7 +132,9 @@ def main(argv=None):
     order = torch.Generator().manual_seed(args.seed)  # its own, so nothing else changes the order
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
-    kept = run.begin(steps, {"model": (model, optimizer)}, {}, dict(watch={}))
+    trained = {"model": (model, optimizer)}
+    args.micro_batch_size = micro_batch("sft", trained, args, run.state)
+    kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = LossWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches))[run.step:]:

@@ -35,8 +35,9 @@ from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts,
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite, warn_of_labels
 from lib.lora import add_lora, trainable
+from lib.memory import micro_batch
 from lib.run import Run
-from lib.settings import parse
+from lib.settings import parse, whole
 from lib.training import autocast, set_lr
 from model import ScalarHead, last_token, load_llama, load_tokenizer, save_checkpoint
 
@@ -57,8 +58,9 @@ SETTINGS = [
     ("loss",              "ranking", "ranking", "what to learn", ["ranking", "regression"]),
     ("epochs",            3,        1,      "passes over the prompts"),
     ("batch_size",        4,        64,     "prompts per optimizer step, with all completions"),
-    ("micro_batch_size",  4,        2,      "prompts per forward pass: bounds the memory, and "
-                                            "changes nothing else"),
+    ("micro_batch_size",  4,        0,      "prompts per forward pass: bounds the memory, and "
+                                            "changes nothing else. 0: 2 on a CPU, on a GPU as "
+                                            "many as fit", whole),
     ("lr",                5e-4,     9e-6,   "peak of AdamW's learning rate; warm-up, then a cosine "
                                             "to a tenth"),
     ("max_length",        256,      512,    "tokens per text; a longer one loses the beginning of "
@@ -240,7 +242,9 @@ def main(argv=None):
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    kept = run.begin(steps, {"reward_model": (reward_model, optimizer)}, {}, dict(watch={}))
+    trained = {"reward_model": (reward_model, optimizer)}
+    args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(map(len, groups)))
+    kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = RankingWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches))[run.step:]:

@@ -18,6 +18,8 @@ like. The steps:
               learning rate
     trl       TRL's PPOTrainer, and ours beside it: the same models, prompts, settings and number of
               answers; ours also with one optimizer step per update, as TRL takes them
+    adam      only if it is asked for: PPO with Adam's epsilon at 1e-5 and 1e-8, with and without
+              clipping, in one and in two mini-batches (bench/adam.py) -> adam.md, in --out
     report    report.md and its pictures, in --out
 
 The score of an answer is the reward model's, the gold score the gold reward model's. A gain is in
@@ -28,6 +30,7 @@ standard deviations of the SFT model's answers. The lexicon's score is VADER's c
 import argparse
 import csv
 import glob
+import itertools
 import json
 import math
 import os
@@ -43,17 +46,20 @@ from transformers import LlamaConfig
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from bench import adam  # noqa: E402
 from lib.data import collate, encode_completion, encode_prompt, left_pad, read_records  # noqa: E402
 from data_gen import train_tokenizer  # noqa: E402
 from model import (DEMO_MODEL, generate, last_token, load_llama, load_scalar_head,  # noqa: E402
                    load_tokenizer, random_llama, save_checkpoint, states_of, tokens_of)
 from train_rm import pair_statistics  # noqa: E402
 
-STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "report"]
+STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "adam", "report"]
 FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_out=600, eval=128,
-            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, over_updates=45)
+            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, adam_episodes=1152,
+            over_updates=45)
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
-             best_of_prompts=4, every=2, trl_episodes=32, over_updates=2)
+             best_of_prompts=4, every=2, trl_episodes=32, adam_episodes=16,
+             over_updates=2)
 LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
 OURS_BESIDE = {"beside": "ours", "beside-one-step": "ours, one step per update"}
 
@@ -134,6 +140,12 @@ def train(args):
         for folder, rows in zip(OURS_BESIDE, (args.batch // 2, args.batch)):
             run(args, folder, "ppo", *ppo_options(args, "rm", updates, KL_COEF, 0),
                 "--critic_lr", LR, "--minibatch_size", rows)
+
+
+    for name, seed in itertools.product(adam.VARIANTS, args.seeds if "adam" in args.steps else ()):
+        run(args, f"{adam.slug(name)}-{seed}", "ppo",
+            *ppo_options(args, "rm", args.adam_episodes // args.batch, KL_COEF, seed),
+            *adam.options(name, args.batch))
 
 
 def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
@@ -512,7 +524,8 @@ def draw(args, seeds, best, theirs, measured):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--steps", nargs="+", choices=STEPS,
+                        default=[step for step in STEPS if step != "adam"])
     parser.add_argument("--report", action="store_true", help="as --steps report")
     parser.add_argument("--episodes", type=int, default=4032, help="answers per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -533,6 +546,8 @@ def main():
     train(args)
     if "trl" in args.steps:
         trl(args)
+    if "adam" in args.steps:
+        adam.report(args)
     if "report" in args.steps:
         report(args)
 

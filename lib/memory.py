@@ -1,10 +1,18 @@
-"""The memory of a training step, predicted from the model's configuration, for tools.budget.
+"""The memory of a training step, predicted from the model's configuration: for tools.budget, and
+for the micro-batch that a GPU has room for.
 
 In the formulas: n layers; widths d of the hidden state, I of the MLP, Q of all query heads
 together, K of all key heads; H query heads; V words.
 """
 
+import argparse
+
+import torch
+
+from lib.distributed import WORLD, largest
+
 PIECE = 512  # tokens whose logits are in memory at one time
+LAPTOP = dict(sft=8, rm=2, ppo=4)  # rows of a micro-batch on a CPU
 
 
 def widths(config):
@@ -50,6 +58,48 @@ def activation_bytes(config, rows, length, projected, copies, args):
             kept += 2 * n * (2 * d * q + 2 * d * k + 2 * d * i)
     gradients = 4 * 3 * i * tokens + (0 if args.lora_rank else 4 * d * (i + words))
     return kept + tokens * 12 * d + max(projected * v * (4 * copies + 2 * cast), gradients)
+
+
+def step_bytes(stage, config, rows, args, texts=4):
+    """Bytes at the peak of forward and backward pass over a micro-batch of `rows` of a stage, "sft",
+    "rm" or "ppo"; a prompt of the reward model has `texts` completions."""
+    context = config.max_position_embeddings
+    if stage == "ppo":
+        response = args.max_new_tokens
+        length = min(args.max_prompt_length, context - response) + response
+        # logits, a piece at a time, and their log softmax, and for the entropy four more
+        needed = activation_bytes(config, rows, length, min(PIECE, rows * response), 6, args)
+        ptx = activation_bytes(config, rows, length, rows * length, 4, args)
+        return max(needed, ptx) if args.ptx_coef else needed
+    length = min(args.max_length, context)
+    if stage == "rm":
+        return activation_bytes(config, texts * rows, length, 0, 3, args)
+    return activation_bytes(config, rows, length, min(PIECE, rows * length), 3, args)
+
+
+def micro_batch(stage, trained, args, state, texts=4):
+    """--micro_batch_size, where 0 leaves it to us. On a CPU: few rows (LAPTOP). On a GPU: the whole
+    (mini-)batch, or the largest equal part of it that fits what is free once gradients and optimizer
+    are there, with a margin of 20 %. A run that is resumed, `state`, keeps its size. `trained`:
+    {name: (model on its device, optimizer)}; `texts`: completions of a prompt at most."""
+    if args.micro_batch_size:
+        return args.micro_batch_size
+    if state:
+        return state["settings"]["micro_batch_size"]
+    if torch.device(args.device).type != "cuda":
+        return LAPTOP[stage]
+    models = [model for model, _ in trained.values()]
+    learns = [p for model in models for p in model.parameters() if p.requires_grad]
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in learns)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(args.device)[0] - 3 * held  # gradients, and Adam's two moments
+    rows = -(-(args.minibatch_size if stage == "ppo" else args.batch_size) // WORLD)
+    sized = argparse.Namespace(**vars(args), processes=WORLD)
+    while rows > 1 and step_bytes(stage, models[0].config, rows, sized, texts) > 0.8 * free:
+        rows = -(-rows // 2)
+    rows = -largest(-rows)  # all processes take the same
+    print(f"--micro_batch_size {rows}: {free / 2**30:.1f} GiB are free for a forward and backward pass")
+    return rows
 
 
 def rollout_bytes(config, rows, prompt, response, args):

@@ -191,8 +191,7 @@ def other_model(args, tokenizer, load_scalar_head, last_token):
         is_llama = AutoConfig.from_pretrained(args.rm).model_type == "llama"
     if is_llama and load_tokenizer(args.rm).get_vocab() == tokenizer.get_vocab():
         return None
-    return from_model(args.rm, tokenizer, args.device, args.micro_batch_size, load_scalar_head,
-                      last_token)
+    return from_model(args.rm, tokenizer, args, load_scalar_head, last_token)
 
 
 class TextReward:
@@ -229,25 +228,26 @@ def share(reward):
     return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
-def from_model(path, tokenizer, device, batch_size, load_scalar_head, last_token):
+def from_model(path, tokenizer, args, load_scalar_head, last_token):
     """The reward of a model whose tokens are not the policy's: LLaMA as our own `ScalarHead`, any
     other as transformers has it."""
     with explain(f"{path}: no reward model can be loaded from it"):
         config = AutoConfig.from_pretrained(path)
     if config.model_type == "llama":
-        theirs, model = load_tokenizer(path), load_scalar_head(path).to(device)
+        theirs, model = load_tokenizer(path), load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings
 
         def score(asked, completions):
             examples = [encode_completion(theirs, *pair) for pair in zip(asked, completions)]
             examples = [(prompt[max(0, len(prompt) + len(completion) - longest):], completion)
                         for prompt, completion in examples]
-            input_ids, places = collate(examples, theirs.pad_token_id, device)
+            input_ids, places = collate(examples, theirs.pad_token_id, args.device)
             return last_token(model(input_ids), places)
     else:
         with explain(f"{path}: no reward model can be loaded from it"), quiet():
             theirs = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForSequenceClassification.from_pretrained(path).to(device).eval()
+            model = AutoModelForSequenceClassification.from_pretrained(path).to(
+                args.device).eval()
             if model.config.num_labels != 1:
                 raise ValueError(f"it has {model.config.num_labels} labels, not one")
         # a tokenizer without a length states a huge one
@@ -265,15 +265,15 @@ def from_model(path, tokenizer, device, batch_size, load_scalar_head, last_token
                 texts = [said if isinstance(said, str) else said[-1]["content"] for said in asked]
                 batch = theirs(texts, completions, padding=True, truncation=True,
                                max_length=longest, return_tensors="pt")
-            return model(**batch.to(device)).logits[:, 0].float()
+            return model(**batch.to(args.device)).logits[:, 0].float()
 
     model.requires_grad_(False)
 
     @torch.no_grad()
     def function(records, completions, ended):
         scores, asked = [], [record["user_input"] for record in records]
-        for start in range(0, len(asked), batch_size):
-            part = slice(start, start + batch_size)
+        for start in range(0, len(asked), args.micro_batch_size):
+            part = slice(start, start + args.micro_batch_size)
             scores += score(asked[part], completions[part]).tolist()
         return scores
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ppo
 import sft
 import train_rm
+from lib import memory
 from model import Llama, generate
 from tools import budget
 
@@ -134,7 +135,7 @@ def test_a_layer_keeps_the_bytes_of_the_formula(size, kv_heads, options, within)
 
     measured = layer(lambda c: kept(c, args, rows, length))
     assert measured == pytest.approx(
-        layer(lambda c: budget.activation_bytes(c, rows, length, 0, 0, args)), rel=within
+        layer(lambda c: memory.activation_bytes(c, rows, length, 0, 0, args)), rel=within
     )
 
 
@@ -171,7 +172,7 @@ def test_lora_checkpointing_and_processes_need_less():
     assert shared["gathered"] == 4 * ends + heads + ends + 4 * 32 * 101 + 3 * layer
     assert full["gathered"] == 0 and split["peak"] < shared["peak"] < full["peak"]
     few, many = (
-        budget.activation_bytes(c, 2, 16, 0, 0, settings("ppo", *flags))
+        memory.activation_bytes(c, 2, 16, 0, 0, settings("ppo", *flags))
         for flags in (["--gradient_checkpointing"], [])
     )
     assert few < many

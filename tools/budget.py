@@ -30,7 +30,7 @@ from lib.data import collate
 from lib.distributed import clip_gradients, place
 from lib.errors import clean_exit
 from lib.lora import add_lora, trainable
-from lib.memory import PIECE, activation_bytes, rollout_bytes, widths
+from lib.memory import LAPTOP, rollout_bytes, step_bytes, widths
 from lib.settings import parse
 from lib.training import autocast
 from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, last_token, load_tokenizer
@@ -138,17 +138,15 @@ def budget(stage, config, args):
                     + size(p for p in ends if p.requires_grad)
                     + 2 * size(layer.parameters()) + size(trainable(layer)))
     batch, context = args.batch_size, config.max_position_embeddings
-    rows = min(args.micro_batch_size, -(-(args.minibatch_size if stage == "ppo" else batch) // n))
+    rows = min(args.micro_batch_size or LAPTOP[stage],
+               -(-(args.minibatch_size if stage == "ppo" else batch) // n))
+    activations = step_bytes(stage, config, rows, args)
     if stage == "ppo":
         response = args.max_new_tokens
         prompt = min(args.max_prompt_length, context - response)
         length = prompt + response
-        # logits, a piece at a time, and their log softmax, and for the entropy four more
-        activations = activation_bytes(config, rows, length, min(PIECE, rows * response), 6, args)
         flops = update_flops(config, batch * [(prompt, response)], args)
         if args.ptx_coef:
-            ptx = activation_bytes(config, rows, length, rows * length, 4, args)
-            activations = max(activations, ptx)
             flops += args.ppo_epochs * training_flops(config, batch * [length], batch * length,
                                                       args)
         rollout = rollout_bytes(config, -(-batch // n), prompt, response, args)
@@ -157,10 +155,8 @@ def budget(stage, config, args):
             rollout += plain * (2 if args.dtype == "bfloat16" else 4)
     else:
         length, texts = min(args.max_length, context), 4 if stage == "rm" else 1
-        projected = length if stage == "sft" else 0
-        piece = min(PIECE, rows * projected)
-        activations = activation_bytes(config, texts * rows, length, piece, 3, args)
-        flops = training_flops(config, texts * batch * [length], batch * projected, args)
+        projected = batch * length if stage == "sft" else 0
+        flops = training_flops(config, texts * batch * [length], projected, args)
     peak = weights + optimizer + gathered + max(gradients + activations, rollout)
     resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
     return dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations,
