@@ -687,7 +687,7 @@ def test_chatllama_took_the_likeliest_token_not_the_sampled_one():
 
 @pytest.mark.parametrize("sign, grows", [(-1, True), (1, False)], ids=["ours", "chatllama"])
 def test_chatllama_punished_entropy(sign, grows):
-    """A bonus is taken off the loss. (tests/test_stages.py checks the sign in a whole gradient
+    """A bonus is taken off the loss. (tests/test_ppo.py checks the sign in a whole gradient
     step.)"""
     logits = random(1, 5).requires_grad_()
     before = slow_entropy(logits[0].tolist())

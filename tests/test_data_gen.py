@@ -1,7 +1,7 @@
 """The commands of data_gen.py: other people's data, an LLM behind HTTP, completions of a
 checkpoint, a person at the terminal.
 
-The built-in data of stage 0 is tested in test_stages.py.
+The built-in data of stage 0 is tested in test_world.py.
 """
 
 import email.utils

@@ -1,14 +1,28 @@
-"""A reward function of the user's: what it is given, and what counts as a score."""
+"""A reward function of the user's: what it is given, and what counts as a score. Any reward model in
+PPO."""
 
 import json
+import math
+import re
 
 import numpy
 import pytest
 import torch
+from transformers import (
+    AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 import data_gen
+import model
+import ppo
+from lib import rewards
+from lib.data import encode_prompt, read_records
 from lib.rewards import Judge
+from makers import TINY, error_line, read_rows, without_speed
+from model import ScalarHead, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 RECORDS = [dict(user_input="1 + 1?", answer=2, level="easy"), dict(user_input="2 + 3?", answer=5)]
 ANSWERS, ENDED = ["It is 2.", "It is 6."], [True, False]
 
@@ -91,3 +105,223 @@ def numbers_of(text):
             runs[-1].append(character)
         before = character
     return runs
+
+
+# ------------------------------------------------------------------------------------------------
+# In PPO
+
+SPOKEN = "def score(user_input, completion):\n    return float(len(completion.split()) - 0.25 * len(user_input))\n"
+BATCHED = "def scores(user_inputs, completions):\n    return [len(c.split()) - 0.25 * len(u) for u, c in zip(user_inputs, completions)]\n"
+
+
+def seen_by_ppo(argv, monkeypatch):
+    """Run PPO -> [(prompt, response, score)] in tokens, of what was scored, and whether it had
+    ended."""
+    seen, score_responses = [], ppo.score_responses
+
+    def keep(reward_model, texts, *given):
+        scores, ended = score_responses(reward_model, texts, *given)
+        seen.extend((*text, score) for text, score in zip(texts, scores.tolist()))
+        return scores, ended
+
+    monkeypatch.setattr(ppo, "score_responses", keep)
+    ppo.main(argv)
+    return seen
+
+
+@pytest.mark.parametrize("code", [SPOKEN, BATCHED], ids=["score", "scores"])
+def test_a_reward_of_your_own(ppo_argv, home, tmp_path, monkeypatch, capsys, code):
+    """What the file says of the texts is what PPO learns from; the critic begins as the SFT
+    model."""
+    (tmp_path / "own.py").write_text(code)
+    argv = ppo_argv(rm=None, reward=tmp_path / "own.py", updates=1, out=tmp_path / "out")
+    seen = seen_by_ppo(argv, monkeypatch)
+    assert "own.py scores texts: the critic begins as the SFT model" in capsys.readouterr().out
+    asked = {
+        tuple(encode_prompt(home.tokenizer, r["user_input"])): r["user_input"]
+        for r in read_records(str(home.prompts), "user_input")
+        + read_records(str(home.prompts_eval), "user_input")
+    }
+    for prompt, response, score in seen:
+        text = home.tokenizer.decode(response, skip_special_tokens=True).strip()
+        assert score == pytest.approx(len(text.split()) - 0.25 * len(asked[tuple(prompt)]))
+    assert len(seen) == 8 + 2 * 4  # a batch, and two evaluations
+
+
+def test_the_running_deviation():
+    normalize, seen = rewards.RunningDeviation(), []
+    for seed, number in enumerate((1, 5, 8)):
+        scores = torch.randn(number, generator=torch.Generator().manual_seed(seed)) * 3 + 10
+        seen += scores.tolist()
+        mean = sum(seen) / len(seen)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in seen) / len(seen))
+        expected = scores / deviation if deviation else scores
+        assert normalize(scores).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "code, words, exit_code",
+    [
+        (
+            "def score(user_input, completion):\n    a = 1\n    return a / 0\n",
+            ["line 3: ZeroDivisionError", "--resume"],
+            1,
+        ),
+        (
+            "def score(user_input, completion):\n    return float('nan')\n",
+            ["is nan, which is not a finite number"],
+            1,
+        ),
+        (
+            "def score(user_input, completion):\n    return 'good'\n",
+            ["is 'good', which is not a finite number"],
+            1,
+        ),
+        ("def scores(user_inputs, completions):\n    return [1.0]\n", ["1 scores for 4 texts"], 1),
+        ("def score(:\n", ["not a Python file with a function score(user_input, completion)"], 2),
+        ("x = 1\n", ["not a Python file with a function score(user_input, completion)"], 2),
+    ],
+)
+def test_a_reward_that_fails_is_told_in_one_line(
+    ppo_argv, tmp_path, capsys, code, words, exit_code
+):
+    (tmp_path / "own.py").write_text(code)
+    argv = ppo_argv(rm=None, reward=tmp_path / "own.py", out=tmp_path / "out")
+    line = error_line(capsys, lambda: ppo.main(argv), code=exit_code)
+    assert "own.py" in line and all(word in line for word in words)
+    if exit_code == 1 and "scores for" not in line:
+        assert "a response to '" in line
+
+
+def test_a_failing_reward_leaves_the_last_state(ppo_argv, tmp_path, capsys):
+    """It may fail late: what was saved before is whole, and once it is mended, the run goes on as
+    if nothing had happened. --normalize_reward has a state, too."""
+    code = (
+        SPOKEN
+        + "calls = []\nspoken = score\ndef score(*given):\n    calls.append(1)\n    assert len(calls) < 22\n    return spoken(*given)\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    argv = ppo_argv(
+        rm=None,
+        reward=tmp_path / "own.py",
+        normalize_reward=True,
+        save_every=1,
+        eval_prompts=None,
+        gold=None,
+        out=tmp_path / "out",
+    )
+    assert "AssertionError" in error_line(capsys, lambda: ppo.main(argv), code=1)
+    assert len(read_rows(tmp_path / "out")) == 2
+    (tmp_path / "own.py").write_text(SPOKEN)
+    with pytest.raises(SystemExit):
+        ppo.main([*argv, "--resume"])
+    assert f"--reward {tmp_path / 'own.py'}: no longer what it was" in capsys.readouterr().err
+    ppo.main([*argv, "--resume", "--accept_changed_data"])
+    ppo.main([*argv, "--out", str(tmp_path / "once")])
+    assert without_speed(read_rows(tmp_path / "out")) == without_speed(read_rows(tmp_path / "once"))
+    assert len(read_rows(tmp_path / "out")) == 3
+
+
+def test_reward_and_rm_at_once(ppo_argv, tmp_path, capsys):
+    assert "give one of them" in error_line(
+        capsys, lambda: ppo.main(ppo_argv(reward=tmp_path / "own.py"))
+    )
+
+
+def other_llama(folder, texts):
+    """A LLaMA reward model with another vocabulary and another chat template."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, vocab_size=500))
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']\\n' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
+    )
+    torch.manual_seed(5)
+    config = model.LlamaConfig(vocab_size=len(tokenizer), **TINY)
+    model.save_checkpoint(ScalarHead(model.random_llama(config).model), tokenizer, str(folder))
+
+
+def other_bert(folder, texts):
+    """A BERT with one label, whose words are those of the texts."""
+    folder.mkdir()
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted({word for text in texts for word in re.findall(r"\w", text.lower())}),
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words), "utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=1,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [other_llama, other_bert])
+def test_any_reward_model_scores_in_ppo_as_it_does_alone(
+    ppo_argv, home, tmp_path, monkeypatch, capsys, make
+):
+    texts = [
+        f"{record['user_input']} {record.get('completion', '')}"
+        for record in home.records["scored"]
+    ]
+    make(tmp_path / "rm", texts)
+    seen = seen_by_ppo(ppo_argv(rm=tmp_path / "rm", updates=1, out=tmp_path / "out"), monkeypatch)
+    assert "scores texts: the critic begins as the SFT model" in capsys.readouterr().out
+    asked = {
+        tuple(encode_prompt(home.tokenizer, r["user_input"])): r["user_input"]
+        for r in read_records(str(home.prompts), "user_input")
+        + read_records(str(home.prompts_eval), "user_input")
+    }
+    theirs, alone = (
+        AutoTokenizer.from_pretrained(tmp_path / "rm"),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval(),
+    )
+    different = set()
+    for prompt, response, score in seen:
+        said, text = (
+            asked[tuple(prompt)],
+            home.tokenizer.decode(response, skip_special_tokens=True).strip(),
+        )
+        if make is other_llama:
+            ids = theirs.apply_chat_template(
+                [{"role": "user", "content": said}, {"role": "assistant", "content": text}],
+                return_dict=False,
+            )
+            batch = {"input_ids": torch.tensor([ids])}
+        else:
+            batch = theirs([said], [text], truncation=True, max_length=64, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(alone(**batch).logits.item(), abs=1e-4)
+        different.add(round(score, 3))
+    assert len(different) > 4
+
+
+@pytest.mark.parametrize("number", [2])
+def test_a_reward_model_with_several_labels_is_refused(ppo_argv, home, tmp_path, capsys, number):
+    other_bert(tmp_path / "rm", ["a b c"])
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=8,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=number,
+        )
+    ).save_pretrained(tmp_path / "rm")
+    assert "2 labels, not one" in error_line(
+        capsys, lambda: ppo.main(ppo_argv(rm=tmp_path / "rm", out=tmp_path / "out"))
+    )

@@ -16,13 +16,15 @@ import sys
 from lib.errors import clean_exit, stop
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MATHS, STAGES, MODEL = "test_ppo_math.py", "tests/test_stages.py", "tests/test_model.py"
+MATHS, PPO = "test_ppo_math.py", "tests/test_ppo.py"
 WRITE = {  # exercise: (file, function to be written, its test)
-    "1": ("sft.py", "completion_losses", f"{STAGES}::test_completion_losses"),
+    "1": ("sft.py", "completion_losses", "tests/test_sft.py::test_completion_losses"),
     "2": ("model.py", "states_of", f"{MATHS}::test_the_shift_between_a_state_and_its_token"),
-    "3": ("model.py", "rotate", f"{MODEL}::test_logits_and_gradients_are_those_of_transformers"),
+    "3": ("model.py", "rotate",
+          "tests/test_model.py::test_logits_and_gradients_are_those_of_transformers"),
     "4": ("train_rm.py", "ranking_loss", f"{MATHS}::test_ranking_loss"),
-    "5": ("model.py", "sample", f"{MODEL}::test_frequencies_and_logprobs_of_sampled_tokens"),
+    "5": ("model.py", "sample",
+          "tests/test_generate.py::test_frequencies_and_logprobs_of_sampled_tokens"),
     "6": ("ppo.py", "logprobs_from_logits", f"{MATHS}::test_logprobs_and_entropy"),
     "7": ("ppo.py", "token_rewards", f"{MATHS}::test_score_lands_on_the_last_token"),
     "8": ("ppo.py", "gae", f"{MATHS}::test_gae_at_lambda_1_is_chatllamas_advantage"),
@@ -33,10 +35,10 @@ WRITE = {  # exercise: (file, function to be written, its test)
 FIND = {  # planted bug, bench/bugs/*.diff: the test that finds it
     "12a": f"{MATHS}::test_the_shift_between_a_state_and_its_token",
     "12b": f"{MATHS}::test_masked_mean_weighs_tokens_and_not_responses",
-    "12c": f"{STAGES}::test_minibatch_step_is_the_slow_gradient_however_it_is_cut",
-    "12d": f"{STAGES}::test_experience_against_one_response_at_a_time",
+    "12c": f"{PPO}::test_minibatch_step_is_the_slow_gradient_however_it_is_cut",
+    "12d": f"{PPO}::test_experience_against_one_response_at_a_time",
     "12e": f"{MATHS}::test_whitened_moments",
-    "12f": f"{STAGES}::test_only_actor_and_critic_learn",
+    "12f": f"{PPO}::test_only_actor_and_critic_learn",
 }
 
 

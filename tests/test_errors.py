@@ -1,0 +1,38 @@
+"""Files appear whole or not at all."""
+
+import os
+
+import pytest
+
+from lib.errors import write_whole
+from makers import refused, write
+
+
+def test_write_whole(tmp_path):
+    path = str(tmp_path / "new" / "folder" / "file")
+    for data in (b"one", b"two, longer", b""):
+        write_whole(path, data)
+        with open(path, "rb") as file:
+            assert file.read() == data
+        assert os.listdir(tmp_path / "new" / "folder") == ["file"]
+
+
+@pytest.mark.parametrize("fault", ["fsync", "replace"])
+def test_write_whole_leaves_the_old_file_when_the_disk_is_full(tmp_path, capfd, monkeypatch, fault):
+    path = write(tmp_path / "file", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, fault, full)
+    line = refused(capfd, write_whole, path, b"new")
+    assert line == f"error: {path}: cannot be written (No space left on device)\n"
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]  # and no part of the new one
+
+
+def test_write_whole_where_nothing_can_be_written(tmp_path, capfd):
+    (tmp_path / "folder").mkdir()
+    blocked = write(tmp_path / "plain", "x")
+    for path in (str(tmp_path / "folder"), blocked + "/below"):
+        assert f"error: {path}: cannot be written" in refused(capfd, write_whole, path, b"data")
