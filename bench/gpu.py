@@ -18,7 +18,7 @@ finds it writes down at once, so that a run that is cut off is not lost:
               TRL's update, if it is installed
     large     the same at 1.2 billion parameters in bf16, all weights and LoRA
     resume    kill -9 and --resume, twice: the same weights?
-    tests     pytest of the maths, decoding, attention, the stages and resuming
+    tests     pytest of the maths, decoding and resuming
     real      bench/real_run.py with ten times the episodes, as far as the time goes; its data and
               model are fetched from the network, or lie in --real
     demo      python ppo.py: gold score, seconds. Left out unless named: its model is so small that
