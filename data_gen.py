@@ -102,8 +102,8 @@ PHRASINGS = {
                "哪个英文词的意思是 {word}？"],
     },
     "kind": {
-        "en": ["What kind of thing is a {word}?",
-               "Is {word} an animal, a fruit, a color, a vehicle or a tool?",
+        "en": ["What kind of thing does {word} name?",
+               "Does {word} name an animal, a fruit, a color, a vehicle or a tool?",
                "Which group does {word} belong to?", "Tell me the category of {word}.",
                "Where would you sort {word} in?"],
         "zh": ["{word} 是哪一类东西？", "{word} 属于什么类别？", "请给 {word} 归类。", "你会把 {word} 归到哪一类？",

@@ -1,4 +1,4 @@
-"""The model: LLaMA written out once, loading and saving it, the scalar head, LoRA, and generation.
+"""The model: LLaMA written out once, loading and saving it, the scalar head, and generation.
 
     from model import load_llama, load_tokenizer, generate
     tokenizer = load_tokenizer("runs/ppo")

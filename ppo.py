@@ -28,6 +28,9 @@ loss is that of OpenAI's lm-human-preferences.)
 
 Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv,
 samples.jsonl (each held-out answer of each evaluation) and curves.png.
+
+To read it for the algorithm: skip the two tables, SETTINGS and METRICS; then the maths,
+make_experience, train_minibatch, and the loop of main.
 """
 
 import contextlib
@@ -40,7 +43,7 @@ import torch.nn.functional as F
 from lib import health, rewards
 from lib.data import collate, deal, encode_prompts, encode_records, left_pad, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
-                             my_parts, place, start_processes, total, wait_for_all)
+                             my_parts, start_processes, to_device, total, wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import micro_batch
@@ -84,8 +87,8 @@ SETTINGS = [
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
      float),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
-    ("no_eos_score",      None,     None,   "score of a response that was cut; if not given: -1 in "
-                                            "place of a reward model's, and what --reward says",
+    ("no_eos_score",      None,     None,   "score of a response that was cut. Not given: -1 with "
+                                            "a reward model; with --reward, what it says",
      float),
     ("normalize_reward",  False,    False,  "divide the scores by their running standard "
                                             "deviation"),
@@ -107,7 +110,7 @@ SETTINGS = [
     ("entropy_coef",      0.0,      0.0,    "weight of the entropy bonus"),
     ("ptx_coef",          0.1,      0.0,    "weight of the cross entropy on demonstrations"),
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
-                                            "far from the one that sampled", float),
+                                            "far from the one that sampled (approx_kl)", float),
     ("adam_eps",          1e-5,     1e-5,   "epsilon of Adam: entries of the gradient that are "
                                             "smaller hardly move their weight"),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
@@ -126,17 +129,17 @@ METRICS = [
     ("score_ended",       "what the reward model says of responses that ended"),
     ("score_cut",         "and of those that were cut, whether it counts or not"),
     ("ended",             "share of the responses", "share of responses that ended", "ended"),
-    ("kl",                "to the reference", "KL to the SFT policy (nats per response)", "KL"),
+    ("kl",                "to the reference, k1", "KL to the SFT policy (nats per response)", "KL"),
     ("kl_error",          "standard error of that mean; 0: unknown"),
     ("kl_coef",           "score units per nat"),
-    ("objective",         "score - kl_coef KL"),
+    ("objective",         "score - kl_coef KL, the latter by --kl_kind"),
     ("entropy",           "of the policy", "entropy (nats per token)", "entropy"),
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
     ("ptx_loss",          "cross entropy on demonstrations, nats per token"),
     ("clip_fraction",     "where the policy gets no gradient", "share of tokens clipped", "policy"),
     ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
-    ("approx_kl",         "of the policy to the one that sampled, nats per token"),
+    ("approx_kl",         "KL(policy that sampled || policy now), nats per token"),
     ("explained_variance", "1: the critic knows the returns; 0: no better than their mean; below: "
      "worse", "explained variance of the critic", "explained variance"),
     ("largest_ratio",     "of the new probability of a token to the old one"),
@@ -152,7 +155,7 @@ METRICS = [
 # ------------------------------------------------------------------------------------------------
 # The maths. (B, T) are B responses of up to T tokens; `mask` is 1 on the tokens of the response, up
 # to and including its end-of-sequence, and 0 after it. What stands outside the mask, be it inf or
-# nan, never changes a result.
+# nan, never changes what a function with a mask gives.
 
 # a log ratio is cut to +-20 before exp: e^20 is far outside every clip range, and far from overflow
 LARGEST_LOG = 20.0
@@ -261,7 +264,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
         L = - mean  min(rho A, clamp(rho, 1 - clip, 1 + clip) A)
 
     All (B, T); the gradient flows through `logprobs` only -> loss, and clip_fraction: the share of
-    tokens whose term is the clipped one, which push no further.
+    tokens where clipping is active: no gradient. That is where A > 0 and rho > 1 + clip, or A < 0
+    and rho < 1 - clip. A token that moved the wrong way always keeps its gradient.
     """
     log_ratio = inside(logprobs, mask) - inside(old_logprobs, mask).detach()
     ratio = torch.exp(log_ratio.clamp(-LARGEST_LOG, LARGEST_LOG))
@@ -273,7 +277,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, clip):
     """Half the larger of two squared errors: of V, and of V kept within +-clip of what it was at
-    the rollout.
+    the rollout, so that one update cannot move it far from the values that gave the advantages.
 
         L = 1/2 mean  max((V - G)^2, (V_old + clamp(V - V_old, -clip, clip) - G)^2)
 
@@ -384,6 +388,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
     if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores texts, not tokens
+        # rank 0 asks it, and the others add zeros
         return total(on(args.device, reward_model.scores(texts, ends))), ended
 
     def read(rows):
@@ -420,24 +425,27 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
     scores = counted(model_scores, ended, args)
 
-    # In bf16 the same row gives other log probabilities in another batch: its sums are rounded at
-    # other places. So every model is asked about the very micro-batches of the first training
-    # pass: its ratios are then 1, and the KL begins at 0. In float32 the log probabilities from
-    # the sampling itself are as good.
-    exact = args.dtype == args.base_dtype == "float32" and not args.tf32
+    # In float32 the log probabilities from the sampling itself are as good as those of a training
+    # pass. In bf16 or TF32 they are not, nor are those of the same row in another batch: sums are
+    # rounded at other places. So actor, reference and critic are asked about the very
+    # micro-batches of the first training pass: its ratios are then 1, and the KL begins at 0.
+    sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
         at = on(args.device, rows)
         input_ids, places = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
         batch = input_ids, places, mask[at]
         with autocast(args):
-            logprobs = out.logprobs[at] if exact else response_logprobs(actor, *batch, args)
+            logprobs = out.logprobs[at]
+            if not sampling_is_exact:
+                logprobs = response_logprobs(actor, *batch, args)
             with adapters_off(ref):  # with LoRA the reference is the actor without its adapters
                 ref_logprobs = response_logprobs(ref, *batch, args)
             return logprobs, ref_logprobs, response_values(critic, *batch)
 
-    parts = [part for rows in minibatches
-             for part in micro_batches(rows, lengths, args.micro_batch_size)]
+    # gather_rows calls ask(rows) for each (rows, weight), and puts its (b, T) into rows of (B, T)
+    parts = [pair for rows in minibatches
+             for pair in micro_batches(rows, lengths, args.micro_batch_size)]
     old_logprobs, ref_logprobs, values = gather_rows(ask, parts, len(texts))
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
@@ -453,16 +461,17 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
                       rewards=rewards, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
                       advantages=whitened, old_values=values, returns=returns)
 
-    log_ratio = inside(old_logprobs - ref_logprobs, mask).sum(1)
-    unexplained, variance = (masked_mean((x - masked_mean(x, mask)).square(), mask)
-                             for x in (returns - values, returns))
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
+    kl_of_responses = inside(old_logprobs - ref_logprobs, mask).sum(1)  # k1, whatever --kl_kind
     statistics = numbers(dict(
         score=scores.mean(),
         score_ended=masked_mean(model_scores, ended), score_cut=masked_mean(model_scores, ~ended),
-        ended=ended.float().mean(), response_length=mask.sum(1).mean(), kl=log_ratio.mean(),
-        kl_error=log_ratio.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
-        explained_variance=1 - unexplained / variance.clamp(min=1e-8),
+        ended=ended.float().mean(), response_length=mask.sum(1).mean(),
+        kl=kl_of_responses.mean(),
+        kl_error=kl_of_responses.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
+        explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8),
         objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
     if statistics["ended"] == 0:
         statistics["score_ended"] = None
@@ -476,8 +485,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
 def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     """One optimizer step of actor and critic on these rows of the experience, and of the actor on
-    demonstrations too if there is a ptx_coef -> the statistics of the minibatch. `trained`: {name:
-    (model, its optimizer)}.
+    as many `demonstrations` too if there is a ptx_coef -> the statistics of the minibatch.
+    `trained`: {name: (model, its optimizer)}.
 
     Micro-batches only bound the memory: each loss is weighted by its share of the minibatch's
     tokens. `weight` is 1, or 0 for a row that one of many processes repeats
@@ -486,9 +495,11 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     actor, _ = trained["actor"]
     critic, _ = trained["critic"]
     all_tokens = experience["mask"][on(args.device, rows)].sum()
-    zero = torch.zeros((), device=args.device)  # the statistics stay there until the step's end
-    s = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
-                       "value_clip_fraction", "approx_kl", "largest_ratio"], zero)
+    # Summed up on the device; asking for the numbers, which waits for it, comes at the step's end.
+    # A statistic more: its name here, its value in `found`, and its column in METRICS.
+    zero = torch.zeros((), device=args.device)
+    sums = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
+                          "value_clip_fraction", "approx_kl", "largest_ratio"], zero)
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         at = on(args.device, part)
         input_ids, places = collate([experience["texts"][i] for i in part], tokenizer.pad_token_id,
@@ -517,9 +528,9 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
                      approx_kl=approx_kl)
         found |= dict(value_loss=v_loss, value_clip_fraction=value_clip_fraction)
         for name, value in found.items():
-            s[name] = s[name] + value.detach() * share
+            sums[name] = sums[name] + value.detach() * share
         largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp()
-        s["largest_ratio"] = torch.maximum(s["largest_ratio"], largest_ratio)
+        sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
@@ -535,28 +546,29 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         targets = weight * sum(len(completion) for _, completion, _ in examples)
         loss = ptx_loss(logits, labels) * targets / all_targets
         (args.ptx_coef * loss).backward()
-        s["ptx_loss"] = s["ptx_loss"] + loss.detach()
+        sums["ptx_loss"] = sums["ptx_loss"] + loss.detach()
 
-    # one common limit for the whole gradient of a model (Huang et al. 2022, global gradient
+    # the whole gradient of a model is scaled down as one (Huang et al. 2022, global gradient
     # clipping)
     norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
              for name, (model, _) in trained.items()}
-    values = numbers(s | norms)
-    s = {name: (largest if name == "largest_ratio" else total)(values[name]) for name in s}
+    values = numbers(sums | norms)
+    statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
+                  for name in sums}
     for name in ("policy_loss", "value_loss", "ptx_loss"):
-        health.finite(s[name], name.replace("_", " "), args.out)
+        health.finite(statistics[name], name.replace("_", " "), args.out)
     for name in norms:
         health.finite(values[name], name, args.out)
-    too_far = args.target_kl and s["approx_kl"] > args.target_kl
+    too_far = args.target_kl and statistics["approx_kl"] > args.target_kl
     for _, optimizer in trained.values():
         if not too_far:
             optimizer.step()
         optimizer.zero_grad()
-    return s
+    return statistics
 
 
 def averaged(found):
-    """The mean of each statistic over the minibatches of an update; the largest of largest_ratio."""
+    """The mean of each statistic over the minibatches of an update; of largest_ratio the largest."""
     means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     return means | dict(largest_ratio=max(each["largest_ratio"] for each in found))
 
@@ -629,13 +641,13 @@ def check(args, demo):
 def four_models(args, tokenizer, text_reward):
     """Actor, critic, reference and reward model. All are in eval mode: LLaMA has no dropout, and a
     ratio must differ from 1 by training alone (Huang et al. 2024). With LoRA, what is frozen is
-    what learns with its adapters off: two LLaMAs."""
+    what learns with its adapters off: two LLaMAs, if the critic begins as the reward model."""
     def learning(model):
-        return place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+        return to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
                               args.base_dtype), args)
 
     def frozen(model):
-        return place(model.requires_grad_(False), args)
+        return to_device(model.requires_grad_(False), args)
 
     actor = learning(load_llama(args.sft, tokenizer))
     # The critic begins as the reward model (InstructGPT, C.4), which knows already what is good.
@@ -699,16 +711,17 @@ def main(argv=None):
 
     trained = with_optimizers(args, actor=actor, critic=critic)
     args.micro_batch_size = micro_batch("ppo", trained, args, run.state)
-    B, passes = args.batch_size, args.ppo_epochs
+    B, B_shown = args.batch_size, args.ppo_epochs * args.batch_size
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
-    shown_order = deal(len(demonstrations), args.updates * passes * B, args.seed)
+    shown_order = deal(len(demonstrations), args.updates * B_shown, args.seed)
+    # what --resume restores beside the models and their optimizers
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(
         first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={}))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
     normalize = rewards.RunningDeviation(args.normalize_reward, **kept["deviation"])
-    judged = eval_records, eval_prompts, gold, tokenizer, args
+    held_out = eval_records, eval_prompts, gold, tokenizer, args
     if run.step == 0:
-        samples, kept["first"] = evaluate(actor, reward_model, *judged)
+        samples, kept["first"] = evaluate(actor, reward_model, *held_out)
         kept["first_texts"] = run.log_samples(0, samples)[:3]
         if samples:
             run.log(update=0, **kept["first"])  # where the curves begin
@@ -719,18 +732,18 @@ def main(argv=None):
         lr = set_lr(trained["actor"][1], args.lr, update - 1, args.updates, "linear")
         set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
-        shown = iter(shown_order[(update - 1) * passes * B:])
-        minibatches = [rows.tolist() for _ in range(passes)
-                       for rows in torch.randperm(B).split(args.minibatch_size)]
-        experience, row = make_experience(
-            actor, critic, reward_model, ref, batch, minibatches[:len(minibatches) // passes],
-            tokenizer, args, kl_control.coef, generator, normalize)
+        next_shown = iter(shown_order[(update - 1) * B_shown:])
+        # the rows of each minibatch, in each pass over the experience
+        passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
+                  for _ in range(args.ppo_epochs)]
+        experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],
+                                          tokenizer, args, kl_control.coef, generator, normalize)
         health.finite(row["score"], "the reward model's score", args.out)
 
         found = []
-        for rows in minibatches:
-            texts = [demonstrations[next(shown)] for _ in rows if demonstrations]
-            found.append(train_minibatch(trained, experience, rows, texts, tokenizer, args))
+        for rows in sum(passes, []):
+            shown = [demonstrations[next(next_shown)] for _ in rows if demonstrations]
+            found.append(train_minibatch(trained, experience, rows, shown, tokenizer, args))
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and found[-1]["approx_kl"] > args.target_kl:
                 break
@@ -741,7 +754,7 @@ def main(argv=None):
         row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
 
         if update % args.eval_every == 0 or update == args.updates:
-            samples, kept["last"] = evaluate(actor, reward_model, *judged)
+            samples, kept["last"] = evaluate(actor, reward_model, *held_out)
             row |= kept["last"]
             health.show(update, kept, eval_records, run.log_samples(update, samples))
             save_checkpoint(actor, tokenizer, args.out)

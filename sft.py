@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records
-from lib.distributed import WORLD, clip_gradients, largest, my_parts, place, start_processes, total
+from lib.distributed import (WORLD, clip_gradients, largest, my_parts, start_processes, to_device,
+                             total)
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -71,11 +72,13 @@ METRICS = [
 
 def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
     """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
-    `collate`. With a `scale` also the backward pass of scale times their sum.
+    `collate`. With a `scale` also the backward pass of scale times their sum. It computes
 
-    Only the states in which a completion token is chosen go through the vocabulary projection, and
-    a `piece` of them at a time, forward and at once backward: the logits of all would be the
-    largest tensors of the step. The gradient of the states then goes through the layers.
+        logits = lm_head(the states in which completion tokens are chosen)              (N, V)
+        losses = cross_entropy(logits, those tokens);  (scale * losses.sum()).backward()
+
+    but a `piece` of the tokens at a time, forward and at once backward: the logits of all would be
+    the largest tensors of the step. The gradient of the states then goes through the layers.
     """
     with autocast(args):
         states = states_of(model(input_ids), places)
@@ -115,7 +118,7 @@ def main(argv=None):
     run = Run(args, "sft", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
-    model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+    model = to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
                            args.base_dtype), args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
 

@@ -12,10 +12,10 @@ completions of a prompt it learns either
     ranking     L = - mean over pairs (better, worse)  log sigmoid(r(better) - r(worse))
     regression  L = mean of (r - score)^2
 
-(InstructGPT, eq. 1; ChatLLaMA). At the end the scores are normalized to mean 0 and standard
-deviation 1 on the demonstrations. (Ziegler et al. 2019 do so on samples of the policy; mean 0 on
-the demonstrations is Stiennon et al. 2020 and InstructGPT, C.2.) The deviation is folded into the
-weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts;
+of a prompt, and then the mean over prompts (InstructGPT, eq. 1; ChatLLaMA). At the end the scores
+are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019 do so
+on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and InstructGPT,
+C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts;
 elsewhere, as in transformers, subtract it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, on, read_records
-from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts, place, release,
-                             start_processes, total)
+from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts, release,
+                             start_processes, to_device, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite, warn_of_labels
 from lib.lora import add_lora, trainable
@@ -166,10 +166,9 @@ def group_by_prompt(records, examples):
 
 
 def with_pairs(groups, labels):
-    """The groups whose completions have different labels. If these hold fewer than half of the
-    completions of all `groups`, as where each prompt has one, completions of different prompts are
-    compared, 64 at a time: what regression learns makes them comparable. (With ranking each group
-    given has a pair.)"""
+    """Groups to measure the pair accuracy on: those of `groups` with different labels. Data for
+    regression may have one completion per prompt; so if these hold fewer than half of the
+    completions, any 64 completions form a group. (Data for ranking hold no other groups.)"""
     useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
     if 2 * sum(map(len, useful)) >= sum(map(len, groups)):
         return useful
@@ -204,7 +203,7 @@ def main(argv=None):
     run = Run(args, "reward model", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
-    reward_model = place(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets,
+    reward_model = to_device(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets,
                                   args.base_dtype), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 

@@ -120,7 +120,7 @@ def report(args):
                 continue
             with open(f"{folder}/metrics.csv", encoding="utf-8") as file:
                 rows = [{key: float(value) for key, value in row.items() if value}
-                        for row in csv.DictReader(file)]
+                        for row in csv.DictReader(file) if row["score"]]
             last = [sum(row[key] for row in rows[-3:]) / len(rows[-3:]) for key in ("score", "kl")]
             steps = 1 if "one mini-batch" in name else 2
             length = moved(before, load_llama(folder, tokenizer), rows, steps)

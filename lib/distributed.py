@@ -59,7 +59,7 @@ def leave(code=0):
     os._exit(code)
 
 
-def place(model, args):
+def to_device(model, args):
     """The model on --device; with many processes each holds an equal part of all weights, gradients
     and optimizer state (FSDP2), and a layer is whole only while it computes. Embedding, last norm
     and head are gathered with the forward pass of the whole model, and stay so until its backward

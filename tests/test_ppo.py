@@ -281,7 +281,7 @@ def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(
         temperature=0.8,
         max_grad_norm=1e9,
         clip=0.05,
-        value_clip=0.02,
+        value_clip=0.01,
     )
     experience, _ = make_experience(four_models, home, args)
     rows = [10, 2, 7, 5, 0, 11, 3]

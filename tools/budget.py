@@ -27,7 +27,7 @@ from transformers import LlamaConfig
 from lib import cpu
 from lib.checkpoints import read_config
 from lib.data import collate
-from lib.distributed import clip_gradients, place
+from lib.distributed import clip_gradients, to_device
 from lib.errors import clean_exit
 from lib.lora import add_lora, trainable
 from lib.memory import LAPTOP, rollout_bytes, step_bytes, widths
@@ -118,7 +118,7 @@ def budget(stage, config, args):
 
     A prompt of the reward model has 4 completions. "gathered": many processes share out all
     weights, but each holds whole the embedding, norm and head of every model, two layers, and the
-    gradients of the actor's ends and of one layer (lib.distributed.place). "peak": what is there at
+    gradients of the actor's ends and of one layer (lib.distributed.to_device). "peak": what is there at
     one time; gradients are freed before a rollout. "resident": on a CPU freed memory is kept
     (lib.cpu.keep_freed_memory), and its holes add up to 0.3 of what is in use, as --check measures.
     """
@@ -267,7 +267,7 @@ def measure(stage, name, freed, options):
     # the threads and libraries of a backward pass
     torch.randn(64, 64).requires_grad_().square().sum().backward()
     before = memory("VmRSS")
-    models = [place(model, args) for model in networks(stage, config, args, "cpu")]
+    models = [to_device(model, args) for model in networks(stage, config, args, "cpu")]
     optimizers = [torch.optim.AdamW(trainable(model), fused=True) for model in models[:2]]
 
     def text(n):

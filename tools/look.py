@@ -23,7 +23,7 @@ import sft
 import train_rm
 from lib import health, rewards
 from lib.data import collate, encode_prompts, encode_records, read_records
-from lib.distributed import place
+from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora, trainable
 from lib.run import FREE
@@ -127,15 +127,15 @@ def experience_of(folder, args, progress, records):
         text_reward.remember(prompts, records)
 
     def learning(model, lr):
-        model = place(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+        model = to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
                                args.base_dtype), args)
         return model, torch.optim.AdamW(trainable(model), lr=lr, eps=1e-5, weight_decay=0.0)
 
     actor = load_llama(folder, tokenizer)
     critic = load_scalar_head(os.path.join(folder, "critic"))
     trained = dict(actor=learning(actor, args.lr), critic=learning(critic, args.critic_lr))
-    ref = place(load_llama(args.sft, tokenizer), args)
-    reward_model = text_reward or place(load_scalar_head(args.rm), args)
+    ref = to_device(load_llama(args.sft, tokenizer), args)
+    reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
     normalize = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
     everything = list(range(len(prompts)))
     experience, _ = ppo.make_experience(
@@ -202,7 +202,7 @@ def reliability(margins, accuracies, bins=5):
 def judge(folder, args):
     """The value after each token of good and bad held-out completions; the reliability on all."""
     tokenizer = load_tokenizer(folder)
-    reward_model = place(load_scalar_head(folder), args)
+    reward_model = to_device(load_scalar_head(folder), args)
     records = read_records(args.eval_data, "user_input", "completion", "score")
     examples = encode_records(records, tokenizer, args.max_length, args.eval_data)
     labels = torch.tensor([float(records[n - 1]["score"]) for *_, n in examples])
