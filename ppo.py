@@ -662,7 +662,9 @@ def four_models(args, tokenizer, text_reward):
 def with_optimizers(args, **models):
     """{name: (model, its optimizer)} of those that learn."""
     # Adam's epsilon 1e-5 in place of 1e-8: early second moments are tiny, and steps explode (Huang
-    # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF)
+    # et al. 2022, "The 37 implementation details of PPO"; Huang et al. 2024 for RLHF). The more
+    # weights, the smaller each entry of a gradient of length 1, and the shorter the step for the
+    # same learning rate: docs/log.md
     options = dict(eps=args.adam_eps, weight_decay=0.0, fused=WORLD == 1)
     return {name: (model, torch.optim.AdamW(trainable(model), **options))
             for name, model in models.items()}
