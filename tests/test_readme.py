@@ -1,108 +1,33 @@
-"""README.md and docs/ say what is so:
+"""The commands of README.md and docs/: each names a script that exists, and options that are in its
+--help; those of the stages and the chat that need neither the network, nor a terminal, nor much
+time run as they stand, on small data in the places that they name. (What the pages name in their
+text: test_house.py.)
 
     pytest tests/test_readme.py
-
-    commands   each names a script that exists, and options that are in its --help; those of the
-               stages and the chat that need neither the network, nor a terminal, nor much time run
-               as they stand, on small data in the places that they name
-    names      each file, option, function, test, heading and link that a page names exists
 """
 
-import contextlib
 import importlib
 import io
 import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
-from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
+from pages import ALL, BENCHES, EXAMPLES, PAGES, ROOT, SCRIPTS, TOOLS
+from pages import commands, options_of, python, shell
 
 import data_gen
 import lib.run
 import model
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = {
-    path: re.sub(r"<!--.*?-->", "", path.read_text("utf-8"), flags=re.S)
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-}
-TEXTS = {path: re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S) for path, page in PAGES.items()}
-SPANS = sorted(
-    {" ".join(span.split()) for text in TEXTS.values() for span in re.findall(r"`([^`]+)`", text)}
-)
-SCRIPTS = ["data_gen", "sft", "train_rm", "ppo", "model"]
-TOOLS = [
-    f"tools.{path.stem}"
-    for path in sorted(ROOT.glob("tools/*.py"))
-    if "def main(" in path.read_text("utf-8")
-]
-BENCHES = [
-    f"bench.{path.stem}"
-    for path in sorted(ROOT.glob("bench/*.py"))
-    if "def main(" in path.read_text("utf-8")
-]
-EXAMPLES = [f"docs.{path.stem}" for path in sorted(ROOT.glob("docs/*.py"))]
 # what runs as it stands, with what makes it short
 RUNNABLE = {"sft": [], "train_rm": [], "ppo": ["--updates", "1"], "tools.chat": []}
-
-
-def shell(page):
-    """The shell text of a page, a command per line."""
-    return "\n".join(re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S)).replace("\\\n", " ")
-
-
-def commands(text):
-    """The commands of shell text -> [(words, words of the command that is piped into it)]; comments
-    and separators are left out."""
-    found = []
-    for line in text.splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
-        lexer.whitespace_split, words, piped = True, [], None
-        for word in [*lexer, ";"]:
-            if set(word) <= set("|&;"):
-                found += [(words, piped)] if words else []
-                words, piped = [], words if word == "|" else None
-            else:
-                words.append(word)
-    return found
-
-
-def python(words):
-    """(module, its options) of a command that runs one of ours by python or torchrun, else None."""
-    if words[0] == "torchrun":
-        words = [word for word in words if not word.startswith("--nproc_per_node=")]
-    if words[:2] == ["python", "-m"]:
-        return words[2], words[3:]
-    if words[0] in ("python", "torchrun") and len(words) > 1:
-        return words[1].removesuffix(".py").replace("/", "."), words[2:]
-    return None
-
-
-ALL = [(words, piped) for page in PAGES.values() for words, piped in commands(shell(page))]
 PYTHON = [(python(words), piped) for words, piped in ALL if python(words)]
 ALONE = [(python(words), piped) for words, piped in ALL if words[0] == "python"]
-COMMANDED = {given[0] for (module, given), _ in PYTHON if module == "data_gen" and given}
-
-
-@lru_cache
-def options_of(module, *command):
-    """The options in a script's --help; `command` is a subcommand's name, if it has some."""
-    said, argv = io.StringIO(), sys.argv
-    sys.argv = [module, *command, "--help"]
-    try:
-        with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
-            importlib.import_module(module).main()
-    finally:
-        sys.argv = argv
-    assert ended.value.code in (None, 0)
-    return set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*", said.getvalue()))
 
 
 def subcommand(module, given):
@@ -243,80 +168,3 @@ def test_commands_run_as_they_stand(places, monkeypatch, capsys):
         run.add(module)
     assert run == set(RUNNABLE)  # something of each kind was run
     assert "saved runs/my_ppo" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("span", [span for span in SPANS if re.search(r"(^| )--\w", span)])
-def test_options_exist(span):
-    """In a command that is named in the text those of its script, elsewhere those of any."""
-    words = shlex.split(span)
-    if called := python(words):
-        known = options_of(called[0])
-    else:
-        known = {"--quantization"}.union(*map(options_of, SCRIPTS[:-1] + TOOLS + BENCHES))
-        known |= {option for command in COMMANDED for option in options_of("data_gen", command)}
-    assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
-
-
-def module_of(span):
-    """(module, name in it) of a span such as `ppo.gae` or `lib.data.collate`, else None."""
-    found = re.fullmatch(r"((?:lib\.|tools\.)?\w+)\.(\w+)(\(.*\))?", span)
-    if not found or found[2] == "py" or not (ROOT / f"{found[1].replace('.', '/')}.py").exists():
-        return None
-    return found[1], found[2]
-
-
-NAMED = [module_of(span) for span in SPANS if module_of(span)]
-
-
-@pytest.mark.parametrize("module, name", [n for n in NAMED if n != ("model", "safetensors")])
-def test_functions_exist(module, name):
-    assert hasattr(importlib.import_module(module), name)
-
-
-def test_tests_exist():
-    sources = [
-        path.read_text("utf-8") for path in [*ROOT.glob("test_*.py"), *ROOT.glob("tests/test_*.py")]
-    ]
-    named = {span for span in SPANS if re.fullmatch(r"test_\w+", span)}
-    assert named and named <= {
-        name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.M)
-    }
-
-
-def test_files_exist():
-    """What stands in the text as the name of a Python file, or as a path into a folder of ours; but
-    the reader's own."""
-    spans = {
-        span
-        for span in SPANS
-        if re.fullmatch(r"[\w/]+\.py|(docs|tests|bench|lib|tools)/[\w./]*", span)
-    } - {"judge.py", "my_reward.py"}
-    assert spans
-    assert [name for name in sorted(spans) if not (ROOT / name).exists()] == []
-
-
-def anchors(text):
-    """Of each heading, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_and_pictures_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
-        if "://" in link:
-            continue
-        name, _, heading = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        assert target.exists(), link
-        assert not heading or heading in anchors(TEXTS[target]), link
-
-
-def test_every_page_and_picture_is_linked_to():
-    linked = {
-        (page.parent / link.partition("#")[0]).resolve()
-        for page, text in TEXTS.items()
-        for link in re.findall(r"\]\(([^)\s]+)\)", text)
-        if "://" not in link
-    }
-    assert {path for path in ROOT.glob("docs/*")} <= linked
