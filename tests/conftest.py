@@ -23,6 +23,7 @@ import model
 import ppo
 import sft
 import train_rm
+from data_commands import checkpoint, llm, serve  # noqa: F401: fixtures
 from makers import (
     CHATML, DATA_FILES, LLAMA2_GQA, ROOT, TIKTOKEN_MODEL, TINY, examples_of, options,
     random_weights, run_stage, write, write_gguf, write_hugging_face, write_meta, write_records,

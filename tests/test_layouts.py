@@ -1,5 +1,5 @@
 """What `data_gen.py import` reads beyond a name per part: compared answers, rows, JSON in strings,
-scores on a scale, and the fields that prompts keep. The plain layouts: test_data_gen.py."""
+scores on a scale, and the fields that prompts keep. The plain layouts: test_import.py."""
 
 import csv
 import io

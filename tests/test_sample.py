@@ -1,0 +1,52 @@
+"""`data_gen.py sample`: completions of a checkpoint.
+
+    pytest tests/test_sample.py
+"""
+
+import json
+import re
+
+from data_commands import DIALOGUE, read, run, write
+
+import model
+from lib.data import encode_prompt, left_pad
+from tools.data import sets
+
+
+def test_sample(tmp_path, checkpoint, capsys):
+    prompts = [{"user_input": f"Say {i}."} for i in range(9)] + [
+        {"user_input": DIALOGUE},
+        {"user_input": "Say 0."},
+        {"user_input": "long " * 3000},
+    ]
+    source = write(tmp_path / "x.json", prompts)
+    options = dict(model=checkpoint, k=4, max_new_tokens=12, batch_size=16, temperature=1.5)
+    run("sample", source, out=tmp_path / "a.json", **options)
+    said = capsys.readouterr().out
+    assert "of 11 prompts, 1 cut on the left" in said
+    records = read(tmp_path / "a.json")
+    assert list(dict.fromkeys(sets.prompt_key(r["user_input"]) for r in records)) == [
+        sets.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
+    ]
+    assert (
+        len(records)
+        == 11 * 4 - int(re.search(r"(\d+) that a prompt has", said)[1])
+        == len({json.dumps(r) for r in records})
+        > 22
+    )
+    # a run that was stopped goes on with the same result
+    journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "b.json.journal.jsonl").write_bytes(b"\n".join(journal[:6]))
+    run("sample", source, out=tmp_path / "b.json", **options)
+    assert read(tmp_path / "b.json") == records
+    run("sample", source, out=tmp_path / "c.json", seed=1, **options)
+    assert read(tmp_path / "c.json") != records
+    greedy = dict(options, temperature=0, k=2, batch_size=3)
+    run("sample", source, out=tmp_path / "d.json", **greedy)
+    tokenizer = model.load_tokenizer(checkpoint)
+    llama = model.load_llama(checkpoint, tokenizer)
+    ids, mask = left_pad([encode_prompt(tokenizer, "Say 3.")], tokenizer.pad_token_id)
+    tokens = model.generate(llama, ids, mask, 12, tokenizer.eos_token_id, temperature=0).tokens[0]
+    assert [r["completion"] for r in read(tmp_path / "d.json") if r["user_input"] == "Say 3."] == [
+        tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    ]

@@ -1,0 +1,112 @@
+"""`data_gen.py score`: what counts as a score, and judges that are no LLM. Servers: test_llm.py.
+
+    pytest tests/test_score.py
+"""
+
+import pytest
+from data_commands import COMPLETIONS, ROOT, asking, number_of, read, refused, run, write
+
+import data_gen
+from tools.data.score import read_score
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("4.5", 4.5),
+        ("Score: 4/5", 4),
+        ("**Score:** 4", 4),
+        ("Score: <4>", 4),
+        ("Rating: 4.5 / 5.0", 4.5),
+        ("8/10", 4),
+        ("I'd say 8 out of 10.", 4),
+        ("The score ranges from 0 to 5. Score: 3", 3),
+        ("1. right 2. polite. Score: 3", 3),
+        ("Score: 4/5\nIt has 2 good points.", 4),
+        ("a 4.", 4),
+        ("四分", 4),
+        ("四分半", 4.5),
+        ("评分：四点五", 4.5),
+        ("满分5分，我给4分", 4),
+        ("评分：4.5分（满分5分）", 4.5),
+        ("５", 5),
+        ("五", 5),
+        ("得分：三", 3),
+        ("0 分", 0),
+        ("总分：4分", 4),
+        ("Score: 7", None),
+        ("Score: -1", None),
+        ("2024", None),
+        ("Good.", None),
+        ("", None),
+        ("Between 3 and 4", None),
+        ("十分好", None),
+        ("第一，正确；第二，简洁。", None),
+        ("4,5", 4.5),
+        ("Note: 4,5/5", 4.5),
+        ("Score: 4,25", 4.25),
+        ("评分：4,5分", 4.5),
+    ],
+)
+def test_read_score(text, score):
+    assert read_score(text) == score
+
+
+def test_a_judge_that_thinks_aloud(tmp_path, llm, capsys):
+    """Thoughts and cut answers never score."""
+    replies = [
+        "<think>Score: 1, but</think>Score: 4",
+        ("<think>I would give Score: 1, but", "length"),
+        ("Score: 3 since", "length"),
+        "Score: 2",
+    ]
+    server = llm(lambda question, n: replies[number_of(question) % 4])
+    run("score", write(tmp_path / "x.json", COMPLETIONS), out=tmp_path / "y.json", **asking(server))
+    scores = {number_of(str(record)): record["score"] for record in read(tmp_path / "y.json")}
+    assert scores == {n: [4, None, None, 2][n % 4] for n in range(24) if n % 4 in (0, 3)}
+    assert len(read(tmp_path / "y_unscored.json")) == 12
+
+
+def test_judge_in_place_of_an_llm(tmp_path, capsys):
+    records = [
+        {"user_input": "What is 1 plus 2?", "completion": text}
+        for text in ("Sure! It is 3.", "4.", "")
+    ]
+    run(
+        "score",
+        write(tmp_path / "x.json", records),
+        out=tmp_path / "y.json",
+        judge=ROOT / "data_gen.py",
+    )
+    assert [r["score"] for r in read(tmp_path / "y.json")] == [5.0, 0.0, 0.0]
+    foreign = write(tmp_path / "z.json", [*records, {"user_input": "Why?", "completion": "So."}])
+    line = refused(
+        capsys, lambda: run("score", foreign, out=tmp_path / "w.json", judge=ROOT / "data_gen.py")
+    )
+    assert "record 4" in line and "cannot judge it" in line
+    none = write(tmp_path / "judge.py", "x = 1")
+    assert "not a Python file with a function score" in refused(
+        capsys, lambda: run("score", foreign, out=tmp_path / "w.json", judge=none)
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["score", "x.json", "--out", "y.json"], "needs --model or --judge"),
+        (["score", "x.json", "--out", "x.json", "--model", "m"], "is the file that is read"),
+        (["score", "x.json", "--out", "z.json", "--model", "m"], "already exists"),
+        (
+            ["score", "x.json", "--out", "y.json", "--model", "m", "--api_base", "localhost:8000"],
+            "does not begin with http",
+        ),
+        (["score", "no.json", "--out", "y.json", "--model", "m"], "no such file"),
+        (["prompts", "x.json"], "needs --model"),
+    ],
+)
+def test_commands_that_cannot_run(tmp_path, capsys, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x.json", COMPLETIONS)
+    write(tmp_path / "z.json", "mine")
+    assert said in refused(capsys, lambda: data_gen.main(argv))
+    assert not (tmp_path / "y.json").exists() and (tmp_path / "z.json").read_text() == "mine"
