@@ -2,7 +2,9 @@
 thread. And what several files use: tokenizers, tiny checkpoints, and one tiny pipeline (data, SFT
 model, reward model, PPO), which runs once and serves all tests."""
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import os
@@ -196,8 +198,8 @@ def rm_argv(home, sft_run):
 
 @pytest.fixture(scope="session")
 def rm_run(rm_argv):
-    """Also keeps the weights of the head at each evaluation; only the last of these comes after the
-    normalization."""
+    """Also keeps the weights of the head at each evaluation, of which only the last comes after the
+    normalization, and what was printed."""
     heads, evaluate = [], train_rm.evaluate
 
     def keep(reward_model, *given):
@@ -206,8 +208,9 @@ def rm_run(rm_argv):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_rm, "evaluate", keep)
-        run = run_stage(train_rm, rm_argv())
-    run.heads = heads
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            run = run_stage(train_rm, rm_argv())
+    run.heads, run.said = heads, said.getvalue()
     return run
 
 

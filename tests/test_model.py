@@ -3,8 +3,7 @@
 
 import json
 import math
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
@@ -152,11 +151,9 @@ def test_the_row_of_the_padding_token_learns_like_any_other(tmp_path, tokenizer)
     assert learns.nonzero().flatten().tolist() == [3, 7, 9]
 
 
-def test_the_self_test_of_the_model():
-    done = subprocess.run(
-        [sys.executable, "model.py"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and "token for token" in done.stdout, done.stderr
+def test_the_self_test_of_the_model(capsys):
+    runpy.run_path(str(ROOT / "model.py"), run_name="__main__")  # as `python model.py`
+    assert "token for token" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -238,8 +238,9 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
     assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 2
 
 
-def test_sft_waits_once_a_step(sft_argv, tmp_path):
-    argv = sft_argv(batch_size=8, micro_batch_size=2, out=tmp_path / "out")
+def test_sft_waits_once_a_step(sft_argv, home, tmp_path):
+    data = write_records(tmp_path / "data.json", home.records["demos"][:32])
+    argv = sft_argv(data=data, batch_size=8, micro_batch_size=2, out=tmp_path / "out")
     assert set(waits_of_steps(sft, argv)) == {1}
 
 

@@ -255,13 +255,15 @@ def test_rm_regression_learns_the_scores(home, rm_argv, tmp_path):
     no pairs."""
     first_only = {record["user_input"]: record for record in reversed(home.records["scored"])}
     data = write_records(tmp_path / "single.json", list(first_only.values()))
-    train_rm.main(rm_argv(data=data, loss="regression", epochs=6, out=tmp_path / "out"))
+    changes = dict(data=data, demonstrations=home.demos_eval, loss="regression", epochs=6)
+    train_rm.main(rm_argv(**changes, out=tmp_path / "out"))
     rows = read_rows(tmp_path / "out")
     losses = {epoch: [row["loss"] for row in rows if row["epoch"] == epoch] for epoch in (1, 6)}
     assert sum(losses[6]) < 0.8 * sum(losses[1])
     errors = [row["eval_error"] for row in rows if row["eval_accuracy"] is not None]
     assert len(errors) > 2 and all(0 < error < 5 for error in errors)
-    scores = torch.tensor(plain_scores(tmp_path / "out", examples_of(home.demos, home.tokenizer)))
+    examples = examples_of(home.demos_eval, home.tokenizer)
+    scores = torch.tensor(plain_scores(tmp_path / "out", examples))
     assert abs(scores.mean().item()) < 1e-3 and abs(scores.std(unbiased=False).item() - 1) < 1e-3
 
 
@@ -338,14 +340,10 @@ def test_rm_warns_of_data_that_cannot_be_learned(rm_argv, tmp_path, capsys):
     assert 2 <= len(numbers) <= 8 and all(1 <= int(number) <= 48 for number in numbers)
 
 
-def test_rm_has_no_warning_for_good_data(rm_run, rm_argv, tmp_path, capsys):
-    train_rm.main(rm_argv(out=tmp_path / "out"))
-    said = capsys.readouterr().out
-    assert (
-        "warning: epoch 2" not in said
-        and "warning: epoch 3" not in said
-        and "another score" not in said
-    )
+def test_rm_has_no_warning_for_good_data(rm_run):
+    assert "normalized" in rm_run.said
+    for warning in ("warning: epoch 2", "warning: epoch 3", "another score"):
+        assert warning not in rm_run.said
 
 
 def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypatch, capsys):
@@ -368,11 +366,21 @@ def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("loss", ["regression", "ranking"])
-def test_rm_waits_once_a_step(rm_argv, tmp_path, loss):
+def test_rm_waits_once_a_step(home, rm_argv, tmp_path, loss):
     """The labels are on the CPU, and what is asked of them waits for nobody: once in each of three
     micro-batches, once for the pairs of each of eight prompts, and for a ranking twice."""
-    argv = rm_argv(eval_data=None, epochs=1, loss=loss, out=tmp_path / "out")
+    records = home.records["scored"]
+    data = [records[i] for group in by_prompt(records)[:24] for i in group]
+    argv = rm_argv(
+        data=write_records(tmp_path / "data.json", data),
+        eval_data=None,
+        demonstrations=home.demos_eval,
+        epochs=1,
+        loss=loss,
+        out=tmp_path / "out",
+    )
     waited = waits_of_steps(train_rm, argv)
+    assert len(waited) == 2
     assert 1 <= max(waited) <= 1 + 3 + 8 * (2 if loss == "ranking" else 1)
 
 
