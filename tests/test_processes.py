@@ -9,6 +9,7 @@ Run by torchrun, this file is the script of the processes: it names a stage and 
 import csv
 import importlib
 import os
+import socket
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ if __name__ != "__main__":
     import pytest
     import torch
 
-    from test_resume import EXPORTS, argv  # noqa: F401: its tiny LLaMA
+    from test_resume import EXPORTS, argv, server  # noqa: F401: its tiny LLaMA
 
 LORA = ["--lora_rank", "2"]
 STAGES = [("sft", []), ("train_rm", []), ("ppo", []), ("ppo", ["--shard_rollout"]), ("ppo", LORA)]
@@ -59,14 +60,45 @@ def script(stage, *options):
 
 
 def launch(processes, stage, options, out, *more):
-    """Run a stage in so many processes -> the finished `subprocess`."""
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
+    """Run a stage in so many processes -> what `subprocess.run` gives. They are forks of
+    test_resume's server, in which PyTorch is imported already, in the environment that torchrun
+    would give them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command, log = [stage, *options, "--out", str(out), *more], f"{out}.log"
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [world | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
+    forks = [server.Process(target=as_rank, args=(rank, log, command)) for rank in ranks]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(120)
+        fork.kill()
+    with open(log, encoding="utf-8") as file:
+        said = file.read()
+    code = next((fork.exitcode for fork in forks if fork.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, said, said)
+
+
+def as_rank(environment, log, command):
+    """One of the processes. What is imported already took itself for the only one."""
+    os.environ.update(environment)
+    ours = {"lib", "model", "sft", "train_rm", "ppo"}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    script(*command)
+
+
+def torchrun(stage, options, out, *more):
+    """The same in two processes of torchrun, which ends all when one has ended."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     return subprocess.run(
-        [sys.executable, *torchrun, __file__, stage, *options, "--out", str(out), *more],
+        [sys.executable, *command, stage, *options, "--out", str(out), *more],
         capture_output=True,
         text=True,
         timeout=120,
@@ -144,13 +176,14 @@ def test_resume_with_another_number_of_processes(
 ):  # noqa: F811
     options, out = short(argv, stage), tmp_path / "run"
     saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
-    half = launch(first, stage, options, out, "--save_every", saved, "--die_at", dies)
+    run = {1: lambda *given: launch(1, *given), 2: torchrun}
+    half = run[first](stage, options, out, "--save_every", saved, "--die_at", dies)
     # not a hang
     assert (
         half.returncode == 1 and "error: this process is out of luck" in half.stderr
     )
     assert (out / "last" / "state.json").exists()
-    check(launch(second, stage, options, out, "--save_every", saved, "--resume"))
+    check(run[second](stage, options, out, "--save_every", saved, "--resume"))
     same(stage, out, alone(argv, stage, tmp_path_factory))
 
 

@@ -183,7 +183,7 @@ def error(capsys, stage, options):
 @pytest.fixture
 def done(argv, tmp_path):
     """(options, folder) of a short run of sft.py that is complete."""
-    options = argv["sft"] + ["--out", str(tmp_path / "run")]
+    options = argv["sft"] + ["--epochs", "2", "--out", str(tmp_path / "run")]
     sft.main(options)
     return options, tmp_path / "run"
 
@@ -206,7 +206,8 @@ def test_what_is_refused(done, capsys, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypatch):
-    options, saves = argv["sft"] + ["--out", str(tmp_path / "run")], []
+    short, saves = argv["sft"] + ["--epochs", "2"], []
+    options = short + ["--out", str(tmp_path / "run")]
 
     def full(tensors, path):
         if len(saves) == 3:
@@ -226,15 +227,17 @@ def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypat
     assert sorted(os.listdir(tmp_path / "run" / "last")) == sorted(["state.json", state["file"]])
     monkeypatch.undo()
     sft.main(options + ["--resume"])
-    sft.main(argv["sft"] + ["--out", str(tmp_path / "other")])
+    sft.main(short + ["--out", str(tmp_path / "other")])
     assert result("sft", tmp_path / "run") == result("sft", tmp_path / "other")
 
 
 @pytest.mark.parametrize("stage", [sft, train_rm, ppo])
 def test_the_newest_exports_are_kept(argv, tmp_path, stage):
     out = tmp_path / "run"
-    stage.main(argv[stage.__name__] + ["--out", str(out), "--keep", "2", "--save_every", "5"])
-    steps = {"sft": [195, 200], "train_rm": [115, 120], "ppo": [20, 24]}[stage.__name__]
+    options = argv[stage.__name__] + ["--out", str(out)]
+    options += ["--updates", "12"] if stage is ppo else ["--epochs", "4"]
+    stage.main(options + ["--keep", "2", "--save_every", "5"])
+    steps = [10, 12] if stage is ppo else [15, 20]
     assert sorted(path.name for path in out.glob("step-*")) == sorted(f"step-{n}" for n in steps)
     load = (
         model.load_scalar_head
@@ -242,13 +245,13 @@ def test_the_newest_exports_are_kept(argv, tmp_path, stage):
         else lambda path: model.load_llama(path, model.load_tokenizer(path))
     )
     load(str(out / f"step-{steps[-1]}"))
-    stage.main(argv[stage.__name__] + ["--out", str(out), "--save_every", "50", "--overwrite"])
+    stage.main(options + ["--save_every", "50", "--overwrite"])
     assert not list(out.glob("step-*"))
 
 
 def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, capsys):
     """What changed is named, nothing is touched, and --accept_changed_data goes on."""
-    options = argv["sft"] + ["--out", str(tmp_path / "run"), "--save_every", "50"]
+    options = argv["sft"] + ["--out", str(tmp_path / "run"), "--epochs", "4"]
     copies = {}
     for name in ("--data", "--model"):
         path = options[options.index(name) + 1]
