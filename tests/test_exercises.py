@@ -7,8 +7,6 @@ planted bug.
 import ast
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +16,15 @@ from tools import exercise
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(number, out):
+@pytest.fixture
+def run(capfd):
     """Run an exercise -> whether its test passed, and what was said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.exercise", number, "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode == 0, done.stdout + done.stderr
+    def run(number, out):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            exercise.main([number, "--out", str(out)])
+        return ended.value.code == 0, "".join(capfd.readouterr())
+    return run
 
 
 @pytest.mark.parametrize("number", exercise.WRITE)
@@ -50,7 +48,7 @@ def test_what_is_taken_away(number):
     assert re.search(rf"^def {function}\(", (ROOT / path).read_text("utf-8"), re.M)
 
 
-def test_an_exercise_from_its_beginning_to_its_end(tmp_path):
+def test_an_exercise_from_its_beginning_to_its_end(run, tmp_path):
     passed, said = run("8", tmp_path)
     assert not passed and "write gae in ppo.py" in said and "gae is yours to write" in said
     assert "not yet" in said
@@ -60,11 +58,11 @@ def test_an_exercise_from_its_beginning_to_its_end(tmp_path):
 
 
 @pytest.mark.parametrize("number", exercise.FIND)
-def test_each_planted_bug_is_caught(number, tmp_path):
+def test_each_planted_bug_is_caught(run, number, tmp_path):
     passed, said = run(number, tmp_path)
     assert not passed and re.search(r"\d+ failed", said) and "find the bug" in said
 
 
-def test_an_exercise_that_does_not_exist(tmp_path):
+def test_an_exercise_that_does_not_exist(run, tmp_path):
     passed, said = run("13", tmp_path)
     assert not passed and said.startswith("error: 13: there is no such exercise")

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,8 +94,9 @@ def test_best_of_n_against_all_choices(real_run, n):
     )
 
 
-def test_the_whole_run_in_small(tmp_path):
-    """All steps but TRL's, on a tiny LLaMA, twice: the second time there is nothing left to do."""
+def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
+    """All steps but TRL's, on a tiny LLaMA, twice: the second time there is nothing left to do. The
+    stages, processes of their own otherwise, run in this one."""
     people, sentences, _ = review_files(120)
     os.makedirs(tmp_path / "run" / "data")
     reviews = ratings.read_reviews(people, sentences)
@@ -104,30 +104,23 @@ def test_the_whole_run_in_small(tmp_path):
     for k, name in enumerate([*ratings.PARTS, "poor_training_data", "rlhf_training_data"]):
         part = records[12 * k : 12 * k + 12]
         (tmp_path / "run" / "data" / f"{name}.json").write_text(json.dumps(part), "utf-8")
-    command = [
-        sys.executable,
-        ROOT / "bench" / "real_run.py",
-        "--small",
-        "--out",
-        tmp_path / "run",
-        "--seeds",
-        "0",
-        "--steps",
-        "data",
-        "sft",
-        "rm",
-        "ppo",
-        "over",
-        "report",
-        "--device",
-        "cpu",
-    ]
+
+    def stage(command, env):
+        assert command[0] == sys.executable and os.path.isfile(command[1])
+        monkeypatch.setenv("GOLD", env["GOLD"])
+        importlib.import_module(Path(command[1]).stem).main(command[2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(real_run.subprocess, "run", stage)
+    steps = ["data", "sft", "rm", "ppo", "over", "report"]
+    options = ["--small", "--seeds", "0", "--device", "cpu", "--steps", *steps]
+    monkeypatch.setattr(sys, "argv", ["real_run.py", *options, "--out", str(tmp_path / "run")])
     reports = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        capsys.readouterr()
+        real_run.main()
         reports.append((tmp_path / "run" / "report.md").read_text("utf-8"))
-    assert reports[0] == reports[1] and "+ " not in done.stdout
+    assert reports[0] == reports[1] and "+ " not in capsys.readouterr().out
     for row in (
         "| reward model A |",
         "| VADER's lexicon |",
