@@ -32,16 +32,16 @@ from lib.training import autocast
 from model import (last_token, load_llama, load_scalar_head, load_tokenizer, states_of,
                    tokens_of)
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "look.html")
+TEMPLATE = os.path.splitext(__file__)[0] + ".html"
 COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
                entropy="entropy")  # a quantity of the page: its name in the experience
 
 
 def about_run(folder, settings, progress, table):
-    """What the folder of a run says without its models."""
+    """What a run's folder says without its models."""
     rows = [row for row in table + COMMON if not isinstance(row, str) and row[0] not in FREE]
     differ = [[f"{row[0]} {settings[row[0]]}" for row in rows if settings[row[0]] != row[column]]
-              for column in (1, 2)]  # from the demo's values, and from a real model's
+              for column in (1, 2)]  # from the demo's values, a real model's
     run = dict(name=folder, changed=", ".join(min(differ, key=len)), warnings=[])
     path = os.path.join(folder, "metrics.csv")
     with explain(f"{path}: missing or damaged"):
@@ -115,9 +115,9 @@ def digits(x):
 
 def experience_of(folder, args, progress, records):
     """Answers to these records -> the tokenizer, and what `ppo.make_experience` gives, with
-    `entropy` and `ratio` (B, T), and for each token the five likeliest ones, [[name, probability],
-    ...], of `policy` and `reference`. The ratio is that after one step of `ppo.train_minibatch` on
-    all answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
+    `entropy`, `ratio` and the five likeliest, [[name, probability], ...], of `policy` and
+    `reference` for each token. The ratio is that after one step of `ppo.train_minibatch` on all
+    answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
@@ -141,32 +141,31 @@ def experience_of(folder, args, progress, records):
     experience, _ = ppo.make_experience(
         actor, critic, reward_model, ref, prompts, [everything], tokenizer, args,
         progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), normalize)
-    texts, mask = experience["texts"], experience["mask"]
+    texts = experience["texts"]
 
-    @torch.no_grad()
     def ask(model):
-        rows, likeliest = [], []
-        for i, text in enumerate(texts):
-            batch = *collate([text], tokenizer.pad_token_id, args.device), mask[i:i + 1]
-            with autocast(args):
-                rows.append(ppo.response_logprobs(model, *batch, args, entropy=True))
-                logits = model.lm_head(states_of(model(batch[0]), batch[1]))
+        for text in texts:
+            input_ids, places = collate([text], tokenizer.pad_token_id, args.device)
+            with torch.no_grad(), autocast(args):
+                logits = model.lm_head(states_of(model(input_ids), places))
             top = ppo.tempered_log_softmax(logits, args.temperature).exp().topk(5)
-            likeliest.append([[[shown(tokenizer, token), round(p, 6)] for token, p in zip(*five)]
-                              for five in zip(top.indices.tolist(), top.values.tolist())])
-        return *map(torch.cat, zip(*rows)), likeliest
+            yield (ppo.logprobs_from_logits(logits, tokens_of(input_ids, places), args.temperature),
+                   ppo.entropy_from_logits(logits, args.temperature),
+                   [[[shown(tokenizer, token), round(p, 6)] for token, p in zip(*five)]
+                    for five in zip(top.indices.tolist(), top.values.tolist())])
 
-    before, experience["entropy"], experience["policy"] = ask(actor)
-    experience["reference"] = ask(ref)[2]
+    before, experience["entropy"], experience["policy"] = zip(*ask(actor))
+    *_, experience["reference"] = zip(*ask(ref))
     ppo.train_minibatch(trained, experience, everything, [], tokenizer, args)
-    experience["ratio"] = (ask(actor)[0] - before).exp()
+    experience["ratio"] = [(now - old).exp() for (now, *_), old in zip(ask(actor), before)]
     return tokenizer, experience
 
 
 def inside(folder, args, progress):
     records = read_records(args.prompts, "user_input")[:args.number]
     tokenizer, experience = experience_of(folder, args, progress, records)
-    rows, cards = {name: experience[own].tolist() for name, own in COLUMNS.items()}, []
+    rows = {name: [x.tolist() for x in experience[own]] for name, own in COLUMNS.items()}
+    cards = []
     for i, score in enumerate(experience["scores"].tolist()):
         tokens = pieces(tokenizer, experience["texts"][i][1])
         for t, token in enumerate(tokens):
@@ -192,15 +191,15 @@ def trained_scale(path, reward_model):
 def reliability(margins, accuracies, bins=5):
     """The model prefers one of two with probability sigmoid(|margin|); how often do people?
     `margins`, `accuracies` (number of pairs,) -> [(mean probability, share, number of pairs)] of
-    bins of equal width from 0.5 to 1; empty ones are left out."""
+    bins of equal width from 0.5 to 1, without empty ones."""
     predicted = torch.sigmoid(margins.abs())
     bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [(predicted[bin_of == b].mean().item(), accuracies[bin_of == b].mean().item(),
-             int((bin_of == b).sum())) for b in bin_of.unique()]
+    return [(predicted[own].mean().item(), accuracies[own].mean().item(), int(own.sum()))
+            for own in (bin_of == b for b in bin_of.unique())]
 
 
 def judge(folder, args):
-    """The value after each token of good and bad held-out completions; the reliability on all."""
+    """The value after each token of good and bad held-out completions; the reliability."""
     tokenizer = load_tokenizer(folder)
     reward_model = to_device(load_scalar_head(folder), args)
     records = read_records(args.eval_data, "user_input", "completion", "score")
