@@ -302,6 +302,12 @@ def test_a_bad_run_is_one_line(home, tmp_path, capsys, what, said):
     assert not (run / "look.html").exists()
 
 
+def test_settings_changed_are_those_that_the_user_changed(pages):
+    changed = pages.data["runs"][0]["changed"].split(", ")
+    assert {"updates 3", "eval_every 1"} <= set(changed)
+    assert not any(name.startswith("no_eos_score") for name in changed)  # ppo.check set it
+
+
 def test_size_of_the_tool():
     folder = os.path.dirname(look.TEMPLATE)
     assert sum(os.path.getsize(os.path.join(folder, f"look.{end}")) for end in ("py", "html")) <= (

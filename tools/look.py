@@ -40,8 +40,9 @@ COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advanta
 def about_run(folder, settings, progress, table):
     """What a run's folder says without its models."""
     rows = [row for row in table + COMMON if not isinstance(row, str) and row[0] not in FREE]
-    differ = [[f"{row[0]} {settings[row[0]]}" for row in rows if settings[row[0]] != row[column]]
-              for column in (1, 2)]  # from the demo's values, a real model's
+    said = settings | (dict(no_eos_score=None) if settings.get("no_eos_score") == -1 else {})
+    differ = [[f"{row[0]} {said[row[0]]}" for row in rows if said[row[0]] != row[column]]
+              for column in (1, 2)]  # from the demo's, a real model's
     run = dict(name=folder, changed=", ".join(min(differ, key=len)), warnings=[])
     path = os.path.join(folder, "metrics.csv")
     with explain(f"{path}: missing or damaged"):
@@ -53,15 +54,15 @@ def about_run(folder, settings, progress, table):
     run["columns"] = {name: points for name, points in columns.items() if points and name != x}
     if table is not ppo.SETTINGS:
         return run
-    said, history = {}, progress["history"]
+    found, history = {}, progress["history"]
     for n in range(1, len(history) + 1):
-        found = health.unhealthy(history[:n], progress["first"], settings["updates"])
-        said |= {name: f"update {n}: {text}" for name, text in found.items() if name not in said}
-    run["warnings"] = list(said.values())
+        now = health.unhealthy(history[:n], progress["first"], settings["updates"])
+        found |= {name: f"update {n}: {text}" for name, text in now.items() if name not in found}
+    run["warnings"] = list(found.values())
 
     path, prompts = os.path.join(folder, "samples.jsonl"), {}
     if not os.path.exists(path):
-        print(f"{path}: missing, so the page shows no held-out answers")
+        print(f"{path}: missing, so the page shows no answers")
         return run
     rows = read_records(path, "user_input", "completion")
     with explain(f"{path}: not as ppo.py writes it, with every prompt at each evaluation"):
@@ -173,9 +174,9 @@ def inside(folder, args, progress):
             token |= {name: experience[name][i][t] for name in ("policy", "reference")}
         cards.append(dict(prompt=text_of(records[i]["user_input"]), tokens=tokens, score=score,
                           label=f"score {score:.3f}; expected {rows['value'][i][0]:.3f}"))
-    about = (f"Sampled, on {args.prompts}. Choose what colours the tokens; point at one for its "
-             "numbers. The line is the value, before the token; the dot, the score that came. The "
-             "ratio is that after one more step on these answers.")
+    about = (f"Sampled, on {args.prompts}. Choose a colour; point at a token for its numbers. The "
+             "line is the value, before the token; the dot, the score that came. The ratio is that "
+             "after one more step on these answers.")
     return dict(name=folder, about=about, names=list(COLUMNS), cards=cards)
 
 
@@ -217,7 +218,7 @@ def judge(folder, args):
             prompt, completion, n = examples[group[i]]
             input_ids, places = collate([(prompt, completion)], tokenizer.pad_token_id, args.device)
             with torch.no_grad(), autocast(args):
-                # no shift: this value is that of the text up to and including the token
+                # no shift: the value of the text up to and including the token
                 values = tokens_of(reward_model(input_ids), places).tolist()
             tokens = pieces(tokenizer, completion)
             for t, token in enumerate(tokens):
