@@ -25,10 +25,10 @@ from lib import health, rewards
 from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
-from lib.lora import add_lora, trainable
+from lib.lora import add_lora
 from lib.run import FREE
 from lib.settings import COMMON, DEVICE, positive, usable_device
-from lib.training import autocast
+from lib.training import autocast, set_lr
 from model import (last_token, load_llama, load_scalar_head, load_tokenizer, states_of,
                    tokens_of)
 
@@ -42,7 +42,7 @@ def about_run(folder, settings, progress, table):
     rows = [row for row in table + COMMON if not isinstance(row, str) and row[0] not in FREE]
     said = settings | (dict(no_eos_score=None) if settings.get("no_eos_score") == -1 else {})
     differ = [[f"{row[0]} {said[row[0]]}" for row in rows if said[row[0]] != row[column]]
-              for column in (1, 2)]  # from the demo's, a real model's
+              for column in (1, 2)]  # the demo's, a real model's
     run = dict(name=folder, changed=", ".join(min(differ, key=len)), warnings=[])
     path = os.path.join(folder, "metrics.csv")
     with explain(f"{path}: missing or damaged"):
@@ -62,7 +62,7 @@ def about_run(folder, settings, progress, table):
 
     path, prompts = os.path.join(folder, "samples.jsonl"), {}
     if not os.path.exists(path):
-        print(f"{path}: missing, so the page shows no answers")
+        print(f"{path}: missing, so no answers are shown")
         return run
     rows = read_records(path, "user_input", "completion")
     with explain(f"{path}: not as ppo.py writes it, with every prompt at each evaluation"):
@@ -118,7 +118,7 @@ def experience_of(folder, args, progress, records):
     """Answers to these records -> the tokenizer, and what `ppo.make_experience` gives, with
     `entropy`, `ratio` and the five likeliest, [[name, probability], ...], of `policy` and
     `reference` for each token. The ratio is that after one step of `ppo.train_minibatch` on all
-    answers, in memory: the run's first learning rates, a new Adam, no PTX term."""
+    answers: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
@@ -127,14 +127,15 @@ def experience_of(folder, args, progress, records):
     if text_reward:
         text_reward.remember(prompts, records)
 
-    def learning(model, lr):
-        model = to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                               args.base_dtype), args)
-        return model, torch.optim.AdamW(trainable(model), lr=lr, eps=1e-5, weight_decay=0.0)
+    def learning(model):
+        return to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
+                                  args.base_dtype), args)
 
-    actor = load_llama(folder, tokenizer)
-    critic = load_scalar_head(os.path.join(folder, "critic"))
-    trained = dict(actor=learning(actor, args.lr), critic=learning(critic, args.critic_lr))
+    actor = learning(load_llama(folder, tokenizer))
+    critic = learning(load_scalar_head(os.path.join(folder, "critic")))
+    trained = ppo.with_optimizers(args, actor=actor, critic=critic)
+    set_lr(trained["actor"][1], args.lr, 0, 1, "linear")
+    set_lr(trained["critic"][1], args.critic_lr, 0, 1, "linear")
     ref = to_device(load_llama(args.sft, tokenizer), args)
     reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
     normalize = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
