@@ -12,9 +12,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from lib.checkpoints import is_meta, open_gguf, quiet, refuse_others, said_in
+from lib.checkpoints import quiet, refuse_others
 from lib.data import encode_completion
 from lib.errors import explain, stop
+from lib.formats import is_meta, open_gguf, said_in
 
 # For a checkpoint without a chat template. The completion follows "Assistant:", and ends with </s>.
 CHAT_TEMPLATE = (
