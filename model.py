@@ -199,6 +199,20 @@ class LlamaBackbone(nn.Module):
         return self.norm(hidden)
 
 
+class Head(Linear):
+    """Hidden states (..., d) to logits (..., V)."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        # Vocabularies are padded to a round number. Rows without a token have learned nothing, but
+        # are sampled now and then, and no text holds them: so their logits are -inf. None: no such
+        self.register_buffer("unused", None, persistent=False)  # (V,)
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if self.unused is None else logits.masked_fill_(self.unused, -math.inf)
+
+
 class Llama(nn.Module):
     """The language model: hidden states, and `lm_head` to turn those that are wanted into logits
     (..., V)."""
@@ -209,7 +223,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaBackbone(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
         self.tie()
 
     def tie(self):
@@ -292,25 +306,32 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
     from None the demo's, tiny and random (DEMO_MODEL). Ends the program with one line if there is
     none, or if the tokenizer has more tokens than the embedding has rows. With `resize` the
     embedding gets a row for each of these, the mean of the others."""
+    ids = set(tokenizer.get_vocab().values())
+    size = max(ids) + 1  # not len(tokenizer): some leave ids out
     if path is None:
-        return random_llama(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL)).eval()
-    config, tensors, generation_config = checkpoints.read(path, dtype)
-    if (more := len(tokenizer) - config.vocab_size) > 0:
-        if not resize:
-            extra = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
-            stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks {more} of the "
-                 f"tokenizer's {len(tokenizer)} tokens, such as {extra[0]}; if they belong "
-                 "together, --resize_embedding of sft.py or train_rm.py adds rows for them")
-        for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
-            mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
-            tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
-        print(f"{path}: {more} rows added to its embedding, for the tokens that it lacks")
-        config.vocab_size += more
-    with torch.device("meta"):
-        llama = Llama(config)
-    llama.generation_config = generation_config
-    fill(llama, tensors, path, dtype)
-    llama.tie()
+        llama = random_llama(LlamaConfig(vocab_size=size, **DEMO_MODEL))
+    else:
+        config, tensors, generation_config = checkpoints.read(path, dtype)
+        if lacking := sorted(i for i in ids if i >= config.vocab_size):
+            if not resize:
+                stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks "
+                     f"{len(lacking)} of the tokenizer's {len(ids)} tokens, such as "
+                     f"{tokenizer.convert_ids_to_tokens(lacking[0])}; if they belong together, "
+                     "--resize_embedding of sft.py or train_rm.py adds rows for them")
+            more = size - config.vocab_size
+            for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+                mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
+                tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
+            print(f"{path}: {more} rows added to its embedding, for the tokens that it lacks")
+            config.vocab_size = size
+        with torch.device("meta"):
+            llama = Llama(config)
+        llama.generation_config = generation_config
+        fill(llama, tensors, path, dtype)
+        llama.tie()
+    if unused := set(range(llama.config.vocab_size)) - ids:
+        rows = torch.arange(llama.config.vocab_size)
+        llama.lm_head.unused = torch.isin(rows, torch.tensor(list(unused)))
     return llama.eval()
 
 
@@ -407,6 +428,7 @@ def decoding_copy(llama, dtype):
         plain = Llama(llama.config)
     plain.load_state_dict(merged(llama, dtype, everywhere=True), strict=False, assign=True)
     plain.tie()
+    plain.lm_head.unused = llama.lm_head.unused
     plain.model.rotary_emb = llama.model.rotary_emb  # float32 in any case
     return plain.eval()
 

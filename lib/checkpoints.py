@@ -6,15 +6,17 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 
 import torch
-from transformers import (AutoConfig, LlamaConfig, LlamaForCausalLM,
+from huggingface_hub import hf_hub_download
+from transformers import (AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM,
                           LlamaForSequenceClassification)
 from transformers.utils import logging
 
 from lib.errors import explain, first_line, stop
-from lib.formats import gguf_config, is_meta, open_gguf, read_gguf, read_meta
+from lib.formats import gguf_config, is_meta, open_gguf, read_gguf, read_meta, unwrapped
 
 
 @contextlib.contextmanager
@@ -97,9 +99,21 @@ def read_hugging_face(path, dtype, scalar):
     if (config.architectures or [""])[0].endswith(other):
         stop(f"{path}: a {config.architectures[0]}, where a {'reward' if scalar else 'language'} "
              f"model is wanted, a {kind.__name__}")
-    with explain(f"{path}: cannot be loaded as a LLaMA checkpoint"), quiet():
-        model, info = kind.from_pretrained(path, config=config, dtype=dtype,
-                                           output_loading_info=True, ignore_mismatched_sizes=True)
+    generation_config = None if scalar else generation_config_of(path)
+
+    def load(names=None):
+        with explain(f"{path}: cannot be loaded as a LLaMA checkpoint"), quiet():
+            return kind.from_pretrained(
+                path, config=config, generation_config=generation_config, dtype=dtype,
+                output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=names)
+
+    model, info = load()
+    unused = sorted(info["unexpected_keys"])
+    if adapters := [name for name in unused if ".lora_" in name]:
+        stop(f"{path}: a PEFT adapter that is not merged, with tensors such as {adapters[0]}: "
+             "merge it first (merge_and_unload), and save the result")
+    if info["missing_keys"] and (names := unwrapped(unused, path)):
+        model, info = load({f"^{re.escape(name)}$": plain for name, plain in names.items()})
     wrong = sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"])
     if wrong:
         stop(f"{path}: {len(wrong)} of the model's tensors are missing or of the wrong shape, such "
@@ -109,22 +123,64 @@ def read_hugging_face(path, dtype, scalar):
              f"{unused[0]}")
     if scalar and config.num_labels != 1:
         stop(f"{path}: a reward model has one label, this one has {config.num_labels}")
-    return config, model.state_dict(), mended(getattr(model, "generation_config", None), path)
+    return config, model.state_dict(), generation_config
 
 
-def mended(generation_config, path):
-    """A generation_config.json as transformers writes it again. It refuses a temperature or top_p
-    without do_sample, as LLaMA 2 chat and Vicuna have: these say how to sample."""
-    try:
-        if generation_config is not None:
-            generation_config.validate(strict=True)
-    except ValueError as error:
-        print(f"{path}/generation_config.json: do_sample is set to true, since transformers would "
-              f"not write it otherwise ({first_line(error)})")
-        generation_config.do_sample = True
-        with explain(f"{path}/generation_config.json: not valid"):
-            generation_config.validate(strict=True)
-    return generation_config
+def stated(path):
+    """{field: value} of what a Hugging Face checkpoint says of generation: generation_config.json,
+    without one config.json. Ends the program with one line if the former is no JSON object."""
+    with contextlib.suppress(Exception):  # the hub has none
+        name, file = "generation_config.json", os.path.join(path, "generation_config.json")
+        if not os.path.isdir(path):
+            file = hf_hub_download(path, name)
+        if os.path.exists(file):
+            with explain(f"{path}/{name}: damaged, not a JSON object"):
+                with open(file, encoding="utf-8") as opened:
+                    return dict(json.load(opened).items())
+    config = {}
+    with contextlib.suppress(Exception), quiet():  # a tokenizer's folder has none
+        config, _ = LlamaConfig.get_config_dict(path)
+    return {name: config[name] for name in GenerationConfig().to_dict() if name in config}
+
+
+def writable(fields):
+    """(GenerationConfig, {field: why}): of what is `stated`, all that transformers would write
+    again together, and why not the others. It refuses a length_penalty without num_beams, a top_p
+    without do_sample, a null where it compares."""
+    taken, refused = {}, dict.fromkeys(fields, "")
+    config, before = GenerationConfig(), None
+    while len(refused) != before:  # a field may need one that stands after it
+        before = len(refused)
+        for name in list(refused):
+            try:
+                with quiet():
+                    tried = GenerationConfig(**taken, **{name: fields[name]})
+                    tried.validate(strict=True)
+                    json.dumps(tried.to_dict(), allow_nan=False)
+            except Exception as error:
+                why = str(error).removeprefix("GenerationConfig is invalid: \n")
+                refused[name] = first_line(why).removeprefix(f"- `{name}`: ")
+            else:
+                config, taken[name] = tried, fields[name]
+                del refused[name]
+    return config, refused
+
+
+def generation_config_of(path):
+    """The GenerationConfig to export with a model: what the checkpoint states, less what
+    transformers would not write. That is said."""
+    fields, name = stated(path), f"{path}/generation_config.json"
+    config, refused = writable(fields)
+    # a temperature or top_p without do_sample, as LLaMA 2 chat and Vicuna have, says how to sample
+    sampling, others = writable(fields | {"do_sample": True})
+    if len(others) < len(refused):
+        print(f"{name}: do_sample is set to true, since transformers would not write it otherwise "
+              f"({refused[min(refused.keys() - others.keys())]})")
+        config, refused = sampling, others
+    if refused:
+        print(f"{name}: not exported, since transformers would not write it: "
+              + "; ".join(f"{field} ({why})" for field, why in refused.items()))
+    return config
 
 
 def add_older_keys(folder):

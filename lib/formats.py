@@ -33,6 +33,25 @@ def renamed(tensors, names, config):
     return result
 
 
+WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+
+
+def unwrapped(names, path):
+    """{name: plain name} of tensors whose names hold more than the model's own: what wrappers put
+    in front of a part (DDP, torch.compile, FSDP), or one prefix before all, as PEFT's. That is
+    said. {} if there is nothing to take off."""
+    plain = {name: re.sub(rf"(^|\.)(?:(?:{WRAPPERS})\.)+", r"\1", name) for name in names}
+    for name in list(plain.values()):
+        if prefix := re.fullmatch(r"(.+\.)(?:model\.embed_tokens|tok_embeddings)\.weight", name):
+            plain = {name: bare.removeprefix(prefix[1]) for name, bare in plain.items()}
+    plain = {name: bare for name, bare in plain.items() if bare != name}
+    if not plain or len(set(plain.values()) | (set(names) - plain.keys())) < len(names):
+        return {}
+    name = min(plain)
+    print(f"{path}: the prefixes of {len(plain)} tensors are taken off: {name} is {plain[name]}")
+    return plain
+
+
 # ------------------------------------------------------------------------------------------------
 # Meta
 
@@ -74,6 +93,8 @@ def read_meta(path, device="cpu"):
             shards.append(torch.load(file, map_location=device, weights_only=True,
                                      mmap=device == "cpu"))
     with explain(f"{path}: the shards do not fit together"):
+        if names := unwrapped(shards[0], path):
+            shards = [{names.get(name, name): x for name, x in shard.items()} for shard in shards]
         whole = dim // shards[0]["layers.0.attention.wq.weight"].shape[0]
         if len(shards) > whole:
             stop(f"{path}: {len(shards)} shards found, but its model has {whole}: some are of "

@@ -7,6 +7,7 @@
 
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -61,6 +62,20 @@ def fingerprint(path):
     return found.hexdigest()
 
 
+def locked(folder):
+    """The file `folder`/.lock, locked while it is open and this process lives, however it ends; or
+    stop, since another process holds it. None where there are no locks."""
+    try:
+        import fcntl  # not on Windows
+        file = open(os.path.join(folder, ".lock"), "w")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:  # or not on this file system
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+            stop(f"{folder}: another run is writing there; wait for its end, or name another --out")
+        return None
+    return file
+
+
 class Run:
     """A run in `args.out`: its metrics, its saved state, its progress bar.
 
@@ -75,13 +90,8 @@ class Run:
         self.args, self.folder, self.name, self.state = args, args.out, name, None
         self.metrics = metrics
         self.last = os.path.join(args.out, "last")
-        holds = [name for name in ("metrics.csv", "config.json", "last")
-                 if os.path.exists(os.path.join(args.out, name))]
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
-        if holds and not (args.resume or args.overwrite):
-            stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
-                 "replaces it, --out names another")
         for setting, path in inputs_of(args).items():
             whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
                                      for name in (args.out, path))
@@ -93,6 +103,12 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
+        self.lock = locked(args.out) if RANK == 0 else None
+        holds = [name for name in ("metrics.csv", "config.json", "last")
+                 if os.path.exists(os.path.join(args.out, name))]
+        if holds and not (args.resume or args.overwrite):
+            stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
+                 "replaces it, --out names another")
         if torch.device(args.device).type == "cpu":
             cpu.keep_freed_memory()
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
@@ -199,6 +215,8 @@ class Run:
         self.bar.close()
         self.signals.restore()
         self.file.close()
+        if self.lock:
+            self.lock.close()
         if self.board:
             self.board.close()
         if RANK == 0:

@@ -9,10 +9,10 @@ import re
 from huggingface_hub import try_to_load_from_cache
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from lib.checkpoints import quiet, refuse_others
+from lib.checkpoints import quiet, refuse_others, stated
 from lib.data import encode_completion
 from lib.errors import explain, stop
 from lib.formats import is_meta, open_gguf, said_in
@@ -237,7 +237,7 @@ def load_tokenizer(path):
                  if not token.special and is_markup(token.content, tokenizer.chat_template)]
     tokenizer.backend_tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unflagged])
-    vocab_size, ends = stated(path)
+    vocab_size, ends = rows_and_ends(path)
     with explain(path):
         end = encode_completion(tokenizer, "a", "b")[1][-1]
     tokenizer.end_ids = list(dict.fromkeys([end, tokenizer.eos_token_id, *ends]))
@@ -245,20 +245,19 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def stated(path):
+def rows_and_ends(path):
     """What a Hugging Face checkpoint states of its tokens beside the tokenizer: the rows of its
     embedding, 0 if unknown, and the ids that end a text, such as LLaMA 3's three: those of
     generation_config.json, else of config.json. (transformers' classes would make them up.)"""
     if path.endswith(".gguf") or is_meta(path):
         return 0, []
-    config, ends = {}, None
-    with contextlib.suppress(Exception), quiet():  # a folder of a tokenizer alone has neither
+    config, ends = {}, stated(path).get("eos_token_id")
+    with contextlib.suppress(Exception), quiet():  # a folder of a tokenizer alone has none
         config, _ = LlamaConfig.get_config_dict(path)
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
     if ends is None:
         ends = config.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return config.get("vocab_size", 0), ends
+    ends = ends if isinstance(ends, list) else [ends]
+    return config.get("vocab_size", 0), [end for end in ends if type(end) is int and end >= 0]
 
 
 def padding_token(tokenizer, vocab_size, path):

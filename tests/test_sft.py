@@ -235,7 +235,8 @@ def test_sft_stops_on_what_is_not_finite(suspicious, home, tmp_path, monkeypatch
         "the loss is nan" if what == "loss" else r"the loss is \d.*, the gradient nan", line
     )
     assert "at step 3, on records [8, 9, 10]" in line and "data.json" in line
-    assert os.listdir(tmp_path / "out") == ["metrics.csv"] and len(read_rows(tmp_path / "out")) == 2
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "metrics.csv"]
+    assert len(read_rows(tmp_path / "out")) == 2
 
 
 def test_sft_waits_once_a_step(sft_argv, home, tmp_path):
