@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lib.checkpoints import read_meta
+from lib.formats import read_meta
 from makers import (
     DIM, FFN, HEADS, LLAMA1, LLAMA2, LLAMA2_GQA, LLAMA3, LLAMA31, POINTER, ROOT, TIKTOKEN_MODEL,
     assert_close, cut, logits_of, plain_frequencies, plain_llama, random_tokens, random_weights,
