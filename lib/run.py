@@ -64,15 +64,19 @@ def fingerprint(path):
 
 def locked(folder):
     """The file `folder`/.lock, locked while it is open and this process lives, however it ends; or
-    stop, since another process holds it. None where there are no locks."""
+    the program ends with one line, since another process holds it."""
     try:
-        import fcntl  # not on Windows
-        file = open(os.path.join(folder, ".lock"), "w")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:  # or not on this file system
-        if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
-            stop(f"{folder}: another run is writing there; wait for its end, or name another --out")
+        import fcntl
+    except ImportError:  # on Windows
         return None
+    with explain(f"{folder}: cannot be written"):
+        file = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            stop(f"{folder}: another run is writing there; wait for its end, or name another --out")
+        # else the file system has no locks
     return file
 
 
