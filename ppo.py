@@ -644,7 +644,7 @@ def four_models(args, tokenizer, text_reward):
     what learns with its adapters off: two LLaMAs, if the critic begins as the reward model."""
     def learning(model):
         return to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                              args.base_dtype), args)
+                                  args.base_dtype), args)
 
     def frozen(model):
         return to_device(model.requires_grad_(False), args)

@@ -119,7 +119,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
     model = to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                           args.base_dtype), args)
+                               args.base_dtype), args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
 
     def read(path):

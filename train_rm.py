@@ -15,8 +15,8 @@ completions of a prompt it learns either
 of a prompt, and then the mean over prompts (InstructGPT, eq. 1; ChatLLaMA). At the end the scores
 are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019 do so
 on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and InstructGPT,
-C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in config.json, which `ScalarHead` subtracts;
-elsewhere, as in transformers, subtract it yourself.
+C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in config.json,
+which `ScalarHead` subtracts; elsewhere, as in transformers, subtract it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -140,7 +140,7 @@ def normalize_(reward_model, scores):
 
 
 # ------------------------------------------------------------------------------------------------
-# Using the model
+# Reading, scoring, learning
 
 def score_texts(reward_model, examples, args, pad_token_id):
     """The model's scores (n,) of [(prompt, completion, ...)]."""
@@ -163,6 +163,31 @@ def group_by_prompt(records, examples):
         prompt = json.dumps(records[number - 1]["user_input"], sort_keys=True)
         groups.setdefault(prompt, []).append(i)
     return list(groups.values())
+
+
+def read_scored(path, tokenizer, max_length, args):
+    """Scored completions -> [(prompt, completion, number of the record)] in tokens; of each prompt
+    the indices of its completions, with --loss ranking only where these have different scores; and
+    all scores (n,)."""
+    records = read_records(path, "user_input", "completion", "score")
+    examples = encode_records(records, tokenizer, max_length, path)
+    groups = group_by_prompt(records, examples)
+    labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
+    warn_of_labels(path, records, examples)
+    if len(set(labels.tolist())) == 1:
+        stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")
+    if args.loss == "regression":
+        return examples, groups, labels
+    useful, same = [], []
+    for group in groups:
+        (useful if len(set(labels[group].tolist())) > 1 else same).append(group)
+    if not useful:
+        stop(f"{path}: no prompt has two completions with different scores, so there is "
+             "nothing to rank; --loss regression learns the scores themselves")
+    if same:
+        print(f"{path}: of {len(groups)} prompts, {len(same)} left out: no two completions "
+              f"with different scores, such as record {examples[same[0][0]][2]}")
+    return examples, useful, labels
 
 
 def with_pairs(groups, labels):
@@ -191,6 +216,32 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     return accuracy.mean().item(), margin.mean().item(), error, by_gap
 
 
+def backward(reward_model, batch, examples, labels, args, pad_token_id):
+    """The gradient of --loss of a batch of prompts, each given by the indices of its completions ->
+    the loss; how many pairs of completions the model has in the right order; how many there are.
+    The first two stay on the device: asking for a number waits for it."""
+    loss_function = ranking_loss if args.loss == "ranking" else regression_loss
+    loss, right, number = 0.0, 0.0, 0
+    for part, weight in my_parts(batch, args.micro_batch_size):
+        rows, sizes = sum(part, []), [len(group) for group in part]
+        input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
+        with autocast(args):
+            scores = last_token(reward_model(input_ids), places)
+        by_prompt = list(zip(scores.split(sizes), labels[rows].split(sizes)))
+        # the mean over the prompts of the batch: each weighs the same, whatever its completions
+        micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
+        micro_loss.backward()
+        loss += micro_loss.detach()
+        # where each completion is alone in its prompt, they are compared across prompts
+        for s, t in by_prompt if max(sizes) > 1 else [(scores, labels[rows])]:
+            accuracy = pair_statistics(s.detach(), t)[0]
+            right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
+    return loss, right, number
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
 @clean_exit
 def main(argv=None):
     args, _ = parse("train_rm.py", __doc__, SETTINGS, argv, real_if=["model"])
@@ -203,33 +254,13 @@ def main(argv=None):
     run = Run(args, "reward model", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
-    reward_model = to_device(add_lora(reward_model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                                  args.base_dtype), args)
+    reward_model = to_device(add_lora(reward_model, args.lora_rank, args.lora_alpha,
+                                      args.lora_targets, args.base_dtype), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 
-    def read(path):
-        records = read_records(path, "user_input", "completion", "score")
-        examples = encode_records(records, tokenizer, max_length, path)
-        groups = group_by_prompt(records, examples)
-        labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
-        warn_of_labels(path, records, examples)
-        if len(set(labels.tolist())) == 1:
-            stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")
-        if args.loss == "regression":
-            return examples, groups, labels
-        useful, same = [], []
-        for group in groups:
-            (useful if len(set(labels[group].tolist())) > 1 else same).append(group)
-        if not useful:
-            stop(f"{path}: no prompt has two completions with different scores, so there is "
-                 "nothing to rank; --loss regression learns the scores themselves")
-        if same:
-            print(f"{path}: of {len(groups)} prompts, {len(same)} left out: no two completions "
-                  f"with different scores, such as record {examples[same[0][0]][2]}")
-        return examples, useful, labels
-
-    examples, groups, labels = read(args.data)
-    held_out = read(args.eval_data) if args.eval_data else None
+    given = tokenizer, max_length, args
+    examples, groups, labels = read_scored(args.data, *given)
+    held_out = read_scored(args.eval_data, *given) if args.eval_data else None
     demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"),
                                     tokenizer, max_length, args.demonstrations)
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
@@ -240,7 +271,6 @@ def main(argv=None):
     order = torch.Generator().manual_seed(args.seed)
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
-    loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     trained = {"reward_model": (reward_model, optimizer)}
     args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(map(len, groups)))
     kept = run.begin(steps, trained, {}, dict(watch={}))
@@ -249,26 +279,8 @@ def main(argv=None):
     for step, batch in list(enumerate(batches))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step, steps, floor=0.1)
-        # loss and right, the pairs that the model gets right out of `number`, stay on the device
-        # until the step's end: asking for a number waits for the device
-        loss, right, number = 0.0, 0.0, 0
-        for part, weight in my_parts(batch, args.micro_batch_size):
-            rows = [i for g in part for i in groups[g]]
-            input_ids, places = collate([examples[i] for i in rows], tokenizer.pad_token_id,
-                                        args.device)
-            with autocast(args):
-                scores = last_token(reward_model(input_ids), places)
-            sizes = [len(groups[g]) for g in part]
-            targets = labels[rows]
-            by_prompt = list(zip(scores.split(sizes), targets.split(sizes)))
-            # the mean over the prompts of the batch: each weighs the same, whatever its completions
-            micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-            # where each completion is alone in its prompt, they are compared across prompts
-            for s, t in by_prompt if max(sizes) > 1 else [(scores, targets)]:
-                accuracy = pair_statistics(s.detach(), t)[0]
-                right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
+        loss, right, number = backward(reward_model, [groups[g] for g in batch], examples, labels,
+                                       args, tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)
         loss, right, grad_norm = torch.stack([loss, right, grad_norm]).tolist()
         loss, right, number = total(loss), total(right), total(number)  # of all processes
