@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lib import checkpoints, cpu
 from lib.distributed import RANK, is_sharded, total, wait_for_all
 from lib.errors import explain, stop
+from lib.graphs import can_be_captured, captured
 from lib.lora import merged
 from lib.memory import PIECE
 from lib.tokenizer import load_tokenizer  # noqa: F401: re-exported
@@ -433,41 +434,14 @@ def decoding_copy(llama, dtype):
     return plain.eval()
 
 
-def can_be_captured(llama):
-    """Whether a decoding step is nothing but kernels on a CUDA device. FSDP communicates in it, two
-    kinds of rotary frequencies look at the positions in Python, and quantized layers are code of
-    others."""
-    weights = list(llama.parameters())
-    return (weights[0].is_cuda and not is_sharded(llama)
-            and llama.model.rotary_emb.rope_type not in ("dynamic", "longrope")
-            and all(weight.is_floating_point() for weight in weights))
-
-
-def captured(step, state):
-    """`step` as a CUDA graph: launched as a whole, where Python takes longer to launch its kernels
-    one by one than the GPU to compute them. `step` reads and changes tensors in place, those of
-    `state` so that it must not be repeated; capturing leaves these as they were."""
-    before = [x.clone() for x in state]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # libraries allocate and choose kernels the first times
-            step()
-            for x, value in zip(state, before):
-                x.copy_(value)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 @torch.no_grad()
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
-    """Yields, after each token, the rows of the batch (n,) that still write, and all that each has
-    written: tokens and log probabilities (n, N so far). On a GPU after every 16, since asking which
-    rows have ended waits for it; so there what a row wrote after its end is yielded too.
+    """What `self_test` does in three lines with the whole text, here with a cache and fast. Yields,
+    after each token, rows of the batch (n,) and all that each has written: tokens and log
+    probabilities (n, N so far). Rows that have ended are dropped many at a time, so what some wrote
+    after their end is yielded too. On a GPU only after every 16, since asking which have ended
+    waits for it.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which belongs to it. Row b

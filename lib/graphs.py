@@ -1,0 +1,34 @@
+"""A decoding step as a CUDA graph."""
+
+import torch
+
+from lib.distributed import is_sharded
+
+
+def can_be_captured(llama):
+    """Whether a decoding step is nothing but kernels on a CUDA device. FSDP communicates in it, two
+    kinds of rotary frequencies look at the positions in Python, and quantized layers are code of
+    others."""
+    weights = list(llama.parameters())
+    return (weights[0].is_cuda and not is_sharded(llama)
+            and llama.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+            and all(weight.is_floating_point() for weight in weights))
+
+
+def captured(step, state):
+    """`step` as a CUDA graph: launched as a whole, where Python takes longer to launch its kernels
+    one by one than the GPU to compute them. `step` reads and changes tensors in place, those of
+    `state` so that it must not be repeated; capturing leaves these as they were."""
+    before = [x.clone() for x in state]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries allocate and choose kernels the first times
+            step()
+            for x, value in zip(state, before):
+                x.copy_(value)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
