@@ -101,7 +101,7 @@ def ppo(folder, seed, name, updates):
 def value(rows, column):
     """The held-out scores of the end, and the mean of everything else over the last updates."""
     last = 1 if column.startswith("eval_") else LAST
-    return statistics.mean(float(row[column]) for row in rows[-last:])
+    return statistics.mean(float(row[column]) for row in rows[1:][-last:])  # the first: update 0
 
 
 def warnings(runs, updates):

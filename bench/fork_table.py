@@ -51,28 +51,35 @@ def forked(folder, fork):
     return f"{folder}/ppo.py"
 
 
+def launch(folder, fork, name, settings):
+    """Runs ppo.py with this fork's changes in `folder`, in a process of its own with one thread, as
+    far as it is not complete; what it took is in cost.json of its `out`."""
+    out = settings["out"]
+    if os.path.exists(f"{out}/cost.json"):
+        return
+    script, started = forked(f"{folder}/forks/{name}", fork), time.time()
+    with open(f"{folder}/{name}.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, "--overwrite",
+             *(f"--{option}={x}" for option, x in settings.items())], cwd=folder, stdout=log,
+            stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"error: {name} failed; see {folder}/{name}.log")
+    with open(f"{out}/cost.json", "w") as file:
+        json.dump(dict(seconds=time.time() - started, cpu=usage.ru_utime + usage.ru_stime,
+                       megabytes=usage.ru_maxrss / 1024), file)
+
+
 def train(folder, seed, name, updates):
     """One run, unless it is there -> its row: the held-out scores of the end and so on."""
     fork, out = FORKS[name], f"{folder}/runs/fork-{name}-{updates}"
-    if not os.path.exists(f"{out}/cost.json"):
-        script = forked(f"{folder}/forks/{name}", fork)
-        settings = DEMO | dict(updates=updates, eval_every=updates, eval_number=100, seed=seed,
-                               out=out)
-        if fork in ("reinforce", "rloo"):
-            settings["ppo_epochs"] = 1
-        if fork in ("reinforce", "rloo", "grpo"):
-            settings = {option: x for option, x in settings.items() if option not in GONE}
-        started = time.time()
-        with open(f"{folder}/{name}.log", "w") as log:
-            process = subprocess.Popen(
-                [sys.executable, script, "--overwrite",
-                 *(f"--{option}={x}" for option, x in settings.items())], cwd=folder, stdout=log,
-                stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"error: {name} failed; see {folder}/{name}.log")
-        with open(f"{out}/cost.json", "w") as file:
-            json.dump(dict(seconds=time.time() - started, megabytes=usage.ru_maxrss / 1024), file)
+    settings = DEMO | dict(updates=updates, eval_every=updates, eval_number=100, seed=seed, out=out)
+    if fork in ("reinforce", "rloo"):
+        settings["ppo_epochs"] = 1
+    if fork in ("reinforce", "rloo", "grpo"):
+        settings = {option: x for option, x in settings.items() if option not in GONE}
+    launch(folder, fork, name, settings)
     rows = metrics(out)
     with open(f"{out}/cost.json") as file:
         row = json.load(file)

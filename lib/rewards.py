@@ -180,7 +180,7 @@ def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
         reward = TextReward(judge.path, tokenizer, judge)
     elif not (reward := other_model(args, tokenizer, load_scalar_head, last_token)):
         return None
-    if args.critic == "rm":
+    if vars(args).get("critic") == "rm":  # a fork may have no critic
         print(f"{reward.name} scores texts: the critic begins as the SFT model, with a new head")
     return reward
 
