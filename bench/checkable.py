@@ -11,8 +11,8 @@ demonstrations would teach the sums by themselves. The table has the share of ri
 held-out tasks, of which no two numbers occurred together before: greedy answers, from metrics.csv
 and samples.jsonl, and SAMPLES answers per task at temperature 1, drawn here.
 
-GRPO and RLOO are bench/forks/*.diff, with four answers to each of 16 tasks where PPO has one to
-each of 64. All share what they can: samples, KL coefficient, schedule. RLOO, which has no ratio to
+GRPO and RLOO are bench/forks/*.diff, with four answers to each of 32 tasks where PPO has one to
+each of 128. All share what they can: samples, KL coefficient, schedule. RLOO, which has no ratio to
 clip, makes one pass over each round's samples, the others two; RATES has the learning rates. Every
 seed has its own tasks and SFT model. One thread each, --jobs at a time; seconds are those of the
 CPU. What is complete is not run again.
@@ -37,7 +37,11 @@ from bench.fork_table import FORKS, GONE, launch  # noqa: E402
 from lib.data import encode_prompts, left_pad  # noqa: E402
 from model import generate, load_llama, load_tokenizer  # noqa: E402
 
-RATES = {"PPO": 2e-4, "GRPO": 2e-4, "RLOO": 2e-4}
+SETTINGS = DEMO | dict(
+    sft="runs/sft", reward=f"{ROOT}/bench/checkable_reward.py", eval_number=400, batch_size=128,
+    minibatch_size=64, micro_batch_size=64, max_new_tokens=24, kl_coef=0.01, ptx_coef=0, lam=1)
+del SETTINGS["gold"]  # the demo's judge knows other tasks
+RATES = {"PPO": 1e-4, "GRPO": 5e-5, "RLOO": 1e-4}
 SAMPLES = 8  # per held-out task
 COLUMNS = {"greedy": "eval_score", "sums": "sums", "comparisons": "comparisons",
            "sampled": "sampled", f"any of {SAMPLES} samples": "any",
@@ -56,14 +60,11 @@ def prepare(folder, seed):
 def train(folder, seed, name, updates):
     """The folder of one run, which runs first if it is not there yet."""
     out = f"{folder}/runs/{name}-{updates}"
-    settings = DEMO | dict(
-        sft="runs/sft", reward=f"{ROOT}/bench/checkable_reward.py", updates=updates,
-        eval_every=updates, eval_number=400, max_new_tokens=24, kl_coef=0.01, ptx_coef=0,
-        lr=RATES[name], seed=seed, out=out)
+    settings = SETTINGS | dict(updates=updates, eval_every=updates, lr=RATES[name], seed=seed,
+                               out=out)
     if name == "RLOO":
         settings["ppo_epochs"] = 1
-    # the judge of the demo knows other tasks
-    gone = ["gold"] if name == "PPO" else ["gold", *GONE]
+    gone = [] if name == "PPO" else GONE
     launch(folder, FORKS[name], name,
            {option: x for option, x in settings.items() if option not in gone})
     print(f"seed {seed}, {name}: {value(metrics(out), 'eval_score'):.3f} right", file=sys.stderr,
@@ -129,7 +130,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description="PPO, GRPO and RLOO on tasks that can be checked.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=100, help="rounds of 64 samples per run")
+    parser.add_argument("--updates", type=int, default=80, help="rounds of 128 samples per run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", default="runs/checkable", help="where the runs go")
     args = parser.parse_args()
@@ -148,7 +149,7 @@ def main():
                                      | sample(f"{folder}/runs/sft", tasks))
         for name in RATES:
             rows[name].append(row(outs[seed, name], tasks) | sample(outs[seed, name], tasks))
-    print(f"{args.updates} updates of 64 samples; share of right answers, mean of "
+    print(f"{args.updates} updates of 128 samples; share of right answers, mean of "
           f"{len(args.seeds)} seeds, smallest to largest\n")
     print("\n".join(table(rows)))
 

@@ -83,7 +83,9 @@ def tasks_of(folder):
     return json.loads((folder / "data" / "rlhf_training_data_eval.json").read_text("utf-8"))
 
 
-def test_a_run_of_a_fork_is_made_once(folder, capsys):
+def test_a_run_of_a_fork_is_made_once(folder, monkeypatch, capsys):
+    for size in ("batch_size", "minibatch_size", "micro_batch_size"):
+        monkeypatch.setitem(checkable.SETTINGS, size, 8)
     checkable.prepare(str(folder), seed=0)  # all is there
     out = checkable.train(str(folder), 0, "GRPO", updates=1)
     row = checkable.row(out, tasks_of(folder))
