@@ -58,7 +58,7 @@ EDITS = {  # function: (its file, what stands there, what takes its place, who o
         "lib/rewards.py", "distance * (score - self.mean)", "distance * distance",
         "tests/test_rewards.py"),
     "renamed": (
-        "lib/checkpoints.py", "heads = config.num_key_value_heads",
+        "lib/formats.py", "heads = config.num_key_value_heads",
         "heads = config.num_attention_heads", "tests/test_checkpoints.py"),
     "micro_batches": (
         "lib/distributed.py", "(len(parts[-1]) + 1) * lengths[i] > most",
