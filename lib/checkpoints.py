@@ -81,6 +81,12 @@ def read_config(path):
     if config.model_type != "llama":
         stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented "
              "here")
+    if config.rope_parameters["rope_type"] == "default" and "factor" in config.rope_parameters:
+        stop(f"{path}: its rope_scaling has a factor, and no type that uses it")
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        print(f"{path}: pad_token_id {config.pad_token_id} has no row in the embedding: ignored, "
+              "the tokenizer's counts")
+        config.pad_token_id = None  # transformers would not build the model
     return config
 
 

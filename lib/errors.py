@@ -20,7 +20,10 @@ def stop(message, code=2):
 
 def first_line(error):
     """The first line of an error's message: errors are reported in one line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+    said = str(error).strip()
+    if isinstance(error, KeyError) or not said:  # it says the key alone
+        said = f"{type(error).__name__} {said}".strip()
+    return said.split("\n")[0][:300]
 
 
 @contextlib.contextmanager

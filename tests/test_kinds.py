@@ -4,6 +4,7 @@
     a vocabulary that is padded to a round number
     tensors under the names that DDP, torch.compile, FSDP and PEFT give them
     two runs in one directory
+    a config.json that transformers takes amiss, or in silence
 """
 
 import csv
@@ -378,3 +379,36 @@ def test_a_file_system_without_locks(home, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", none)
     train(home / "llama", home, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------
+# config.json
+
+def changed(home, tmp_path, name, **fields):
+    path = copy(home, tmp_path, name)
+    said = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(said | fields))
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "rm"])
+@pytest.mark.parametrize("pad", [-1, 500, 10**6])
+def test_a_padding_token_without_a_row(home, tmp_path, capsys, name, pad):
+    """-1 is LLaMA 1's; the size of the vocabulary, of those who added one to the tokenizer alone."""
+    path = str(changed(home, tmp_path, name, pad_token_id=pad))
+    tokenizer = load_tokenizer(str(home / "llama"))
+    ours, theirs = (load_llama(path, tokenizer) if name == "llama" else load_scalar_head(path)
+                    for path in (path, str(home / name)))
+    assert (f"pad_token_id {pad}" in capsys.readouterr().out) == (pad > 0)
+    ids = torch.randint(500, (2, 9))
+    assert torch.equal(ours(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("scaling, said", [
+    ({"factor": 2.0}, "a factor, and no type"),
+    ({"type": "su", "factor": 2.0}, "KeyError 'su'"),
+])
+def test_a_rope_that_would_be_another(home, tmp_path, capfd, scaling, said):
+    path = changed(home, tmp_path, "llama", rope_scaling=scaling, rope_parameters=None)
+    tokenizer = load_tokenizer(str(home / "llama"))
+    assert said in refused(capfd, lambda: load_llama(str(path), tokenizer))
