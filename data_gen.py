@@ -14,7 +14,7 @@ in Chinese and in several phrasings. From it come
 and of each a held-out twin (`..._eval.json`) whose prompts occur in no training file, and a
 LLaMA-style sentencepiece tokenizer (data/tokenizer/tokenizer.model) trained on the training texts.
 
-The demonstrations are a mixture, as those of human labellers are: most are right but curt, many are
+The demonstrations are a mixture, as those of human labellers are: nearly half are curt, many are
 friendly, some ramble, a few are wrong. A model that imitates them well therefore answers well
 enough, and RLHF has something to gain. What "better" means is written down in `score`, which stands
 in for the human labeller: it labels the reward data, and afterwards it measures whether RLHF

@@ -48,7 +48,7 @@ def rotate(x, cos, sin):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, on a CPU computed as is fastest there."""
+    """`nn.Linear`, computed in the way that is fastest on a CPU."""
 
     def forward(self, x):
         return cpu.linear(x, self.weight, self.bias)
@@ -152,8 +152,7 @@ class Cache:
     number, so that a step that moves it on can be captured as a CUDA graph."""
 
     def __init__(self, config, batch, length, dtype, device):
-        # zeros: what is not written yet is read all the same, under the mask, and 0 times nan would
-        # be nan
+        # zeros: columns not written yet are read too, under the mask, and 0 times nan would be nan
         self.tensor = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads,
                                   length, config.head_dim, dtype=dtype, device=device)
         self.columns = torch.arange(length, device=device)
@@ -509,7 +508,7 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     for done in range(1, max_new_tokens + 1):
         if device.type == "cpu" or done % 16 == 0 or done == max_new_tokens:
             yield rows, tokens[:, :done], logprobs[:, :done]
-            left = (~ended).nonzero()[:, 0]  # the one place where a GPU is waited for
+            left = (~ended).nonzero()[:, 0]  # the only wait for a GPU
             if (total(len(left)) if in_step else len(left)) == 0 or done == max_new_tokens:
                 return
             # dropping ended rows copies the cache, and needs another capture

@@ -12,7 +12,7 @@ reward model and the reference (the SFT policy); the last two are frozen. The al
         make_experience:                                  # nothing learns here
             answer the prompts with the actor             (answer, model.generate)
             score the answers with the reward model       (score_responses)
-            ask actor, reference and critic about each token    (response_logprobs, response_values)
+            evaluate actor, reference and critic at each token  (response_logprobs, response_values)
             rewards = score at the end - kl_coef KL       (kl_estimate, token_rewards)
             advantages, returns                           (gae, masked_whiten)
         ppo_epochs times, for each minibatch:             (train_minibatch)
@@ -56,7 +56,7 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
-# bench/real_run.py trained SmolLM2-135M. Larger ones want smaller learning rates: Huang et al. 2024
+# bench/real_run.py trained SmolLM2-135M. Larger ones need smaller learning rates: Huang et al. 2024
 # take 3e-6 from 1B on. kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
@@ -121,7 +121,7 @@ SETTINGS = [
                                             "slow, for an actor that one GPU cannot hold"),
 ]
 
-# What an update is seen by: the columns of metrics.csv, and the panels and labels of curves.png.
+# What is logged of an update: the columns of metrics.csv, and the panels and labels of curves.png.
 METRICS = [
     # column              what it is                                              panel, label
     ("update",            "counted from 1; 0: the SFT model"),
@@ -154,8 +154,8 @@ METRICS = [
 
 # ------------------------------------------------------------------------------------------------
 # The maths. (B, T) are B responses of up to T tokens; `mask` is 1 on the tokens of the response, up
-# to and including its end-of-sequence, and 0 after it. What stands outside the mask, be it inf or
-# nan, never changes what a function with a mask gives.
+# to and including its end-of-sequence, and 0 after it. Values outside the mask, even inf and nan,
+# never change the result of a function that takes a mask.
 
 # a log ratio is cut to +-20 before exp: e^20 is far outside every clip range, and far from overflow
 LARGEST_LOG = 20.0
@@ -568,7 +568,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
 
 
 def averaged(found):
-    """The mean of each statistic over the minibatches of an update; of largest_ratio the largest."""
+    """The mean of each statistic over the minibatches of an update; the largest largest_ratio."""
     means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
     return means | dict(largest_ratio=max(each["largest_ratio"] for each in found))
 

@@ -228,7 +228,7 @@ def backward(reward_model, batch, examples, labels, args, pad_token_id):
         with autocast(args):
             scores = last_token(reward_model(input_ids), places)
         by_prompt = list(zip(scores.split(sizes), labels[rows].split(sizes)))
-        # the mean over the prompts of the batch: each weighs the same, whatever its completions
+        # the mean over the prompts of the batch: each weighs the same, however many completions
         micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
         micro_loss.backward()
         loss += micro_loss.detach()

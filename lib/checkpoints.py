@@ -21,7 +21,7 @@ from lib.formats import gguf_config, is_meta, open_gguf, read_gguf, read_meta, u
 
 @contextlib.contextmanager
 def quiet():
-    """Inside, transformers says nothing: what matters is checked, and said, here."""
+    """A context in which transformers prints nothing: what matters is checked and reported here."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -34,7 +34,7 @@ def quiet():
 
 
 def refuse_others(path):
-    """End the program with one line at what is often taken for a checkpoint, and is none."""
+    """End the program with one line if `path` is something that only looks like a checkpoint."""
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     for file in [os.path.join(path, name) for name in names] or [path]:
         if os.path.isfile(file) and os.path.getsize(file) < 1024:
@@ -174,7 +174,7 @@ def writable(fields):
 
 def generation_config_of(path):
     """The GenerationConfig to export with a model: what the checkpoint states, less what
-    transformers would not write. That is said."""
+    transformers would not write, which is printed."""
     fields, name = stated(path), f"{path}/generation_config.json"
     config, refused = writable(fields)
     # a temperature or top_p without do_sample, as LLaMA 2 chat and Vicuna have, says how to sample
@@ -190,8 +190,8 @@ def generation_config_of(path):
 
 
 def add_older_keys(folder):
-    """Let transformers 4 read what 5 has written, too: where only the newer keys stand, it would
-    take rope theta for 10000 without a word, and not find the tokenizer's class."""
+    """Let transformers 4 read what 5 has written: without the older keys it would silently take
+    10000 for rope theta, and not find the tokenizer's class."""
     def rewrite(name, change):
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             said = json.load(file)

@@ -20,9 +20,9 @@ def linear(x, weight, bias=None):
     """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out).
 
     In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN, which
-    on some processors is twice as fast, backwards too. A product is a convolution with a window of
-    one pixel: one matrix is the image, a row per pixel, the other holds the filters. Much the
-    longer of the two is the image, since filters are copied into an order of oneDNN's own.
+    on some processors is twice as fast, in the backward pass too. A product is a convolution with a
+    window of one pixel: one matrix is the image, a row per pixel, the other holds the filters. If
+    one is much longer, it is the image, since oneDNN copies filters into a layout of its own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
     # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix
@@ -42,8 +42,8 @@ def linear(x, weight, bias=None):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory (mallopt(3)): by itself it gives every large block back to the
-    system, and the next one comes as pages that must first be zeroed."""
+    """Let glibc keep freed memory (mallopt(3)): by default it returns every large block to the
+    system, and the next one comes as pages that must be zeroed first."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):

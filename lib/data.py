@@ -151,10 +151,10 @@ def encode_dialogue(tokenizer, messages):
     """The tokens of a dialogue in the checkpoint's chat template, up to where the assistant is to
     write, if it is its turn -> tokens, and {index of a message: where its answer begins in tokens}.
 
-    The template writes control tokens around what people said; the same characters inside what they
-    said are kept text, by a mark that only lives while the template is filled in. Each answer of
-    the assistant has the tokens that it has when it is written after its prompt. Raises ValueError
-    if the template refuses the dialogue.
+    The template writes control tokens around what people said. The same characters inside what they
+    said stay text: a mark, which exists only while the template is filled in, tells them apart.
+    Each answer of the assistant has the tokens that it has when it is written after its prompt.
+    Raises ValueError if the template refuses the dialogue.
     """
     control = control_pattern(tokenizer)
     mark = next(chr(c) for c in range(0xE000, 0xF900)
@@ -204,7 +204,7 @@ def encode_completion(tokenizer, user_input, completion):
     asked = as_messages(user_input)
     tokens, answers = encode_dialogue(
         tokenizer, [*asked, {"role": "assistant", "content": completion}])
-    if len(asked) not in answers:  # a template that writes an answer otherwise than it asks for it
+    if len(asked) not in answers:  # a template that renders an answer unlike the prompt for it
         return encode_prompt(tokenizer, asked), [*encode_text(tokenizer, completion),
                                                  tokenizer.eos_token_id]
     prompt, answer = tokens[:answers[len(asked)]], tokens[answers[len(asked)]:]
@@ -227,7 +227,7 @@ def cut_left(tokenizer, user_input, prompt, room):
 
 
 def encode_prompts(user_inputs, tokenizer, room, name):
-    """The tokens of each prompt. Those longer than `room` lose their beginning; that is said."""
+    """The tokens of each prompt. Those longer than `room` are cut on the left, with a notice."""
     prompts = []
     for number, user_input in enumerate(user_inputs, 1):
         with explain(f"{name}: record {number}"):
@@ -243,7 +243,7 @@ def encode_records(records, tokenizer, max_length, name):
 
     What is longer than `max_length` tokens loses the beginning of its prompt, at the same place for
     all completions of a prompt, which a reward model compares; a completion that leaves no room for
-    a prompt is dropped. Both are counted, and said.
+    a prompt is dropped. Both are counted and printed.
     """
     pairs = []
     for number, record in enumerate(records, 1):
@@ -281,7 +281,7 @@ class Places(NamedTuple):
 
 
 def on(device, values):
-    """A tensor of these numbers on the device. Python goes on while it is copied."""
+    """A tensor of these numbers on the device. Python does not wait for the copy."""
     return torch.as_tensor(values).to(device, non_blocking=True)
 
 

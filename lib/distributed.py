@@ -20,11 +20,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def start_processes(args):
-    """Find the other processes that torchrun started. Only the first, rank 0, prints and writes
-    files.
+    """Join the process group of torchrun. Only rank 0 prints and writes files.
 
-    An error in one ends its process at once, upon which torchrun ends all. --process_timeout
-    minutes without a message from one are an error.
+    An error ends its process at once, and torchrun then ends the others. To wait for another
+    process longer than --process_timeout minutes is an error.
     """
     if WORLD == 1 or started():
         return
@@ -34,17 +33,17 @@ def start_processes(args):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=args.process_timeout))
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # errors go to stderr, and are seen whoever has them
+        sys.stdout = open(os.devnull, "w")  # errors go to stderr, from every rank
 
 
 def started():
-    """Whether the processes have found each other."""
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def end_processes():
-    """Destroy the process group, when all have done their work. Threads of gloo may outlive the
-    group, and would abort the process while Python ends: so it ends without waiting for them."""
+    """Destroy the process group once all are done. Threads of gloo may outlive the group, and would
+    abort the process at Python's exit: so this process ends without waiting for them."""
     if started():
         wait_for_all()
         dist.destroy_process_group()
@@ -52,18 +51,17 @@ def end_processes():
 
 
 def leave(code=0):
-    """End this process without waiting for anyone: what Python does at its end may wait for a
-    group that is no longer whole."""
+    """End this process at once: Python's own exit may wait for a group that has lost a member."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def to_device(model, args):
-    """The model on --device; with many processes each holds an equal part of all weights, gradients
-    and optimizer state (FSDP2), and a layer is whole only while it computes. Embedding, last norm
-    and head are gathered with the forward pass of the whole model, and stay so until its backward
-    pass: the stages project hidden states after that forward pass."""
+    """The model on --device; with many processes each holds a shard of all weights, gradients and
+    optimizer states (FSDP2), and gathers a layer only while it computes. Embedding, last norm and
+    head are gathered in the forward pass of the whole model, and stay so until its backward pass:
+    the stages project hidden states after that forward pass."""
     for layer in model.model.layers:
         layer.recompute = args.gradient_checkpointing
     if WORLD > 1:
@@ -83,7 +81,7 @@ def to_device(model, args):
 
 
 def is_sharded(model):
-    """Whether this process holds only its part of the layers now."""
+    """Whether this process now holds only its shard of the layers."""
     return isinstance(next(model.model.layers.parameters()), DTensor)
 
 
@@ -92,7 +90,7 @@ def shards(model):
 
 
 def release(model):
-    """Let go of what a forward pass left gathered: the parameters are then those that learn."""
+    """Free what a forward pass left gathered: the parameters are then the optimizer's own."""
     for module in shards(model):
         module.reshard()
 
@@ -175,17 +173,17 @@ def clip_gradients(model, max_norm):
 
 
 def named_wholes(model, everywhere=False):
-    """(name, tensor) of each parameter in one piece, for rank 0 to save, or on every process where
-    it is computed. Every process takes part; without `everywhere` the others get None in place of
-    what is sharded."""
+    """(name, whole tensor) of each parameter: on the CPU of rank 0, to be saved, or `everywhere`,
+    to compute with. Every process takes part; without `everywhere` the others get None for what is
+    sharded."""
     release(model)
     for name, parameter in model.named_parameters():
         yield name, in_one_piece(parameter.detach(), everywhere)
 
 
 def in_one_piece(x, everywhere=False):
-    """A tensor with all its parts, on the CPU of rank 0, or `everywhere` on its device; one that is
-    not sharded as it is."""
+    """The whole of a sharded tensor, on the CPU of rank 0, or `everywhere` on its device; any other
+    tensor as it is."""
     if not isinstance(x, DTensor):
         return x
     x = x.full_tensor()
@@ -195,8 +193,8 @@ def in_one_piece(x, everywhere=False):
 
 
 def as_held(x, p):
-    """A whole tensor as the parameter `p` is held: this process's part of it if `p` is sharded. The
-    reverse of `in_one_piece`."""
+    """A whole tensor as the parameter `p` is held: this process's shard of it if `p` is sharded.
+    The reverse of `in_one_piece`."""
     if not isinstance(p, DTensor):
         return x
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

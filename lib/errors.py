@@ -40,7 +40,7 @@ def explain(what, advice="", code=2):
 
 def clean_exit(main):
     """Around a script's `main`: Ctrl-C outside a step ends in one line too. With many processes the
-    group is closed at the end; a process that fails waits for no other."""
+    group is destroyed at the end; a process that fails does not wait for the others."""
     @functools.wraps(main)
     def wrapped(argv=None):
         outermost = not started()  # ppo.py may call the main of other stages
@@ -51,7 +51,7 @@ def clean_exit(main):
             code = 130
         except SystemExit as end:
             code = end.code
-        except BrokenPipeError:  # whoever read our output, such as head, has seen enough
+        except BrokenPipeError:  # the reader of our output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         except Exception:

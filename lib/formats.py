@@ -38,8 +38,8 @@ WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 
 def unwrapped(names, path):
     """{name: plain name} of tensors whose names hold more than the model's own: what wrappers put
-    in front of a part (DDP, torch.compile, FSDP), or one prefix before all, as PEFT's. That is
-    said. {} if there is nothing to take off."""
+    in front of a part (DDP, torch.compile, FSDP), or one prefix before all, as PEFT's. A line says
+    so. {} if there is nothing to remove."""
     plain = {name: re.sub(rf"(^|\.)(?:(?:{WRAPPERS})\.)+", r"\1", name) for name in names}
     for name in list(plain.values()):
         if prefix := re.fullmatch(r"(.+\.)(?:model\.embed_tokens|tok_embeddings)\.weight", name):
@@ -48,7 +48,7 @@ def unwrapped(names, path):
     if not plain or len(set(plain.values()) | (set(names) - plain.keys())) < len(names):
         return {}
     name = min(plain)
-    print(f"{path}: the prefixes of {len(plain)} tensors are taken off: {name} is {plain[name]}")
+    print(f"{path}: the prefixes of {len(plain)} tensors are removed: {name} is {plain[name]}")
     return plain
 
 

@@ -20,12 +20,12 @@ def check_finite(step, loss, grad_norm, path, records):
 def finite(value, name, folder):
     """End a run of ppo.py at a value that is not finite, the last good checkpoint left as it is."""
     if not math.isfinite(value):
-        stop(f"{name} is {value}; what was saved last in {folder} stays. Lower --lr or "
+        stop(f"{name} is {value}; the last saved state in {folder} stays. Lower --lr or "
              "--critic_lr, or look at the score and the KL in metrics.csv", code=1)
 
 
 class LossWatch:
-    """Names the record behind a loss that is far above what is usual: mostly the data is wrong.
+    """Names the record behind a loss far above the usual one: mostly the data is wrong.
 
     `usual` and `spread`: running mean and mean absolute deviation of the batches' losses, kept over
     a --resume by `state`.
@@ -89,14 +89,14 @@ class RankingWatch:
         self.losses, self.steps, self.worst = 0.0, 0, (0.0, [])
 
 
-# When a PPO run counts as unhealthy. In brackets the worst that the demo shows, with which all is
-# well; other healthy runs need the room between the two.
+# When a PPO run counts as unhealthy. In brackets the worst of the demo, which is healthy; other
+# healthy runs may lie between the two.
 KL_ERRORS = 5.0      # standard errors below 0 over 10 updates: under 1 run in 50 by chance
 KL_A_TOKEN = 0.5     # nats [0.31]: a token, on average, 1.6 times as likely as for the SFT model
 KL_A_RESPONSE = 5.0  # nats [2.9]: short responses, such as the demo's, may move further per token
 CLIPPED = 0.3        # [0.05] only ratios that went too far where the advantage wants them count,
                      # about half of those out of range
-ENTROPY_LEFT = 0.2   # share of the first entropy [0.8]; a better policy is surer, not five times
+ENTROPY_LEFT = 0.2   # share of the first entropy [0.8]: a better policy is surer, but not 5 times
 CRITIC_YOUNG = 20    # updates (or half of a shorter run) in which a critic may be worse than a mean
 ENDED = 0.5          # share of the responses [1.0]
 GOLD_LOST = 0.05     # share of the best gold score; twice in a row, for once may be bad luck
@@ -104,7 +104,7 @@ GOLD_LOST = 0.05     # share of the best gold score; twice in a row, for once ma
 
 def unhealthy(rows, first, updates):
     """What looks wrong in a PPO run of so many `updates` -> {short name: likely cause, and the
-    knob}.
+    option to change}.
 
     `rows`: those of metrics.csv so far, dicts, the newest last; `first`: the SFT model's
     evaluation, {} if there is none.
@@ -175,7 +175,7 @@ class Warned:
 
 
 def show(update, kept, records, completions):
-    """What an evaluation found, beside the SFT model, and three of its answers."""
+    """Print an evaluation beside that of the SFT model, and three of its answers."""
     tqdm.write(f"update {update}: " + ", ".join(
         f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {kept['first'][name]:.3f})"
         for name, value in kept["last"].items()))
@@ -193,7 +193,7 @@ def in_short(row):
 
 
 def summary(kept):
-    """What a PPO run came to."""
+    """Print the result of a PPO run."""
     for name, value in kept["last"].items():
         print(f"{name.replace('eval_', 'held-out ')}: SFT {kept['first'][name]:.3f} -> PPO "
               f"{value:.3f}")

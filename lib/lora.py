@@ -1,4 +1,4 @@
-"""LoRA: a model stays as it is, and small matrices beside its linear maps learn."""
+"""LoRA: the model is frozen, and small matrices beside its linear maps are trained."""
 
 import contextlib
 import math
@@ -77,8 +77,8 @@ def trainable(model):
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """Inside, the model computes what it did before LoRA, exactly; one without LoRA what it always
-    does."""
+    """A context in which the model computes exactly what it did before LoRA. Without LoRA nothing
+    changes."""
     parts = [part for part in model.modules() if getattr(part, "on", False)]
     for part in parts:
         part.on = False

@@ -61,8 +61,8 @@ def activation_bytes(config, rows, length, projected, copies, args):
 
 
 def step_bytes(stage, config, rows, args, texts=4):
-    """Bytes at the peak of forward and backward pass over a micro-batch of `rows` of a stage, "sft",
-    "rm" or "ppo"; a prompt of the reward model has `texts` completions."""
+    """Bytes at the peak of forward and backward pass over a micro-batch of `rows` of a stage,
+    "sft", "rm" or "ppo"; a prompt of the reward model has `texts` completions."""
     context = config.max_position_embeddings
     if stage == "ppo":
         response = args.max_new_tokens
@@ -78,9 +78,9 @@ def step_bytes(stage, config, rows, args, texts=4):
 
 
 def micro_batch(stage, trained, args, state, texts=4):
-    """--micro_batch_size, where 0 leaves it to us. On a CPU: few rows (LAPTOP). On a GPU: the whole
-    (mini-)batch, or the largest equal part of it that fits what is free once gradients and optimizer
-    are there, with a margin of 20 %. A run that is resumed, `state`, keeps its size. `trained`:
+    """--micro_batch_size, where 0 means automatic. On a CPU: few rows (LAPTOP). On a GPU: the whole
+    (mini-)batch, or the largest equal part of it that fits what is free beside gradients and
+    optimizer, with a margin of 20 %. A run that is resumed, `state`, keeps its size. `trained`:
     {name: (model on its device, optimizer)}; `texts`: completions of a prompt at most."""
     if args.micro_batch_size:
         return args.micro_batch_size
@@ -98,7 +98,8 @@ def micro_batch(stage, trained, args, state, texts=4):
     while rows > 1 and step_bytes(stage, models[0].config, rows, sized, texts) > 0.8 * free:
         rows = -(-rows // 2)
     rows = -largest(-rows)  # all processes take the same
-    print(f"--micro_batch_size {rows}: {free / 2**30:.1f} GiB are free for a forward and backward pass")
+    print(f"--micro_batch_size {rows}: {free / 2**30:.1f} GiB are free for a forward and backward "
+          "pass")
     return rows
 
 

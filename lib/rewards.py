@@ -1,4 +1,4 @@
-"""What scores the responses of ppo.py in place of a reward model on its own tokens:
+"""What scores the responses of ppo.py in place of a reward model on the policy's tokens:
 
     python ppo.py --sft runs/sft --reward my_reward.py --prompts prompts.json
     python ppo.py --sft runs/sft --rm path/to/any/reward/model --prompts prompts.json
@@ -38,10 +38,10 @@ class Judge:
 
         judge(records, completions, ended) -> their scores, finite floats
 
-    `records`: those of the prompts; `ended`: whether a response did, and was not cut. A parameter
-    that is named `ended` gets that. Every other one beside user_input and completion is a field of
-    the record; one with a default may be missing there. `**record` gets all fields that are left.
-    `scores` gets a list of each. The first two parameters may have names of their own.
+    `records`: those of the prompts; `ended`: whether each response ended, or was cut. A parameter
+    named `ended` gets that. Every other one beside user_input and completion is a field of the
+    record, which may lack it if the parameter has a default. `**record` gets all fields that are
+    left. `scores` gets a list of each. The first two parameters may have other names.
     """
 
     def __init__(self, option, path):
@@ -131,7 +131,7 @@ class Judge:
                          if os.path.realpath(frame.filename) == os.path.realpath(self.path)]
                 where = f"line {lines[-1]}: {type(error).__name__}: " if lines else ""
                 stop(f"{self.path}: {where}{first_line(error)}, on a response to "
-                     f"{str(asked)[:100]!r}; --resume goes on from the last saved state", code=1)
+                     f"{str(asked)[:100]!r}; --resume continues from the last saved state", code=1)
         return scores
 
 
@@ -174,8 +174,8 @@ def judges(args, records, eval_records):
 
 def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
     """What --reward (`judge`) or --rm names, if it scores texts; None for a LLaMA on the policy's
-    tokens. The critic cannot begin as what scores texts: that is said. The last two are `model`'s:
-    how a LLaMA reward model is loaded and read."""
+    tokens. The critic cannot begin as what scores texts, and a line says so. The last two are
+    functions of model.py, which lib does not import."""
     if judge:
         reward = TextReward(judge.path, tokenizer, judge)
     elif not (reward := other_model(args, tokenizer, load_scalar_head, last_token)):
@@ -208,7 +208,7 @@ class TextReward:
 
     def scores(self, texts, ended):
         """[(prompt, response)] in tokens, and whether each ended -> their scores, a list. Of many
-        processes the first asks, and the others add zeros."""
+        processes rank 0 asks, and the others give zeros."""
         if RANK > 0:
             return [0.0] * len(texts)
         started = time.perf_counter()
@@ -292,8 +292,8 @@ class RunningDeviation:
         return dict(number=self.number, mean=self.mean, squares=self.squares)
 
     def __call__(self, scores):
-        """`scores` (B,) -> (B,) over that deviation, in which they count; unchanged while it is
-        0."""
+        """`scores` (B,) -> (B,), divided by the deviation of all so far, these included; unchanged
+        while that is 0."""
         for score in scores.tolist() if self.wanted else []:
             self.number += 1
             distance = score - self.mean

@@ -31,7 +31,7 @@ FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_bat
         "process_timeout", "gradient_checkpointing", "shard_rollout",
         "accept_changed_data", "tensorboard"}
 LONGER = {"updates", "epochs"}  # what --resume may raise
-LOGS = ["metrics.csv", "samples.jsonl"]  # grow as a run goes on; --resume cuts off what came later
+LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
           "eval_prompts", "demonstrations", "gold"]
@@ -336,7 +336,7 @@ class Signals:
         self.restore()
 
     def agree(self):
-        """Signals reach each process at another moment, and all have to end after the same step."""
+        """Signals reach the processes at different moments; all must end after the same step."""
         self.caught = largest(self.came)
 
     def restore(self):

@@ -31,8 +31,8 @@ def any_whole(text):
 
 
 def usable_device(text):
-    """argparse type: a device on which PyTorch computes. "cuda" with many processes: to each its
-    own."""
+    """argparse type: a device on which PyTorch computes. With many processes, "cuda" means a GPU
+    for each."""
     if WORLD > 1 and text == "cuda":
         text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -40,7 +40,7 @@ def usable_device(text):
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
     if torch.device(text).type == "mps":
-        print("mps: nothing here was ever run on it; bfloat16 and many processes are not supported")
+        print("mps: untested here; bfloat16 and many processes are not supported")
     return text
 
 
@@ -50,7 +50,7 @@ COMMON = [
     ("lora_rank", 0, 0, "rank of the adapters; 0: no adapters, every weight is trained", whole),
     ("lora_alpha", 16, 16, "the adapters' output is scaled by this over the rank"),
     ("lora_targets", *2 * ["q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
-     "matrices of each layer that get one"),
+     "linear maps of each layer that get an adapter"),
     ("base_dtype", *2 * ["float32"], "of the frozen weights", ["float32", "bfloat16"]),
     "the run",
     ("seed", 0, 0, "seed of every random choice", any_whole),
@@ -63,7 +63,7 @@ COMMON = [
     ("device", "cpu", DEVICE, "where to compute: cpu, cuda, cuda:1, mps", usable_device),
     ("save_every", 100, 100, "steps (ppo.py: updates) between saved states, in --out/last"),
     ("keep", 0, 0, "export the model with each saved state, and keep the newest N", whole),
-    ("process_timeout", 30, 30, "minutes of silence from another process before it is an error"),
+    ("process_timeout", 30, 30, "minutes to wait for another process before that is an error"),
     ("resume", False, False, "continue an interrupted run in --out"),
     ("tensorboard", False, False, "write the metrics, and samples as text, to --out/tensorboard "
      "too"),

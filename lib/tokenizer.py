@@ -131,9 +131,9 @@ def read_tokenizer_model(path):
 
 
 def read_tokenizer_gguf(path):
-    """The tokenizer of a `.gguf` file. LLaMA 3's as transformers builds it, less what its versions
-    get wrong: an <|endoftext|> more than the embedding has, words that no merge makes, where a text
-    is split before it is merged, and a space before it that is lost."""
+    """The tokenizer of a `.gguf` file. LLaMA 3's is built by transformers, and four errors of its
+    versions are mended: an <|endoftext|> that the embedding lacks, words that no merge makes, where
+    a text is split before merging, and a space lost at its beginning."""
     reader = open_gguf(path)
 
     def said(key, default=None):

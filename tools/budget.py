@@ -5,8 +5,8 @@
     python -m tools.budget --check        # predicted and measured, for random LLaMAs that fit here
     python -m tools.budget --check --stages ppo --sizes 21M --lora_rank=8
 
-The options of sft, rm (train_rm.py) and ppo are those of the stage. All sizes are the largest that the settings allow: every
-text is as long as it may be, and no response ends early.
+sft, rm (train_rm.py) and ppo take the options of the stage. All sizes are the largest that the
+settings allow: every text is as long as it may be, and no response ends early.
 
 In the formulas: n layers; widths d of the hidden state, I of the MLP, Q of all query heads
 together, K of all key heads; H query heads; V words.
@@ -70,7 +70,7 @@ def update_flops(config, texts, args):
     """FLOP of a PPO update without the PTX term; `texts` as in `generation_flops`."""
     lengths = [prompt + response for prompt, response in texts]
     projected = sum(response for _, response in texts)
-    # the reference; and the actor, if sampling does not give its log probabilities (ppo.py, `exact`)
+    # the reference; and the actor, unless its log probabilities come from the sampling
     asked = 1 if args.dtype == args.base_dtype == "float32" and not args.tf32 else 2
     experience = asked * forward_flops(config, lengths, projected)
     experience += 2 * forward_flops(config, lengths, 0)  # critic and reward model
@@ -118,8 +118,9 @@ def budget(stage, config, args):
 
     A prompt of the reward model has 4 completions. "gathered": many processes share out all
     weights, but each holds whole the embedding, norm and head of every model, two layers, and the
-    gradients of the actor's ends and of one layer (lib.distributed.to_device). "peak": what is there at
-    one time; gradients are freed before a rollout. "resident": on a CPU freed memory is kept
+    gradients of the actor's embedding, norm and head, and of one layer
+    (lib.distributed.to_device). "peak": what is there at one time; gradients are freed before a
+    rollout. "resident": on a CPU freed memory is kept
     (lib.cpu.keep_freed_memory), and its holes add up to 0.3 of what is in use, as --check measures.
     """
     def size(parameters):
@@ -219,7 +220,8 @@ CHECKED = {  # name: (model, rows of a micro-batch)
 
 def settings(stage, options, **more):
     """The settings of a stage for a real model, with `more` and the user's `options`."""
-    given = [f"--{MODEL[stage]}=-", *(f"--{name}={value}" for name, value in more.items()), *options]
+    more = [f"--{name}={value}" for name, value in more.items()]
+    given = [f"--{MODEL[stage]}=-", *more, *options]
     with contextlib.redirect_stdout(None):
         return parse(stage, "", [*script_of(stage).SETTINGS, PROCESSES], given, [MODEL[stage]])[0]
 
@@ -311,7 +313,7 @@ def main(argv=None):
         return predict(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="measure, too")
+    parser.add_argument("--check", action="store_true", help="compare with what is measured")
     parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], help="of --check")
     parser.add_argument("--sizes", nargs="+", default=CHECKED, choices=CHECKED, help="of --check")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

@@ -9,7 +9,7 @@ log pi(y_t | x, y_<t), in nats. Printed are the mean of |d|, the mean of d (belo
 became less likely) and the share of tokens that are still the likeliest. The last column is
 arithmetic and no measurement: the measured bytes per weight, times the weights of LLaMA 2 7B.
 
-tools.chat quantizes with `quantize`, too. It computes on a CPU here.
+tools.chat quantizes with the same `quantize`. This script computes on a CPU.
 """
 
 import argparse

@@ -49,7 +49,7 @@ EVAL_SHARE = ("eval_share", 0.05, "share of the prompts that is held out, in ...
 
 
 # ------------------------------------------------------------------------------------------------
-# The journal: nothing that was answered, by an LLM, a model or a person, is lost or asked again
+# The journal: no answer of an LLM, a model or a person is lost, or asked for again
 
 def digest(*parts):
     """A short name of what was asked: equal for equal parts, which are what JSON can hold."""

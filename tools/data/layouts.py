@@ -1,7 +1,7 @@
-"""The layouts that people have: what the parts of a record are called there, and dialogues.
+"""Common layouts of records: what the parts of a record are called, and dialogues.
 
 A record of ours is a prompt, `{"user_input": ...}`, with a completion, or with a completion and its
-score. `PARTS` says under which names the parts of one are found elsewhere. layouts_parts.py goes by
+score. `PARTS` says under which names these parts are found elsewhere. layouts_parts.py goes by
 these names, layouts_compared.py has what needs more than names, layouts_files.py reads the files.
 """
 
@@ -32,7 +32,7 @@ ROLES = {"system": "system", "developer": "system", "human": "user", "user": "us
 
 
 class LeftOut(Exception):
-    """Raised for a record that is of no use; says why, in words that follow "left out: "."""
+    """Raised for a record that cannot be used; the message says why."""
 
 
 def named_in(fields, names):

@@ -1,6 +1,6 @@
-"""Files of others as ours: reading them, finding their layout, saying what was found.
+"""Foreign files to our records: reads them, finds their layout, and reports what was found.
 
-What a record holds is used, kept, or named: see `Found`.
+Every field of a record is used, kept, or reported: see `Found`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tools.data.layouts_compared import (LAYOUTS, find_list, find_sides, is_some
 from tools.data.layouts_parts import from_parts, parts_of, score_of
 from tools.data.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
 
-# what a reward function may ask for: kept with the prompts unasked, where it plays no other part
+# what a reward function may ask for: prompts keep it by default, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
         "reward_model", "verification_info", "test", "tests", "test_list", "test_cases",
         "unit_tests", "input_output"]
@@ -29,7 +29,7 @@ KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expect
 
 def read_file(path):
     """The records of a file: what `read_values` reads, one object over several lines, a list in the
-    field "data" or "rows", an object of columns, tables with a head (.csv, .tsv), .parquet."""
+    field "data" or "rows", an object of columns, a table with header (.csv, .tsv), .parquet."""
     name = path.removesuffix(".gz")
     if name.endswith(".parquet"):
         try:

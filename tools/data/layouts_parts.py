@@ -1,4 +1,4 @@
-"""Records of others as ours, where the names of their fields say which part they play."""
+"""Foreign records to ours, where the names of their fields say which part they play."""
 
 import re
 

@@ -50,7 +50,7 @@ def without_thoughts(text):
     return re.sub(rf"(?s)<{tag}>.*$", "", text).strip()
 
 
-# What a server's 400 may complain of, and how the question is then put: once said, for all others
+# What a server may refuse with HTTP 400, and what it is sent instead, from then on
 FORMS = {"max_completion_tokens": "it wants max_completion_tokens in place of max_tokens",
          "temperature": "it allows no temperature: its own is used"}
 
@@ -210,6 +210,6 @@ def add_llm(command, temperature, max_tokens):
         ("timeout", 120.0, "seconds without a byte from the server", not_negative),
         ("retries", 6, "times that a question is sent again after an error", whole),
         ("backoff", 1.0, "seconds before the first of these, doubled each time", not_negative),
-        ("tries", 3, "answers that are asked for until one is usable", positive),
-        ("templates", None, "JSON file with some of the templates actor, reward, rlhf; without: "
-         "templates.json, if it is in this folder", str))
+        ("tries", 3, "answers to ask for until one is usable", positive),
+        ("templates", None, "JSON file with some of the templates actor, reward, rlhf (default: "
+         "templates.json, if it is in this folder)", str))

@@ -22,8 +22,8 @@ from tools.data.sets import prompt_key
 
 
 def sample(args):
-    """K completions per prompt. Each batch has its own random numbers: a run that was stopped goes
-    on with the same result."""
+    """K completions per prompt. Each batch has its own random numbers, so a run that was stopped
+    and continued gives the same result."""
     records = read_records(args.file, "user_input")
     prompts = list({prompt_key(r["user_input"]): r["user_input"] for r in records}.values())
     tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -55,8 +55,8 @@ def sample(args):
     bar.close()
     written = [journal.answers[key]["completions"] for key in keys]
     same = sum(len(texts) - len(set(texts)) for texts in written)
-    print(f"{len(prompts)} prompts, {args.k} completions each; {same} that a prompt has already "
-          "are left out")
+    print(f"{len(prompts)} prompts, {args.k} completions each; {same} that repeat another of the "
+          "same prompt are left out")
     save(args.out, [{"user_input": prompt, "completion": text}
                     for prompt, texts in zip(prompts, written) for text in dict.fromkeys(texts)])
 

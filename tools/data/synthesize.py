@@ -188,8 +188,8 @@ def main(argv=None):
             "http://localhost:8000/v1 --model llama --out data/new",
             ("number", 100, "new instructions", positive),
             ("per_request", 8, "instructions per answer", positive),
-            ("forbidden_words", None, "comma-separated; no instruction may contain one; without: "
-             "what text cannot show", str),
+            ("forbidden_words", None, "comma-separated; no instruction may contain one (default: "
+             "words for what text cannot show)", str),
             OUT, EVAL_SHARE)
         command.set_defaults(template=template, make=make)
         command.add_argument("file", metavar="FILE", help="a few instructions, in any layout that "
