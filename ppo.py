@@ -60,7 +60,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # take 3e-6 from 1B on. kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
-    "what goes in and out",
+    "input and output",
     ("sft",               "runs/sft", "runs/sft", "the SFT model: start of actor and reference"),
     ("rm",                "runs/rm", "runs/rm", "the reward model: ours, or any with one label"),
     ("reward",            None,     None,   "in place of --rm: a Python file with "

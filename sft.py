@@ -37,7 +37,7 @@ from model import load_llama, load_tokenizer, save_checkpoint, states_of, tokens
 # pretrained model needs 1/50 of the learning rate of one from scratch.
 SETTINGS = [
     # name                demo    real    what it is
-    "what goes in and out",
+    "input and output",
     ("model",             None,   None,   "LLaMA to start from: a Hugging Face or Meta directory, "
                                           "a hub name, a .gguf file; none: from scratch"),
     ("tokenizer",         "data/tokenizer", None, "where its tokenizer is, if not with the model"),

@@ -45,7 +45,7 @@ from model import ScalarHead, last_token, load_llama, load_tokenizer, save_check
 # epoch, since more overfit, with 64 prompts per batch and 9e-6.
 SETTINGS = [
     # name                demo      real    what it is
-    "what goes in and out",
+    "input and output",
     ("model",             "runs/sft", None, "the SFT model to start from, or any LLaMA"),
     ("tokenizer",         None,     None,   "where its tokenizer is, if not with the model"),
     ("resize_embedding",  False,    False,  "add rows for tokens that the model's embedding lacks"),

@@ -34,7 +34,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="checkpoint", help="several are compared")
-    group = parser.add_argument_group("what is asked")
+    group = parser.add_argument_group("the questions")
     group.add_argument("--prompt", help="answer this, and end (default: the terminal is a chat; "
                        "what is piped in is one prompt)")
     group.add_argument("--prompts", metavar="FILE", help="answer every record's user_input, in a "
@@ -43,7 +43,7 @@ def parse_args(argv):
                        "(default: print it)")
     group.add_argument("--reward", metavar="CHECKPOINT", help="a reward model, which scores the "
                        "answers")
-    group = parser.add_argument_group("how it is answered")
+    group = parser.add_argument_group("the answers")
     group.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0: always "
                        "the likeliest token (default 0)")
     group.add_argument("--top_p", type=float, default=1.0, help="sample from the smallest set of "
