@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from lib.data import encode_completion
+from lib.dialogue import encode_completion
 from model import load_scalar_head, load_tokenizer
 
 

@@ -57,9 +57,10 @@ import ppo  # noqa: E402
 import sft  # noqa: E402
 import speed  # noqa: E402: of bench/
 from lib.data import collate, left_pad  # noqa: E402
+from lib.flops import update_flops  # noqa: E402
 from model import (DEMO_MODEL, Llama, ScalarHead, generate, load_tokenizer,  # noqa: E402
                    random_llama, save_checkpoint, states_of, tokens_of)
-from tools.budget import budget, networks, settings, update_flops  # noqa: E402
+from tools.budget import budget, networks, settings  # noqa: E402
 from waits import waits, waits_of_steps  # noqa: E402: of tests/
 
 LIMITS = dict(checks=45, start=30, smollm2=90, large=60, resume=110, tests=70, real=60,

@@ -47,7 +47,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from bench import adam  # noqa: E402
-from lib.data import collate, encode_completion, encode_prompt, left_pad, read_records  # noqa: E402
+from lib.data import collate, left_pad, read_records  # noqa: E402
+from lib.dialogue import encode_completion, encode_prompt  # noqa: E402
 from data_gen import train_tokenizer  # noqa: E402
 from model import (DEMO_MODEL, generate, last_token, load_llama, load_scalar_head,  # noqa: E402
                    load_tokenizer, random_llama, save_checkpoint, states_of, tokens_of)

@@ -338,7 +338,8 @@ def profile(work, folder):
 def scaling(work, folder):
     """Seconds and FLOP of our PPO update when one of its sizes is doubled, and doubled again."""
     from model import Llama, LlamaBackbone, ScalarHead
-    from tools.budget import settings, update_flops
+    from lib.flops import update_flops
+    from tools.budget import settings
     rows, first = [], work["first"]
     for name, factor in [("", 1), *itertools.product(first, (2, 4))]:
         sizes = first | ({name: first[name] * factor} if name else {})
@@ -507,7 +508,8 @@ def start(python, side, work, folder, kind=None):
 def flops_of(work, result, folder):
     """FLOP that the matrix products of an update, a generation or an epoch need. Only real tokens
     count: padding is work that a side does, not work that is needed."""
-    from tools.budget import generation_flops, settings, training_flops, update_flops
+    from lib.flops import generation_flops, training_flops, update_flops
+    from tools.budget import settings
     config = LlamaConfig.from_pretrained(f"{folder}/{work['model']}")
     args = settings("ppo", ["--ppo_epochs=1", f"--dtype={work.get('dtype', 'float32')}"])
     if work["kind"] == "generate":

@@ -1,16 +1,15 @@
 """Data: files -> records -> tokens -> batches. docs/data.md has the formats."""
 
 import contextlib
-import functools
 import gzip
 import json
-import re
 import sys
 import zlib
 from typing import NamedTuple
 
 import torch
 
+from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import explain, first_line, stop, write_whole
 
 
@@ -113,118 +112,6 @@ def what_is_wrong(field, value):
 
 # ------------------------------------------------------------------------------------------------
 # Text to tokens
-
-def encode_text(tokenizer, text):
-    """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
-    token."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # as text; each call of transformers sets it again
-    return backend.encode(text, add_special_tokens=False).ids
-
-
-def encode_after(tokenizer, before, text):
-    """The tokens that `text` has where it follows the plain text `before`. (Alone, it would get the
-    space that sentencepiece puts before every text.) Where a token would span the border, `text` is
-    cut off there, as it is when a model writes it."""
-    if not before:
-        return encode_text(tokenizer, text)
-    first, both = encode_text(tokenizer, before), encode_text(tokenizer, before + text)
-    if both[:len(first)] != first:  # no token spans the border to this character
-        first, both = (encode_text(tokenizer, "\0" + part) for part in ("", text))
-    return both[len(first):]
-
-
-@functools.lru_cache(maxsize=8)
-def control_pattern(tokenizer):
-    """Finds control tokens in a text. (transformers' all_special_tokens has only those with a role,
-    such as eos_token: of LLaMA 3's, <|start_header_id|> has none.)"""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-
-def as_messages(user_input):
-    return [{"role": "user", "content": user_input}] if isinstance(user_input, str) else user_input
-
-
-def encode_dialogue(tokenizer, messages):
-    """The tokens of a dialogue in the checkpoint's chat template, up to where the assistant is to
-    write, if it is its turn -> tokens, and {index of a message: where its answer begins in tokens}.
-
-    The template writes control tokens around what people said. The same characters inside what they
-    said stay text: a mark, which exists only while the template is filled in, tells them apart.
-    Each answer of the assistant has the tokens that it has when it is written after its prompt.
-    Raises ValueError if the template refuses the dialogue.
-    """
-    control = control_pattern(tokenizer)
-    mark = next(chr(c) for c in range(0xE000, 0xF900)
-                if not any(chr(c) in message["content"] for message in messages))
-    marked = [{**message, "content": control.sub(lambda found: found[0][0] + mark + found[0][1:],
-                                                 message["content"])} for message in messages]
-
-    def render(number, is_prompt):
-        try:
-            return tokenizer.apply_chat_template(marked[:number], tokenize=False,
-                                                 add_generation_prompt=is_prompt)
-        except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
-            raise ValueError("the checkpoint's chat template refuses this dialogue: "
-                             f"{first_line(error)}") from error
-
-    text = render(len(messages), messages[-1]["role"] != "assistant")
-    borders = {}  # place in the text: the answer that begins there
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and text.startswith(before := render(i, True)):
-            borders[len(before)] = i
-    found = list(control.finditer(text))
-    controls = {match.start() for match in found}
-    cuts = sorted({0, len(text), *borders, *controls, *(match.end() for match in found)})
-    tokens, answers, before = [], {}, ""  # before: the plain text since the last control token
-    for start, end in zip(cuts, cuts[1:]):
-        if start in borders:
-            answers[borders[start]] = len(tokens)
-        if start in controls:
-            tokens.append(tokenizer.convert_tokens_to_ids(text[start:end]))
-            before = ""
-        else:
-            part = text[start:end].replace(mark, "")
-            tokens += encode_after(tokenizer, before, part)
-            before += part
-    return tokens, answers
-
-
-def encode_prompt(tokenizer, user_input):
-    """The tokens of a prompt in the chat format, up to where the assistant's answer begins.
-    `user_input` is a text or a list of chat messages."""
-    return encode_dialogue(tokenizer, as_messages(user_input))[0]
-
-
-def encode_completion(tokenizer, user_input, completion):
-    """(prompt, completion) in tokens: together they are the dialogue in the chat format, up to the
-    token with which its template ends the assistant's turn."""
-    asked = as_messages(user_input)
-    tokens, answers = encode_dialogue(
-        tokenizer, [*asked, {"role": "assistant", "content": completion}])
-    if len(asked) not in answers:  # a template that renders an answer unlike the prompt for it
-        return encode_prompt(tokenizer, asked), [*encode_text(tokenizer, completion),
-                                                 tokenizer.eos_token_id]
-    prompt, answer = tokens[:answers[len(asked)]], tokens[answers[len(asked)]:]
-    control = {tokenizer.convert_tokens_to_ids(token.content)
-               for token in tokenizer.added_tokens_decoder.values() if token.special}
-    end = next((i for i, token in enumerate(answer) if token in control), None)
-    return prompt, answer + [tokenizer.eos_token_id] if end is None else answer[:end + 1]
-
-
-def cut_left(tokenizer, user_input, prompt, room):
-    """A prompt without the beginning of its text, if it is longer than `room` tokens. What the
-    template writes before that text, such as BOS, stays."""
-    if len(prompt) <= room:
-        return prompt
-    first, *rest = as_messages(user_input)
-    others = [encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab"]
-    head = next((i for i, tokens in enumerate(zip(*others)) if tokens[0] != tokens[1]), 0)
-    head = head if head < room else 0
-    return prompt[:head] + prompt[len(prompt) - room + head:]
-
 
 def encode_prompts(user_inputs, tokenizer, room, name):
     """The tokens of each prompt. Those longer than `room` are cut on the left, with a notice."""

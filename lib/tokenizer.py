@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.checkpoints import quiet, refuse_others, stated
-from lib.data import encode_completion
+from lib.dialogue import encode_completion
 from lib.errors import explain, stop
 from lib.formats import is_meta, open_gguf, said_in
 

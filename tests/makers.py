@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lib.settings
 import model
 import ppo
-from lib.data import encode_prompt, encode_records, read_records
+from lib.data import encode_records, read_records
+from lib.dialogue import encode_prompt
 from lib.tokenizer import LLAMA3_SPECIAL
 from model import Llama
 

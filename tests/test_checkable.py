@@ -10,7 +10,7 @@ import pytest
 import data_gen
 from bench import checkable
 from bench.checkable_reward import score
-from lib.rewards import Judge
+from lib.judge import Judge
 from lib.tokenizer import load_tokenizer
 from model import load_llama, save_checkpoint
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from lib.checkpoints import add_older_keys
-from lib.data import encode_prompt, encode_text
+from lib.dialogue import encode_prompt, encode_text
 from lib.tokenizer import CHAT_TEMPLATE
 from makers import (
     DIM, FFN, HEADS, LAYERS, LLAMA1, LLAMA2_GQA, LLAMA3, LLAMA31, TIKTOKEN_MODEL, assert_close,

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 import model
-from lib.data import encode_prompt, left_pad
+from lib.data import left_pad
+from lib.dialogue import encode_prompt
 from makers import assert_close, logits_of
 from model import generate, load_llama, random_llama, sample
 

@@ -13,7 +13,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from lib.data import collate, encode_prompt, encode_text
+from lib.data import collate
+from lib.dialogue import encode_prompt, encode_text
 from makers import ROOT, assert_close, logits_of, random_tokens, refused
 from model import Llama, last_token, load_llama, load_scalar_head, save_checkpoint
 

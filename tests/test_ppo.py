@@ -19,7 +19,8 @@ import model
 import ppo
 import sft
 import train_rm
-from lib.data import deal, encode_prompt
+from lib.data import deal
+from lib.dialogue import encode_prompt
 from makers import (
     TINY, PlainDescent, assert_same_llama, distance, error_line, examples_of, flat, gradient,
     parse, perturbed, plain_scores, read_rows, run_stage, slow_token_logprobs, slow_values,

@@ -17,8 +17,9 @@ import data_gen
 import model
 import ppo
 from lib import rewards
-from lib.data import encode_prompt, read_records
-from lib.rewards import Judge
+from lib.data import read_records
+from lib.dialogue import encode_prompt
+from lib.judge import Judge
 from makers import TINY, error_line, read_rows, without_speed
 from model import ScalarHead, load_tokenizer
 

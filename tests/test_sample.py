@@ -9,7 +9,8 @@ import re
 from data_commands import DIALOGUE, read, run, write
 
 import model
-from lib.data import encode_prompt, left_pad
+from lib.data import left_pad
+from lib.dialogue import encode_prompt
 from tools.data import sets
 
 

@@ -13,7 +13,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.data import encode_completion, encode_prompt, encode_prompts, encode_records, encode_text
+from lib.data import encode_prompts, encode_records
+from lib.dialogue import encode_completion, encode_prompt, encode_text
 from lib.tokenizer import CHAT_TEMPLATE
 from makers import (
     CHATML, LLAMA2_GQA, LLAMA3, LLAMA3_TEMPLATE, RANKS, TIKTOKEN_MODEL, cut, dialogue,

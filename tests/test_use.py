@@ -35,7 +35,8 @@ from transformers import (
 )
 
 import data_gen
-from lib.data import encode_prompt, encode_text, left_pad
+from lib.data import left_pad
+from lib.dialogue import encode_prompt, encode_text
 from model import ScalarHead, generate, load_llama, load_tokenizer, random_llama, save_checkpoint
 from tools import chat
 from tools import quantize as quantization

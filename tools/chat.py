@@ -22,8 +22,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from lib.data import (cut_left, encode_completion, encode_prompt, half_character, left_pad,
-                      read_records)
+from lib.data import half_character, left_pad, read_records
+from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.settings import DEVICE, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.data import collate, encode_prompt, left_pad
+from lib.data import collate, left_pad
+from lib.dialogue import encode_prompt
 from lib.errors import clean_exit, explain, stop
 from lib.settings import positive
 from model import generate, load_llama, load_tokenizer, states_of, tokens_of

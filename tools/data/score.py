@@ -14,7 +14,7 @@ import unicodedata
 
 from lib.data import read_records, save, what_is_wrong
 from lib.errors import clean_exit, explain, stop
-from lib.rewards import Judge, number
+from lib.judge import Judge, number
 from tools.data.commands import add_command, journal_of
 from tools.data.llm import add_llm, ask
 from tools.data.sets import as_text
