@@ -1,6 +1,7 @@
-"""The budget of --dry_run against real models, PyTorch's own FLOP counter, and what autograd
+"""tools/budget.py against real models, PyTorch's own FLOP counter, and what autograd
 keeps."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sft
 import train_rm
 from lib import flops, memory
 from model import Llama, generate
+from test_resume import server
 from tools import budget
 
 SIZE = dict(
@@ -50,9 +52,9 @@ def test_parameters_are_those_of_the_real_model_and_of_the_formula(tied, heads):
     assert lora["adapters"] == 3 * 2 * (2 * (d + q) + 2 * (d + k) + 3 * (d + i))
 
 
-def nearly(flops):
+def nearly(number):
     """Some versions of transformers find the angles of rope by a product, of 2 h / 2 T FLOP."""
-    return pytest.approx(flops, rel=2e-4)
+    return pytest.approx(number, rel=2e-4)
 
 
 def test_flops_are_those_of_the_flop_counter():
@@ -226,13 +228,21 @@ def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback():
     assert program.stderr.read() == "" and program.wait() == 1
 
 
+def measured(stage, said):
+    budget.CHECKED["tiny"] = (SIZE | dict(max_position_embeddings=256), 4)
+    with open(said, "w") as file, contextlib.redirect_stdout(file):
+        budget.measure(stage, "tiny", "returned", [])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_check_measures_a_step_of_each_stage(stage, monkeypatch, capsys):
-    monkeypatch.setitem(budget.CHECKED, "tiny", (SIZE | dict(max_position_embeddings=256), 4))
-    # stand-ins: what earlier tests of this process have freed would serve, and no peak be seen
-    monkeypatch.setattr(budget, "memory", lambda field: 2**30 if field == "VmHWM" else 2**29)
-    budget.measure(stage, "tiny", "returned", [])
+def test_check_measures_a_step_of_each_stage(stage, tmp_path):
+    """In a process of its own, as --check: what earlier tests took would hide what a step takes."""
+    process = server.Process(target=measured, args=(stage, tmp_path / "said"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     assert re.fullmatch(
-        rf"\| {stage} \| tiny \| returned \|( \d+ MiB \|){{3}} [\d.]+ \|\n", capsys.readouterr().out
+        rf"\| {stage} \| tiny \| returned \|( \d+ MiB \|){{3}} [\d.]+ \|\n",
+        (tmp_path / "said").read_text(),
     )

@@ -20,7 +20,7 @@ from lib import rewards
 from lib.data import read_records
 from lib.dialogue import encode_prompt
 from lib.judge import Judge
-from makers import TINY, error_line, read_rows, without_speed
+from makers import TINY, error_line, read_rows, refused, without_speed
 from model import ScalarHead, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -326,3 +326,22 @@ def test_a_reward_model_with_several_labels_is_refused(ppo_argv, home, tmp_path,
     assert "2 labels, not one" in error_line(
         capsys, lambda: ppo.main(ppo_argv(rm=tmp_path / "rm", out=tmp_path / "out"))
     )
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--digits", "1"], "two numbers of 1 digits make 72"),
+    (["--prompts", "3411"], "8011 tasks are asked for, and two numbers of 2 digits make 8010"),
+])
+def test_more_sums_than_there_are(tmp_path, capfd, options, said):
+    assert said in refused(capfd, data_gen.main, ["sums", "--out", str(tmp_path), *options])
+    assert not list(tmp_path.iterdir())
+
+
+def test_sums_that_are_there_stay(tmp_path, capfd):
+    argv = ["sums", "--out", str(tmp_path), "--prompts", "30", "--demonstrations", "300"]
+    data_gen.main(argv)
+    before = (tmp_path / "rlhf_training_data.json").read_bytes()
+    assert "already exists" in refused(capfd, data_gen.main, [*argv, "--seed", "1"])
+    assert (tmp_path / "rlhf_training_data.json").read_bytes() == before
+    data_gen.main([*argv, "--seed", "1", "--overwrite"])
+    assert (tmp_path / "rlhf_training_data.json").read_bytes() != before

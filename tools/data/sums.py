@@ -11,12 +11,13 @@ phrasing. The tokenizer is that of the built-in world, trained on these texts.
 """
 
 import argparse
+import math
 import os
 import random
 
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
 from lib.data import save
-from lib.errors import clean_exit, write_whole
+from lib.errors import clean_exit, stop, write_whole
 from tools.data.commands import add_command
 
 
@@ -47,14 +48,23 @@ def make(args):
     rng = random.Random(args.seed)
     numbers = {"actor_training_data": args.demonstrations, "actor_training_data_eval": 200,
                "rlhf_training_data": args.prompts, "rlhf_training_data_eval": 400}
-    tasks = draw(rng, args.digits, sum(numbers.values()))
+    wanted, least = sum(numbers.values()), 10 ** (args.digits - 1)
+    there = 2 * math.comb(9 * least, 2)  # pairs of numbers, for sums and for comparisons
+    if wanted > there:
+        stop(f"{wanted} tasks are asked for, and two numbers of {args.digits} digits make {there}: "
+             "give more --digits, fewer --demonstrations or fewer --prompts")
+    files = [f"{args.out}/{name}.json" for name in numbers]
+    for path in files:
+        if os.path.exists(path) and not args.overwrite:
+            stop(f"{path}: already exists; name another --out, or give --overwrite to replace it")
+    tasks = draw(rng, args.digits, wanted)
     data = {}
     for name, number in numbers.items():
         part, tasks = tasks[:number], tasks[number:]
         is_actors = name.startswith("actor")
         data[name] = [demonstration(rng, *task) if is_actors else task[1] for task in part]
-    for name, records in data.items():
-        save(f"{args.out}/{name}.json", records)
+    for path, records in zip(files, data.values()):
+        save(path, records)
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
              for record in data["actor_training_data"]]
     write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"),
