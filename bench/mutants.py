@@ -51,9 +51,9 @@ EDITS = {  # function: (its file, what stands there, what takes its place, who o
     "completion_losses": (
         "sft.py", "(scale * losses[-1].sum()).backward()", "(scale * losses[-1].mean()).backward()",
         "tests/test_sft.py"),
-    "Run.restore": (
-        "lib/run.py", 'generator.set_state(tensors[f"random.{name}"])',
-        "generator.manual_seed(self.args.seed)", "tests/test_rewards.py"),
+    "restore": (
+        "lib/state.py", 'generator.set_state(tensors[f"random.{name}"])',
+        "generator.manual_seed(args.seed)", "tests/test_rewards.py"),
     "RunningDeviation": (
         "lib/rewards.py", "distance * (score - self.mean)", "distance * distance",
         "tests/test_rewards.py"),

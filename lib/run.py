@@ -1,15 +1,13 @@
-"""The run directory: metrics, saved state and resuming, signals.
+"""The run directory: metrics, signals, when its state is saved (lib/state.py) and put back.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
     runs/ppo/samples.jsonl a row per held-out answer of each evaluation
     runs/sft/last/         the state to resume from     runs/sft/*            the exported model
 """
 
-import contextlib
 import csv
 import errno
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -18,19 +16,13 @@ import sys
 import threading
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import cpu
+from lib import cpu, state
 from lib.curves import draw_curves
-from lib.distributed import RANK, as_held, in_one_piece, largest, named_wholes, wait_for_all
-from lib.errors import explain, stop, write_whole
+from lib.distributed import RANK, largest, wait_for_all
+from lib.errors import explain, stop
 
-# What --resume may change: nothing in the result depends on it
-FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size",
-        "process_timeout", "gradient_checkpointing", "shard_rollout",
-        "accept_changed_data", "tensorboard"}
-LONGER = {"updates", "epochs"}  # what --resume may raise
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
@@ -41,25 +33,6 @@ def inputs_of(args):
     """{setting: path} of the files and folders that a run reads. (A hub name is neither.)"""
     return {name: path for name in INPUTS
             if (path := getattr(args, name, None)) and os.path.exists(path)}
-
-
-def fingerprint(path):
-    """A hash of a file, or of a checkpoint's files; of those above 64 MB only of the size, and of
-    the first and the last MB, since weights can have many GB."""
-    files = [path]
-    if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                 if name.endswith((".json", ".safetensors", ".bin", ".pth", ".model", ".jinja"))]
-    found = hashlib.sha256()
-    for name in files:
-        size = os.path.getsize(name)
-        found.update(f"{os.path.basename(name)} {size}\n".encode())
-        with open(name, "rb") as file:
-            found.update(file.read(size if size <= 2**26 else 2**20))
-            if size > 2**26:
-                file.seek(-2**20, os.SEEK_END)
-                found.update(file.read())
-    return found.hexdigest()
 
 
 def locked(folder):
@@ -116,7 +89,7 @@ class Run:
         if torch.device(args.device).type == "cpu":
             cpu.keep_freed_memory()
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
-            self.state = self.read_state()
+            self.state = state.read(self.last, args)
         elif args.resume and "config.json" in holds:
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
@@ -128,7 +101,7 @@ class Run:
         `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
         """
         self.trained, self.generators = trained, generators
-        self.inputs = {name: fingerprint(path) for name, path in inputs_of(self.args).items()}
+        self.inputs = {name: state.fingerprint(path) for name, path in inputs_of(self.args).items()}
         for name, before in (self.state or {}).get("inputs", {}).items():
             if self.inputs.get(name) != before and not self.args.accept_changed_data:
                 stop(f"--{name} {getattr(self.args, name)}: no longer what it was when this run "
@@ -152,7 +125,9 @@ class Run:
         if self.state is None:
             self.writer.writeheader()
             self.file.flush()
-        self.kept = self.restore() if self.state else kept
+        self.kept = kept
+        if self.state:
+            self.kept = state.restore(self.state, self.last, trained, generators, self.args)
         self.step, self.steps = self.kept.pop("step", 0), steps
         self.board = None
         if self.args.tensorboard and RANK == 0:
@@ -233,92 +208,19 @@ class Run:
         return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
 
     def save(self):
-        """Write `last/`: all that is needed to continue exactly as if nothing had happened. The
-        tensors go into a new file, then state.json, which names it, takes the place of the old one:
-        at every moment one of the two states is whole."""
-        tensors = {}
-        for name, (model, optimizer) in self.trained.items():
-            learns = {key for key, p in model.named_parameters() if p.requires_grad}
-            tensors |= {f"{name}.{key}": x for key, x in named_wholes(model) if key in learns}
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"{name}_optimizer.{index}.{field}": in_one_piece(x)
-                            for field, x in moments.items()}
+        """Write `last/`: all that is needed to continue exactly as if nothing had happened."""
+        tensors = state.tensors_of(self.trained, self.generators)
         if RANK > 0:
             return
-        for name, generator in self.generators.items():
-            tensors[f"random.{name}"] = generator.get_state()
-        tensors["random.torch"] = torch.get_rng_state()
-        file = os.path.join(self.last, f"state-{self.step}.safetensors")
-        with explain(f"{self.last}: cannot be written", "; what was saved before stays", code=1):
+        with explain(f"{self.file.name}: cannot be written", "; what was saved before stays",
+                     code=1):
             os.fsync(self.file.fileno())
-            os.makedirs(self.last, exist_ok=True)
-            try:
-                save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, file + ".part")
-                with open(file + ".part", "rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(file + ".part", file)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.remove(file + ".part")
         logs = {name: os.path.join(self.folder, name) for name in LOGS}
         log_bytes = {name: os.path.getsize(path) if os.path.exists(path) else 0
                      for name, path in logs.items()}
-        state = dict(file=os.path.basename(file), log_bytes=log_bytes,
-                     settings=vars(self.args), inputs=self.inputs,
-                     progress=dict(self.kept, step=self.step))
-        write_whole(os.path.join(self.last, "state.json"), json.dumps(state).encode())
-        for name in os.listdir(self.last):
-            if name not in (os.path.basename(file), "state.json"):
-                os.remove(os.path.join(self.last, name))
-
-    def read_state(self):
-        """What `save` wrote, if it is whole and of a run with these settings."""
-        path = os.path.join(self.last, "state.json")
-        over = "; another --out starts a new run"
-        with explain(f"{path}: damaged", over):
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
-            before, tensors = state["settings"], os.path.join(self.last, state["file"])
-            state["progress"]["step"], state["log_bytes"]
-        for name, value in json.loads(json.dumps(vars(self.args))).items():
-            if name in LONGER and name in before and value > before[name]:
-                print(f"--{name} {value}, where {before[name]} were planned: from here on the "
-                      "learning rate falls as in a run of this length")
-            elif name not in FREE and before.get(name) != value:
-                stop(f"--{name} {value} conflicts with the run in {self.folder}, which has "
-                     f"{before.get(name)}; use that, or another --out")
-        with explain(f"{tensors}: missing or damaged", over):
-            state["tensors"] = load_file(tensors)
-        return state
-
-    def restore(self):
-        """Put the tensors of the saved state back where they came from -> the progress."""
-        tensors = self.state.pop("tensors")
-        with explain(f"{self.last}: not a state of this run", "; another --out starts a new run"):
-            for name, (model, optimizer) in self.trained.items():
-                with torch.no_grad():
-                    for key, p in model.named_parameters():
-                        if p.requires_grad:  # not LoRA's frozen weights
-                            p.copy_(as_held(tensors[f"{name}.{key}"], p))
-                moments = {}
-                for key, x in tensors.items():
-                    if key.startswith(f"{name}_optimizer."):
-                        _, index, field = key.rsplit(".", 2)
-                        p = optimizer.param_groups[0]["params"][int(index)]
-                        x = as_held(x, p) if x.shape == p.shape else x  # but the number of steps
-                        moments.setdefault(int(index), {})[field] = x
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            device = torch.device(self.state["settings"]["device"]).type
-            for name, generator in self.generators.items():
-                if generator.device.type == device:
-                    generator.set_state(tensors[f"random.{name}"])
-                else:
-                    generator.manual_seed(self.args.seed + self.state["progress"]["step"])
-                    print(f"saved on {device}: on {generator.device.type} the random numbers of "
-                          f"{name} are different")
-            torch.set_rng_state(tensors["random.torch"])
-        return self.state["progress"]
+        state.write(self.last, tensors, dict(
+            log_bytes=log_bytes, settings=vars(self.args), inputs=self.inputs,
+            progress=dict(self.kept, step=self.step)))
 
 
 class Signals:

@@ -24,6 +24,7 @@ import torch
 
 import data_gen
 import lib.run
+import lib.state
 import model
 import ppo
 import sft
@@ -217,8 +218,8 @@ def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypat
         saves.append(path)
         save_file(tensors, path)
 
-    save_file = lib.run.save_file
-    monkeypatch.setattr(lib.run, "save_file", full)
+    save_file = lib.state.save_file
+    monkeypatch.setattr(lib.state, "save_file", full)
     with pytest.raises(SystemExit) as ended:
         sft.main(options)
     assert ended.value.code == 1 and "No space left" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora
-from lib.run import FREE
+from lib.state import FREE
 from lib.settings import COMMON, DEVICE, positive, usable_device
 from lib.training import autocast, set_lr
 from model import (last_token, load_llama, load_scalar_head, load_tokenizer, states_of,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib.data import encode_prompts, left_pad, read_records, save
 from lib.errors import clean_exit, stop
-from lib.run import fingerprint
+from lib.state import fingerprint
 from lib.settings import DEVICE, positive, usable_device, whole
 from model import generate, load_llama, load_tokenizer
 from tools.data.commands import add_command, digest, journal_of, not_negative
