@@ -60,7 +60,7 @@ class Run:
     of metrics.csv, and the panels of curves.png.
 
     Made before anything is loaded: it refuses a folder that holds another run. `begin` once all
-    input is read: only then does an earlier run in the folder end.
+    input is read: only then does an earlier run in the folder end, or the folder get a file.
     """
 
     def __init__(self, args, name, metrics):
@@ -69,6 +69,11 @@ class Run:
         self.last = os.path.join(args.out, "last")
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
+        holds = [name for name in ("metrics.csv", "config.json", "last")
+                 if os.path.exists(os.path.join(args.out, name))]
+        if holds and not (args.resume or args.overwrite):
+            stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
+                 "replaces it, --out names another")
         for setting, path in inputs_of(args).items():
             whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
                                      for name in (args.out, path))
@@ -80,12 +85,6 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
-        self.lock = locked(args.out) if RANK == 0 else None
-        holds = [name for name in ("metrics.csv", "config.json", "last")
-                 if os.path.exists(os.path.join(args.out, name))]
-        if holds and not (args.resume or args.overwrite):
-            stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
-                 "replaces it, --out names another")
         if torch.device(args.device).type == "cpu":
             cpu.keep_freed_memory()
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
@@ -106,6 +105,7 @@ class Run:
             if self.inputs.get(name) != before and not self.args.accept_changed_data:
                 stop(f"--{name} {getattr(self.args, name)}: no longer what it was when this run "
                      "was saved; --accept_changed_data continues with it as it is now")
+        self.lock = locked(self.folder) if RANK == 0 else None
         wait_for_all()  # until each process has seen what the folder held
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
