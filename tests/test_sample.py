@@ -31,7 +31,7 @@ def test_sample(tmp_path, checkpoint, capsys):
     ]
     assert (
         len(records)
-        == 11 * 4 - int(re.search(r"(\d+) that a prompt has", said)[1])
+        == 11 * 4 - int(re.search(r"(\d+) that repeat another", said)[1])
         == len({json.dumps(r) for r in records})
         > 22
     )
