@@ -204,8 +204,8 @@ class Head(Linear):
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
-        # Vocabularies are padded to a round number. Rows without a token have learned nothing, but
-        # are sampled now and then, and no text holds them: so their logits are -inf. None: no such
+        # Some vocabularies are padded to a round number. The rows without a token would be sampled
+        # now and then, and decode to nothing: so their logits are -inf. None: every row has a token
         self.register_buffer("unused", None, persistent=False)  # (V,)
 
     def forward(self, x):

@@ -12,11 +12,11 @@ completions of a prompt it learns either
     ranking     L = - mean over pairs (better, worse)  log sigmoid(r(better) - r(worse))
     regression  L = mean of (r - score)^2
 
-of a prompt, and then the mean over prompts (InstructGPT, eq. 1; ChatLLaMA). At the end the scores
-are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019 do so
-on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and InstructGPT,
-C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in config.json,
-which `ScalarHead` subtracts; elsewhere, as in transformers, subtract it yourself.
+(InstructGPT, eq. 1; ChatLLaMA); the loss of a batch is the mean over its prompts. At the end the
+scores are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
+do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
+InstructGPT, C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in
+config.json, which `ScalarHead` subtracts; elsewhere, as in transformers, subtract it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """

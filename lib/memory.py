@@ -79,9 +79,9 @@ def step_bytes(stage, config, rows, args, texts=4):
 
 def micro_batch(stage, trained, args, state, texts=4):
     """--micro_batch_size, where 0 means automatic. On a CPU: few rows (LAPTOP). On a GPU: the whole
-    (mini-)batch, or the largest equal part of it that fits what is free beside gradients and
-    optimizer, with a margin of 20 %. A run that is resumed, `state`, keeps its size. `trained`:
-    {name: (model on its device, optimizer)}; `texts`: completions of a prompt at most."""
+    (mini-)batch, halved until it fits what is free beside gradients and optimizer, with a margin of
+    20 %. A run that is resumed, `state`, keeps its size. `trained`: {name: (model on its device,
+    optimizer)}; `texts`: completions of a prompt at most."""
     if args.micro_batch_size:
         return args.micro_batch_size
     if state:
