@@ -237,13 +237,14 @@ def demo(args, tell):
 def start(args, tell):
     """One mini-batch, of one pass: every ratio is that before the first step."""
     folder, out = small_run(args), f"{args.out}/start"
+    rows, new = ("16", "8") if args.small else ("64", "40")
     for name, options in {"float32": [], "TF32": ["--tf32"], "bf16": ["--dtype", "bfloat16"],
                           "LoRA, bf16 base": ["--dtype", "bfloat16", "--base_dtype", "bfloat16",
                                               "--lora_rank", "4"]}.items():
         ppo.main(["--sft", f"{folder}/runs/sft", "--rm", f"{folder}/runs/rm", "--prompts",
                   f"{folder}/data/rlhf_training_data.json", "--updates", "1", "--ppo_epochs", "1",
-                  "--batch_size", "64", "--minibatch_size", "64", "--micro_batch_size", "16",
-                  "--max_new_tokens", "40", "--device", args.device, "--out", out, "--overwrite",
+                  "--batch_size", rows, "--minibatch_size", rows, "--micro_batch_size", "16",
+                  "--max_new_tokens", new, "--device", args.device, "--out", out, "--overwrite",
                   *options])
         row = rows_of(out)[-1]
         tell(f"largest ratio, {name}", float(row["largest_ratio"]))

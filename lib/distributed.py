@@ -12,11 +12,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Rank and world size, as torchrun sets them; without torchrun 0 and 1
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+if WORLD > 1:  # one process does not need what takes a second to import
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_processes(args):
@@ -82,17 +84,19 @@ def to_device(model, args):
 
 def is_sharded(model):
     """Whether this process now holds only its shard of the layers."""
-    return isinstance(next(model.model.layers.parameters()), DTensor)
+    return is_shard(next(model.model.layers.parameters()))
 
 
-def shards(model):
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def is_shard(x):
+    """Whether a tensor is this process's shard of a larger one."""
+    return WORLD > 1 and isinstance(x, DTensor)
 
 
 def release(model):
     """Free what a forward pass left gathered: the parameters are then the optimizer's own."""
-    for module in shards(model):
-        module.reshard()
+    for module in model.modules():
+        if WORLD > 1 and isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def my_parts(rows, size):
@@ -169,7 +173,7 @@ def clip_gradients(model, max_norm):
     """Scale the gradient down to length `max_norm` if it is longer -> its length before, a
     scalar."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_shard(norm) else norm
 
 
 def named_wholes(model, everywhere=False):
@@ -184,7 +188,7 @@ def named_wholes(model, everywhere=False):
 def in_one_piece(x, everywhere=False):
     """The whole of a sharded tensor, on the CPU of rank 0, or `everywhere` on its device; any other
     tensor as it is."""
-    if not isinstance(x, DTensor):
+    if not is_shard(x):
         return x
     x = x.full_tensor()
     if everywhere:
@@ -195,6 +199,6 @@ def in_one_piece(x, everywhere=False):
 def as_held(x, p):
     """A whole tensor as the parameter `p` is held: this process's shard of it if `p` is sharded.
     The reverse of `in_one_piece`."""
-    if not isinstance(p, DTensor):
+    if not is_shard(p):
         return x
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)

@@ -13,6 +13,7 @@ import sys
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a hub model finds it on disk, or nowhere
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import pytest

@@ -113,7 +113,7 @@ def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(real_run.subprocess, "run", stage)
     steps = ["data", "sft", "rm", "ppo", "over", "report"]
-    options = ["--small", "--seeds", "0", "--device", "cpu", "--steps", *steps]
+    options = ["--small", "--seeds", "0", "--device", "cpu", "--dtype", "float32", "--steps", *steps]
     monkeypatch.setattr(sys, "argv", ["real_run.py", *options, "--out", str(tmp_path / "run")])
     reports = []
     for _ in range(2):

@@ -80,19 +80,37 @@ def test_a_field_that_a_record_lacks_is_named(judge, capsys):
     assert end.value.code == 2 and "prompts.json: record 2: field 'level' is missing" in line
 
 
-def test_sums_are_right_and_no_pair_of_numbers_comes_twice(tmp_path):
-    data_gen.main(["sums", "--out", str(tmp_path), "--prompts", "300", "--demonstrations", "300"])
-    pairs = []
+def said_in(record):
+    """The two numbers of a task, the number of the answer to it, and the answers to it that are
+    right and wrong, as sum and as comparison: {answer: is it right?}."""
+    a, b = (int("".join(digits)) for digits in numbers_of(record["user_input"]))
+    said, = numbers_of(record.get("answer", record.get("completion", "")))
+    # the right ones last: where nothing comes of a slip, both are the same
+    sums = {(a // 10 + b // 10) * 10 + (a % 10 + b % 10) % 10: False, a + b: True}
+    larger = {max((a % 10, a), (b % 10, b))[1]: False, max(a, b): True}
+    return a, b, int("".join(said)), sums, larger
+
+
+@pytest.mark.parametrize("mistakes", [0.0, 0.6])
+def test_sums_are_right_but_for_the_slips_and_no_pair_of_numbers_comes_twice(tmp_path, mistakes):
+    data_gen.main(["sums", "--out", str(tmp_path), "--prompts", "300", "--demonstrations", "300",
+                   "--mistakes", str(mistakes)])
+    pairs, slips = [], []
     for name in ("actor_training_data", "actor_training_data_eval", "rlhf_training_data",
                  "rlhf_training_data_eval"):
         for record in json.loads((tmp_path / f"{name}.json").read_text("utf-8")):
-            a, b = (int("".join(digits)) for digits in numbers_of(record["user_input"]))
-            found = record.get("answer", record.get("completion", ""))
-            value = [int("".join(digits)) for digits in numbers_of(found)]
-            assert value in ([a + b], [max(a, b)]), record
-            pairs.append((value == [a + b], min(a, b), max(a, b)))
+            a, b, said, sums, larger = said_in(record)
+            is_sum = said not in (a, b)
+            answers = sums if is_sum else larger
+            assert said in answers, record
+            if name.startswith("rlhf"):
+                assert answers[said], record
+            elif len(answers) == 2:
+                slips.append(not answers[said])
+            pairs.append((is_sum, min(a, b), max(a, b)))
     assert len(pairs) == 1200 and len(set(pairs)) == len(pairs)
     assert {is_sum for is_sum, *_ in pairs} == {True, False}
+    assert len(slips) > 150 and abs(sum(slips) / len(slips) - mistakes) < 0.1
     assert (tmp_path / "tokenizer" / "tokenizer.model").exists()
 
 

@@ -3,11 +3,16 @@ phrasings of the built-in world.
 
     python data_gen.py sums            # writes data/sums in seconds
 
-    actor_training_data.json   demonstrations, few: SFT learns from them to be right now and then
+    actor_training_data.json   demonstrations, with the mistakes that people make
     rlhf_training_data.json    other tasks, each with its answer: {"user_input", "answer"}
 
 Each has its held-out twin, and no two numbers occur together in two of the four files, in whatever
 phrasing. The tokenizer is that of the built-in world, trained on these texts.
+
+The authors of the demonstrations slip in --mistakes of the tasks: they forget to carry in a sum
+(47 + 85 = 122), and compare two numbers from the last digit on (91 or 28: 28). Often nothing comes
+of it: 47 + 81 has nothing to carry. SFT learns the mistakes with the rest. A reward that checks
+answers can undo that.
 """
 
 import argparse
@@ -18,12 +23,13 @@ import random
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
 from lib.data import save
 from lib.errors import clean_exit, stop, write_whole
-from tools.data.commands import add_command
+from tools.data.commands import add_command, share
 
 
 def draw(rng, digits, number):
     """`number` tasks, sums and comparisons, English and Chinese in turn, each of two numbers that
-    none before it had together -> [(language, record with user_input and answer)]."""
+    none before it had together -> [(language, record with user_input and answer, the answer of
+    who slips)]."""
     tasks, seen = [], set()
     while len(tasks) < number:
         family, lang = (("sum", "en"), ("larger", "zh"), ("sum", "zh"), ("larger", "en"))[
@@ -35,13 +41,21 @@ def draw(rng, digits, number):
             # numbers of equal length: the larger text is the larger number
             answer, = solve(family, lang, slots)
             asked = rng.choice(PHRASINGS[family][lang]).format(**slots)
-            tasks.append((lang, {"user_input": asked, "answer": answer}))
+            tasks.append((lang, {"user_input": asked, "answer": answer}, slip(family, **slots)))
     return tasks
 
 
-def demonstration(rng, lang, task):
-    return {"user_input": task["user_input"],
-            "completion": rng.choice(SENTENCES[lang]).format(x=task["answer"])}
+def slip(family, a, b):
+    """The answer of who forgets to carry, or compares from the last digit on."""
+    if family == "larger":
+        return max(a, b, key=lambda number: number[::-1])
+    first, *columns = (int(x) + int(y) for x, y in zip(a, b))
+    return str(first) + "".join(str(column % 10) for column in columns)
+
+
+def demonstration(rng, mistakes, lang, task, slipped):
+    said = slipped if rng.random() < mistakes else task["answer"]
+    return {"user_input": task["user_input"], "completion": rng.choice(SENTENCES[lang]).format(x=said)}
 
 
 def make(args):
@@ -62,7 +76,7 @@ def make(args):
     for name, number in numbers.items():
         part, tasks = tasks[:number], tasks[number:]
         is_actors = name.startswith("actor")
-        data[name] = [demonstration(rng, *task) if is_actors else task[1] for task in part]
+        data[name] = [demonstration(rng, args.mistakes, *task) if is_actors else task[1] for task in part]
     for path, records in zip(files, data.values()):
         save(path, records)
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
@@ -80,6 +94,7 @@ def main(argv=None):
                 ("out", "data/sums", "folder to write the files to", str),
                 ("digits", 2, "digits of each number", int),
                 ("demonstrations", 4000, "demonstrations for SFT", int),
+                ("mistakes", 0.6, "share of them whose author slips", share),
                 ("prompts", 2000, "tasks for PPO", int))
     args = parser.parse_args(argv)
     args.function(args)
