@@ -8,8 +8,8 @@
 
 One forward pass serves training and decoding. It gives hidden states `(B, T, d)`; whoever wants
 logits or values projects the positions that it needs: `llama.lm_head(hidden[...])`. The parameters
-carry Hugging Face's names. Formats of checkpoints and tokenizers are in lib/checkpoints.py and
-lib/tokenizer.py, and a first reading does not need them.
+carry Hugging Face's names. How checkpoints and tokenizers lie on disk is in lib/formats.py,
+lib/checkpoints.py and lib/tokenizer.py, which a first reading does not need.
 """
 
 import copy
@@ -159,7 +159,7 @@ class Cache:
 
     def part(self, rows, columns):
         """The same memory, for a slice of the rows, the next tokens being written in a slice of the
-        columns; those before it are left out."""
+        columns; what lies before that slice is out of their sight."""
         part = copy.copy(self)
         part.tensor = self.tensor[:, :, rows, :, columns.start:]
         part.columns = self.columns[:columns.stop - columns.start]
@@ -264,7 +264,8 @@ class ScalarHead(nn.Module):
 def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, d), `tokens` (N,) and the
     logits (N, V), made a `piece` of rows at a time: logits are the largest tensors of a pass, and
-    so their memory does not grow with N. The backward pass computes those of each piece again."""
+    so their memory does not grow with N. Of several pieces, the backward pass computes the logits
+    again."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 
@@ -422,8 +423,8 @@ def similar(lengths):
 
 def decoding_copy(llama, dtype):
     """A plain `Llama` that computes the same in `dtype`: its adapters merged, its shards gathered.
-    A rollout makes one and decodes with it, so that no weight is cast, gathered or adapted once per
-    token."""
+    A rollout decodes with one where else each token would cast, gather or adapt weights
+    (ppo.answer)."""
     with torch.device("meta"):
         plain = Llama(llama.config)
     plain.load_state_dict(merged(llama, dtype, everywhere=True), strict=False, assign=True)

@@ -55,9 +55,10 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
                    tokens_of)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with them
-# bench/real_run.py trained SmolLM2-135M. Larger ones need smaller learning rates: Huang et al. 2024
-# take 3e-6 from 1B on. kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
+# The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with these
+# rates, batches and KL bench/real_run.py trained SmolLM2-135M. Larger ones need smaller learning
+# rates: Huang et al. 2024 take 3e-6 from 1B on. kl_coef, lambda and clip are also those of Stiennon
+# et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
     "input and output",
@@ -201,7 +202,8 @@ def masked_whiten(x, mask, shift_mean=True):
     not `shift_mean`.
 
     `x`, `mask` (B, T) -> (B, T), 0 outside the mask. One mean and one variance over all tokens, so
-    that responses stay comparable with each other. All-equal x gives 0.
+    that responses stay comparable with each other. All-equal x gives 0, or x
+    if not `shift_mean`.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((inside(x, mask) - mean).square(), mask)
@@ -333,8 +335,8 @@ def to_rows(flat, places, mask):
 
 
 def response_logprobs(actor, input_ids, places, mask, args, entropy=False):
-    """log pi (B, T) of the response tokens; with `entropy` also that of the distributions which
-    they were drawn from, (B, T). Only the states in which they were chosen go through the
+    """log pi (B, T) of the response tokens; with `entropy` also that of the actor's distributions
+    at these places, (B, T). Only the states in which the tokens were chosen go through the
     vocabulary projection: nothing here has the size (B, L, V)."""
     def look(logits, tokens):
         found = [logprobs_from_logits(logits, tokens, args.temperature)]
@@ -361,8 +363,8 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
         seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
         generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
-    # The weights as a rollout is fastest with: whole, without adapters, in bf16 under --dtype
-    # bfloat16 (decoding reads each weight once per token). They live as long as the rollout.
+    # A copy of the weights for the rollout, where it is faster: in bf16 under --dtype bfloat16, as
+    # decoding reads each weight once per token; with many processes whole. Adapters are merged.
     as_it_is = args.dtype == "float32" and WORLD == 1 or args.shard_rollout
     writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
 
@@ -416,9 +418,9 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     and returns.
 
     `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
-    the experience, a dict of `texts`, their `lengths`, `scores` (B,), and `mask`, `old_logprobs`,
-    `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`, all (B, T); and
-    statistics for the log.
+    the experience, a dict of `texts`, their `lengths`, raw `scores` (B,), and `mask`,
+    `old_logprobs`, `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`, all
+    (B, T); and statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
@@ -428,7 +430,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     # In float32 the log probabilities from the sampling itself are as good as those of a training
     # pass. In bf16 or TF32 they are not, nor are those of the same row in another batch: sums are
     # rounded at other places. So actor, reference and critic are asked about the very
-    # micro-batches of the first training pass: its ratios are then 1, and the KL begins at 0.
+    # micro-batches of the first training pass: before its first step all ratios are then 1, and
+    # the KL begins at 0.
     sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
@@ -484,12 +487,12 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 # The update: gradient steps on the experience
 
 def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
-    """One optimizer step of actor and critic on these rows of the experience, and of the actor on
-    as many `demonstrations` too if there is a ptx_coef -> the statistics of the minibatch.
-    `trained`: {name: (model, its optimizer)}.
+    """One optimizer step of actor and critic on these rows of the experience -> the statistics of
+    the minibatch. If there is a ptx_coef, the actor's gradient is the sum of PPO's and that of PTX
+    on as many `demonstrations`. `trained`: {name: (model, its optimizer)}.
 
-    Micro-batches only bound the memory: each loss is weighted by its share of the minibatch's
-    tokens. `weight` is 1, or 0 for a row that one of many processes repeats
+    Micro-batches only bound the memory: the mean over a minibatch is the sum over its parts of
+    mean x share of the tokens. `weight` is 1, or 0 for a row that one of many processes repeats
     (lib.distributed.my_parts). Beyond --target_kl no step is taken.
     """
     actor, _ = trained["actor"]
@@ -578,7 +581,7 @@ def averaged(found):
 
 def run_missing_stages(args):
     """The stages of the demo whose result is not at its default place. An interrupted one is
-    resumed."""
+    resumed, if it had saved anything."""
     import data_gen  # only here does one stage know another
     import sft
     import train_rm
@@ -643,8 +646,7 @@ def four_models(args, tokenizer, text_reward):
     ratio must differ from 1 by training alone (Huang et al. 2024). With LoRA, what is frozen is
     what learns with its adapters off: two LLaMAs, if the critic begins as the reward model."""
     def learning(model):
-        return to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                                  args.base_dtype), args)
+        return to_device(add_lora(model, args), args)
 
     def frozen(model):
         return to_device(model.requires_grad_(False), args)
@@ -716,7 +718,8 @@ def main(argv=None):
     B, B_shown = args.batch_size, args.ppo_epochs * args.batch_size
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
     shown_order = deal(len(demonstrations), args.updates * B_shown, args.seed)
-    # what --resume restores beside the models and their optimizers
+    # What --resume restores beside the models and their optimizers. `first`, `last`: mean scores of
+    # the evaluation before training and of the latest; `history`: the rows of metrics.csv
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(
         first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={}))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
@@ -735,7 +738,8 @@ def main(argv=None):
         set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
         next_shown = iter(shown_order[(update - 1) * B_shown:])
-        # the rows of each minibatch, in each pass over the experience
+        # The rows of each minibatch, in each pass over the experience. (What rounds, in bf16, is to
+        # round alike: so make_experience gets those of the first pass.)
         passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
                   for _ in range(args.ppo_epochs)]
         experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],

@@ -82,7 +82,7 @@ def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
     """
     with autocast(args):
         states = states_of(model(input_ids), places)
-    leaf, losses = states.detach().requires_grad_(), []
+    leaf, losses = states.detach().requires_grad_(), []  # leaf.grad: the sum over the pieces
     for part, tokens in zip(leaf.split(piece), tokens_of(input_ids, places).split(piece)):
         with autocast(args):
             logits = model.lm_head(part).float()
@@ -118,8 +118,7 @@ def main(argv=None):
     run = Run(args, "sft", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
-    model = to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                               args.base_dtype), args)
+    model = to_device(add_lora(model, args), args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
 
     def read(path):
@@ -161,8 +160,8 @@ def main(argv=None):
             parts = losses.split([len(completion) for _, completion, _ in examples])
             per_text += [part.mean() for part in parts]
             records += [number for _, _, number in examples]
-        loss, grad_norm, *per_text = torch.stack(
-            [loss, clip_gradients(model, 1.0), *per_text]).tolist()
+        grad_norm = clip_gradients(model, 1.0)
+        loss, grad_norm, *per_text = torch.stack([loss, grad_norm, *per_text]).tolist()
         loss, worst = total(loss), largest(max(zip(per_text, records)))  # of all processes
         check_finite(step + 1, loss, grad_norm, args.data, [train[i][2] for i in batch])
         watch.see(step + 1, loss, worst)

@@ -15,8 +15,9 @@ completions of a prompt it learns either
 (InstructGPT, eq. 1; ChatLLaMA); the loss of a batch is the mean over its prompts. At the end the
 scores are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
 do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
-InstructGPT, C.2.) The deviation is folded into the weights of the head. The mean is `score_mean` in
-config.json, which `ScalarHead` subtracts; elsewhere, as in transformers, subtract it yourself.
+InstructGPT, C.2.) The deviation is folded into the weights of the head. The mean, in deviations, is
+`score_mean` in config.json, which `ScalarHead` subtracts; elsewhere, as in transformers, subtract
+it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -104,7 +105,7 @@ def ranking_loss(scores, labels):
     """
     better, worse = (on(scores.device, rows) for rows in pairs(labels))
     if not len(better):
-        return scores.sum() * 0.0
+        return scores.sum() * 0.0  # in the graph, so that `backward` works
     return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
 
@@ -149,7 +150,7 @@ def score_texts(reward_model, examples, args, pad_token_id):
         return [last_token(reward_model(input_ids), places)]
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    # 4 times the size, since there are no gradients; in the bar, since it can take minutes
+    # micro_batch_size counts prompts, and these are texts; in the bar, since it can take minutes
     parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                  disable=RANK > 0)
     with torch.no_grad(), autocast(args):
@@ -166,9 +167,9 @@ def group_by_prompt(records, examples):
 
 
 def read_scored(path, tokenizer, max_length, args):
-    """Scored completions -> [(prompt, completion, number of the record)] in tokens; of each prompt
-    the indices of its completions, with --loss ranking only where these have different scores; and
-    all scores (n,)."""
+    """Scored completions -> [(prompt, completion, number of the record, from 1)] in tokens; of each
+    prompt the indices of its completions, with --loss ranking only where these have different
+    scores; and all scores (n,)."""
     records = read_records(path, "user_input", "completion", "score")
     examples = encode_records(records, tokenizer, max_length, path)
     groups = group_by_prompt(records, examples)
@@ -254,8 +255,7 @@ def main(argv=None):
     run = Run(args, "reward model", METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
-    reward_model = to_device(add_lora(reward_model, args.lora_rank, args.lora_alpha,
-                                      args.lora_targets, args.base_dtype), args)
+    reward_model = to_device(add_lora(reward_model, args), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 
     given = tokenizer, max_length, args

@@ -37,32 +37,31 @@ class LoRALinear(nn.Module):
         return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
 
 
-def add_lora(model, rank, alpha, targets, base_dtype="float32"):
-    """Give the named linear maps of every layer an adapter, and freeze all else but a scalar head
-    -> the model.
-
-    `model`: a `Llama` or a `ScalarHead`, changed in place; `targets`: names with commas between;
-    rank 0 changes nothing. Ends the program with one line if a name is not that of a linear map.
-    """
-    if rank == 0:
-        if base_dtype != "float32":
-            stop(f"--base_dtype {base_dtype} is for frozen weights: it needs --lora_rank")
+def add_lora(model, args):
+    """Give the linear maps of every layer that --lora_targets names an adapter, and freeze all else
+    but a scalar head -> the model, a `Llama` or a `ScalarHead`, changed in place. --lora_rank 0
+    changes nothing. Ends the program with one line if a name is not that of a linear map."""
+    if args.lora_rank == 0:
+        if args.base_dtype != "float32":
+            stop(f"--base_dtype {args.base_dtype} is for frozen weights: it needs --lora_rank")
         return model
+    base_dtype = getattr(torch, args.base_dtype)
     for name, parameter in model.named_parameters():
         if name != "score.weight":
-            parameter.requires_grad_(False).data = parameter.data.to(getattr(torch, base_dtype))
+            parameter.requires_grad_(False).data = parameter.data.to(base_dtype)
     if hasattr(model, "score"):
         model.before = model.score.weight.detach().clone()
     linears = [name for name, part in model.model.layers[0].named_modules()
                if isinstance(part, nn.Linear)]
     names = {name.rsplit(".", 1)[-1]: name for name in linears}
-    for target in targets.split(","):
+    for target in args.lora_targets.split(","):
         if target not in names:
             stop(f"--lora_targets: {target!r} is not a linear map of a layer; there are "
                  f"{','.join(sorted(names))}")
         for layer in model.model.layers:
             linear = layer.get_submodule(names[target])
-            layer.set_submodule(names[target], LoRALinear(linear, rank, alpha))
+            layer.set_submodule(names[target], LoRALinear(linear, args.lora_rank,
+                                                                args.lora_alpha))
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     learns = sum(p.numel() for p in trainable(model))
     print(f"LoRA: {frozen / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, "

@@ -32,6 +32,11 @@ TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 IDS = torch.randint(0, 90, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
+def adapted(model, rank, alpha, targets, base_dtype="float32"):
+    return add_lora(model, SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_targets=targets,
+                                           base_dtype=base_dtype))
+
+
 def tiny(tied=True, vocab_size=90):
     torch.manual_seed(0)
     return random_llama(
@@ -88,7 +93,7 @@ def test_learns_beside_frozen_weights(head, targets, base_dtype, tied):
         for name, p in plain.named_parameters()
         if name != "score.weight"
     }
-    lora = add_lora(copy.deepcopy(plain), 4, 16, targets, base_dtype)
+    lora = adapted(copy.deepcopy(plain), 4, 16, targets, base_dtype)
     with adapters_off(lora):
         before = output(lora)
     assert torch.equal(output(lora), before)  # B is 0
@@ -140,7 +145,7 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_decoding_casts_each_weight_once(rank):
     """Once per rollout, and not once per token, be it frozen or not."""
-    lora = train(add_lora(tiny(), rank, 16, TARGETS))
+    lora = train(adapted(tiny(), rank, 16, TARGETS))
     with Casts() as casts:
         copy = model.decoding_copy(lora, torch.bfloat16)
     assert casts.number == 2 * 7 + 1  # the embedding too, which is the head
@@ -156,7 +161,7 @@ def test_decoding_casts_each_weight_once(rank):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_merged_equals_unmerged(tied):
-    lora = train(add_lora(tiny(tied), 4, 16, TARGETS))
+    lora = train(adapted(tiny(tied), 4, 16, TARGETS))
     state = {name: p.clone() for name, p in lora.state_dict().items()}
     plain = tiny(tied)
     tensors = merged(lora)
@@ -167,7 +172,7 @@ def test_merged_equals_unmerged(tied):
     plain.load_state_dict(tensors, strict=False)
     assert (output(plain) - output(lora)).abs().max() < 1e-5
     assert all(torch.equal(p, state[name]) for name, p in lora.state_dict().items())
-    half = train(add_lora(tiny(tied), 4, 16, TARGETS, "bfloat16"))
+    half = train(adapted(tiny(tied), 4, 16, TARGETS, "bfloat16"))
     tensors = merged(half)
     assert {p.dtype for p in tensors.values()} == {torch.float32}
     assert ("lm_head.weight" in tensors) != tied
@@ -181,7 +186,7 @@ def test_merged_equals_unmerged(tied):
 
 def test_agrees_with_peft():
     peft = pytest.importorskip("peft")
-    ours = train(add_lora(tiny(), 4, 16, TARGETS))
+    ours = train(adapted(tiny(), 4, 16, TARGETS))
     plain = LlamaForCausalLM(tiny().config).eval()
     plain.load_state_dict(tiny().state_dict())
     theirs = peft.get_peft_model(
@@ -211,7 +216,7 @@ def test_agrees_with_peft():
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
 def test_generates(base_dtype):
     """The log probabilities of what was sampled through the cache are those of a training pass."""
-    lora = train(add_lora(tiny(), 4, 16, TARGETS, base_dtype))
+    lora = train(adapted(tiny(), 4, 16, TARGETS, base_dtype))
     out = model.generate(
         lora,
         IDS,
@@ -236,7 +241,7 @@ def test_generates(base_dtype):
 )
 def test_wrong_options(capsys, rank, targets, base_dtype, said):
     with pytest.raises(SystemExit) as stopped:
-        add_lora(tiny(), rank, 16, targets, base_dtype)
+        adapted(tiny(), rank, 16, targets, base_dtype)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
 

@@ -41,7 +41,7 @@ def networks(stage, config, args, device="meta"):
     """The models of a stage: sft's, rm's, or ppo's actor, critic, reference and reward model. On
     the meta device a tensor has a shape, and takes no memory."""
     def learning(model):
-        return add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets, args.base_dtype)
+        return add_lora(model, args)
 
     with torch.device(device), contextlib.redirect_stdout(None):
         if stage == "rm":

@@ -128,8 +128,7 @@ def experience_of(folder, args, progress, records):
         text_reward.remember(prompts, records)
 
     def learning(model):
-        return to_device(add_lora(model, args.lora_rank, args.lora_alpha, args.lora_targets,
-                                  args.base_dtype), args)
+        return to_device(add_lora(model, args), args)
 
     actor = learning(load_llama(folder, tokenizer))
     critic = learning(load_scalar_head(os.path.join(folder, "critic")))
