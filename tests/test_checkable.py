@@ -48,21 +48,21 @@ def write_run(folder, greedy, final, cpu):
 
 
 def test_the_table_is_made_of_what_the_runs_wrote(tmp_path):
-    tasks = [{"user_input": "Add 50 and 72.", "answer": "122"},
-             {"user_input": "2 + 12 = ?", "answer": "14"},
-             {"user_input": "请计算21 + 48。", "answer": "69"},
-             {"user_input": "70和81哪个更大？", "answer": "81"}]
+    tasks = [{"user_input": "Add 59 and 72.", "answer": "131"},  # a carry
+             {"user_input": "22 + 12 = ?", "answer": "34"},
+             {"user_input": "请计算21 + 78。", "answer": "99"},
+             {"user_input": "72和81哪个更大？", "answer": "81"}]  # 2 is more than 1
     runs = [write_run(tmp_path / "0", {0: [1, 0, 0, 0], 2: [1, 1, 0, 1]}, 0.75, 100),
             write_run(tmp_path / "1", {0: [0, 0, 0, 1], 2: [1, 1, 1, 1]}, 1.0, 140)]
     before = [checkable.row(out, tasks, last=False) for out in runs]
     after = [checkable.row(out, tasks) | dict(sampled=0.5, any=0.9) for out in runs]
     heading, _, first, last = checkable.table({"the SFT model": before, "PPO": after})
-    assert heading.split(" | ")[1:3] == ["greedy", "sums"]
-    assert first.split(" | ")[1:4] == ["0.25 (0.25 to 0.25)", "0.17 (0.00 to 0.33)",
-                                       "0.50 (0.00 to 1.00)"]
+    assert heading.split(" | ")[1:5] == ["greedy", "no slip", "carries", "last digits"]
+    assert first.split(" | ")[1:5] == ["0.25 (0.25 to 0.25)", "0.00 (0.00 to 0.00)",
+                                       "0.50 (0.00 to 1.00)", "0.50 (0.00 to 1.00)"]
     assert last.strip("| ").split(" | ") == [
-        "PPO", "0.88 (0.75 to 1.00)", "0.83 (0.67 to 1.00)", "1.00 (1.00 to 1.00)",
-        "0.50 (0.50 to 0.50)", "0.90 (0.90 to 0.90)", "3.00 (3.00 to 3.00)",
+        "PPO", "0.88 (0.75 to 1.00)", "0.75 (0.50 to 1.00)", "1.00 (1.00 to 1.00)",
+        "1.00 (1.00 to 1.00)", "0.50 (0.50 to 0.50)", "0.90 (0.90 to 0.90)", "3.00 (3.00 to 3.00)",
         "120.00 (100.00 to 140.00)"]
 
 
@@ -89,7 +89,7 @@ def test_a_run_of_a_fork_is_made_once(folder, monkeypatch, capsys):
     checkable.prepare(str(folder), seed=0)  # all is there
     out = checkable.train(str(folder), 0, "GRPO", updates=1)
     row = checkable.row(out, tasks_of(folder))
-    assert row["eval_score"] == row["sums"] == row["comparisons"] == 0.0 < row["cpu"]
+    assert row["eval_score"] == row["sum"] == row["larger"] == row["none"] == 0.0 < row["cpu"]
     assert "GRPO: 0.000 right" in capsys.readouterr().err
     (folder / "forks" / "GRPO" / "ppo.py").write_text("this would fail")
     assert checkable.train(str(folder), 0, "GRPO", updates=1) == out
