@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lib import checkpoints, cpu
+from lib import checkpoints, kernels
 from lib.distributed import RANK, is_sharded, total, wait_for_all
 from lib.errors import explain, stop
 from lib.graphs import can_be_captured, captured
@@ -51,25 +51,7 @@ class Linear(nn.Linear):
     """`nn.Linear`, computed in the way that is fastest on a CPU."""
 
     def forward(self, x):
-        return cpu.linear(x, self.weight, self.bias)
-
-
-def attention(q, k, v, mask):
-    """PyTorch's fused attention, by the kernel that is fastest. `q` (B, heads, T, h), `k`, `v` (B,
-    kv heads, S, h), `mask` (B, 1, T, S) to be added, or None: causal -> (B, heads, T, h)."""
-    B, heads, T, h = q.shape
-    group, on_cpu, half = heads // k.shape[1], q.device.type == "cpu", v.dtype != torch.float32
-    if on_cpu and half and mask is None:
-        return cpu.attention(q, k, v)
-    if T == 1 and mask is not None and (half or not on_cpu):
-        # One new token: the query heads that share a key head stand where query positions would.
-        # Nothing is grouped then. Grouped heads have slow kernels here, or none that take a mask.
-        folded = q.reshape(B, k.shape[1], group, h)
-        return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
-    if not on_cpu and (mask is not None or not half):
-        # grouped, only flash attention is fused, which takes neither a mask nor float32
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -97,7 +79,7 @@ class Attention(nn.Module):
             keys.index_copy_(2, columns, k.to(keys.dtype))
             values.index_copy_(2, columns, v.to(values.dtype))
             k, v = keys[:, :, :mask.shape[-1]], values[:, :, :mask.shape[-1]]
-        seen = attention(q, k, v, mask)
+        seen = kernels.attention(q, k, v, mask)  # softmax(q k / sqrt(h) + mask) v
         return self.o_proj(seen.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -306,25 +288,14 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
     """A `Llama` from a Hugging Face directory or hub name, Meta's directory, or a `.gguf` file;
     from None the demo's, tiny and random (DEMO_MODEL). Ends the program with one line if there is
     none, or if the tokenizer has more tokens than the embedding has rows. With `resize` the
-    embedding gets a row for each of these, the mean of the others."""
+    embedding gets a row for each of these."""
     ids = set(tokenizer.get_vocab().values())
-    size = max(ids) + 1  # not len(tokenizer): some leave ids out
     if path is None:
+        size = max(ids) + 1  # not len(tokenizer): some leave ids out
         llama = random_llama(LlamaConfig(vocab_size=size, **DEMO_MODEL))
     else:
         config, tensors, generation_config = checkpoints.read(path, dtype)
-        if lacking := sorted(i for i in ids if i >= config.vocab_size):
-            if not resize:
-                stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks "
-                     f"{len(lacking)} of the tokenizer's {len(ids)} tokens, such as "
-                     f"{tokenizer.convert_ids_to_tokens(lacking[0])}; if they belong together, "
-                     "--resize_embedding of sft.py or train_rm.py adds rows for them")
-            more = size - config.vocab_size
-            for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
-                mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
-                tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
-            print(f"{path}: {more} rows added to its embedding, for the tokens that it lacks")
-            config.vocab_size = size
+        checkpoints.match_embedding(path, config, tensors, tokenizer, resize)
         with torch.device("meta"):
             llama = Llama(config)
         llama.generation_config = generation_config

@@ -26,6 +26,7 @@ average. Else nothing ends early.
 """
 
 import argparse
+import importlib
 import inspect
 import itertools
 import json
@@ -472,9 +473,9 @@ def worker(side, kind, folder):
     """One process: measure one side ("peer", or the folder of a checkout) of a comparison."""
     if side != "peer":
         sys.path.insert(0, side)
-        if os.path.isdir(f"{side}/lib"):  # without lib/, importing model does it
-            from lib.cpu import keep_freed_memory
-            keep_freed_memory()
+        for room in ("kernels", "cpu"):  # the second in earlier checkouts; before them importing
+            if os.path.isfile(f"{side}/lib/{room}.py"):  # model did it
+                importlib.import_module(f"lib.{room}").keep_freed_memory()
     result = (PEERS if side == "peer" else OURS)[kind](read(f"{folder}/work.json"), folder)
     with open("/proc/self/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))

@@ -215,6 +215,26 @@ def add_older_keys(folder):
     rewrite("tokenizer_config.json", older_tokenizer)
 
 
+def match_embedding(path, config, tensors, tokenizer, resize):
+    """End the program with one line if the tokenizer has more tokens than the embedding has rows;
+    with `resize` give it the rows that it lacks, each the mean of the others."""
+    ids = set(tokenizer.get_vocab().values())
+    lacking = sorted(i for i in ids if i >= config.vocab_size)
+    if not lacking:
+        return
+    if not resize:
+        stop(f"{path}: the model's embedding of {config.vocab_size} rows lacks {len(lacking)} of "
+             f"the tokenizer's {len(ids)} tokens, such as "
+             f"{tokenizer.convert_ids_to_tokens(lacking[0])}; if they belong together, "
+             "--resize_embedding of sft.py or train_rm.py adds rows for them")
+    more = max(ids) + 1 - config.vocab_size
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & tensors.keys():
+        mean = tensors[name].float().mean(0, keepdim=True).to(tensors[name].dtype)
+        tensors[name] = torch.cat([tensors[name], mean.expand(more, -1)])
+    print(f"{path}: {more} rows added to its embedding, for the tokens that it lacks")
+    config.vocab_size += more
+
+
 def write(folder, config, tensors, tokenizer, generation_config=None, scalar=False):
     """A plain Hugging Face directory: every file whole or not there, config.json last.
 

@@ -18,7 +18,7 @@ import threading
 import torch
 from tqdm import tqdm
 
-from lib import cpu, state
+from lib import kernels, state
 from lib.curves import draw_curves
 from lib.distributed import RANK, largest, wait_for_all
 from lib.errors import explain, stop
@@ -86,7 +86,7 @@ class Run:
         with explain(f"{args.out}: cannot be written"):
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
-            cpu.keep_freed_memory()
+            kernels.keep_freed_memory()
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
             self.state = state.read(self.last, args)
         elif args.resume and "config.json" in holds:

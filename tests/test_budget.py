@@ -107,7 +107,7 @@ def kept(c, args, rows, length):
     return sum(s.nbytes() for pointer, s in storages.items() if pointer not in weights)
 
 
-# large enough for lib.cpu.linear to compute as a convolution
+# large enough for lib.kernels.linear to compute as a convolution
 SMALL, LARGE = SIZE, dict(SIZE, hidden_size=512, intermediate_size=640)
 
 

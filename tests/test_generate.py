@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-import model
+from lib import kernels
 from lib.data import left_pad
 from lib.dialogue import encode_prompt
 from makers import assert_close, logits_of
@@ -98,14 +98,14 @@ def test_logprobs_are_those_of_a_training_pass(speaker, temperature):
 
 def test_rows_of_masks_are_aligned_while_decoding(speaker, monkeypatch):
     """On a GPU fused attention copies every mask whose rows are not 16 numbers apart, or 32, ..."""
-    strides, attention = [], model.attention
+    strides, attention = [], kernels.attention
 
     def see(q, k, v, mask):
         if q.shape[2] == 1:
             strides.append(mask.stride(0))
         return attention(q, k, v, mask)
 
-    monkeypatch.setattr(model, "attention", see)
+    monkeypatch.setattr(kernels, "attention", see)
     generate(speaker, *left_pad([[1] * 3, [1] * 5], 0), 6, -1, temperature=0)
     assert strides and all(stride % 16 == 0 for stride in strides)
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig
 
-from lib import cpu
+from lib import kernels
 from lib.checkpoints import read_config
 from lib.data import collate
 from lib.distributed import clip_gradients, to_device
@@ -76,7 +76,7 @@ def budget(stage, config, args):
     gradients of the actor's embedding, norm and head, and of one layer
     (lib.distributed.to_device). "peak": what is there at one time; gradients are freed before a
     rollout. "resident": on a CPU freed memory is kept
-    (lib.cpu.keep_freed_memory), and its holes add up to 0.3 of what is in use, as --check measures.
+    (lib.kernels.keep_freed_memory), and its holes add up to 0.3 of what is in use, as --check measures.
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
@@ -209,7 +209,7 @@ def measure(stage, name, freed, options):
     import sft
     import train_rm
     if freed == "kept":
-        cpu.keep_freed_memory()
+        kernels.keep_freed_memory()
     else:  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are freed
         ctypes.CDLL(None).mallopt(-3, 128 * 1024)
     (size, rows), sizes = CHECKED[name], dict(max_length=190)

@@ -1,9 +1,9 @@
-"""lib/cpu.py: the faster products are the plain ones."""
+"""lib/kernels.py: the faster products are the plain ones."""
 
 import pytest
 import torch
 
-from lib.cpu import linear
+from lib.kernels import linear
 from makers import assert_close
 
 

@@ -1,4 +1,5 @@
-"""Speed on a CPU. Nothing here changes what is computed, beyond the order of sums."""
+"""By which kernel attention and matrix products are computed, on a GPU and on a CPU. Nothing here
+changes what is computed, beyond the order of sums."""
 
 import ctypes
 import sys
@@ -7,13 +8,26 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(q, k, v):
-    """Causal attention in bf16, computed in float32: the backward pass of the bf16 kernel takes up
-    to nine times as long, in layers as LLaMA's."""
-    with torch.autocast("cpu", enabled=False):
-        seen = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True,
-                                              enable_gqa=True)
-    return seen.to(v.dtype)
+def attention(q, k, v, mask):
+    """softmax(q k / sqrt(h) + mask) v, several heads of q sharing one of k and v. `q` (B, heads, T,
+    h), `k`, `v` (B, kv heads, S, h), `mask` (B, 1, T, S), or None: causal -> (B, heads, T, h)."""
+    B, heads, T, h = q.shape
+    group, on_cpu, half = heads // k.shape[1], q.device.type == "cpu", v.dtype != torch.float32
+    if on_cpu and half and mask is None:
+        # in float32: the backward pass of the bf16 kernel takes up to nine times as long
+        with torch.autocast("cpu", enabled=False):
+            seen = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True,
+                                                  enable_gqa=True)
+        return seen.to(v.dtype)
+    if T == 1 and mask is not None and (half or not on_cpu):
+        # One new token: the query heads that share a key head stand where query positions would.
+        # Nothing is grouped then. Grouped heads have slow kernels here, or none that take a mask.
+        folded = q.reshape(B, k.shape[1], group, h)
+        return F.scaled_dot_product_attention(folded, k, v, mask).reshape(q.shape)
+    if not on_cpu and (mask is not None or not half):
+        # grouped, only flash attention is fused, which takes neither a mask nor float32
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
 def linear(x, weight, bias=None):
