@@ -40,16 +40,13 @@ from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, last_token, load
 def networks(stage, config, args, device="meta"):
     """The models of a stage: sft's, rm's, or ppo's actor, critic, reference and reward model. On
     the meta device a tensor has a shape, and takes no memory."""
-    def learning(model):
-        return add_lora(model, args)
-
     with torch.device(device), contextlib.redirect_stdout(None):
         if stage == "rm":
-            return [learning(ScalarHead(LlamaBackbone(config)))]
-        actor = learning(Llama(config))
+            return [add_lora(ScalarHead(LlamaBackbone(config)), args)]
+        actor = add_lora(Llama(config), args)
         if stage == "sft":
             return [actor]
-        critic = learning(ScalarHead(LlamaBackbone(config)))
+        critic = add_lora(ScalarHead(LlamaBackbone(config)), args)
         # as in ppo.py: what is frozen is what learns with its adapters off
         ref = actor if args.lora_rank else Llama(config).requires_grad_(False)
         shared = args.lora_rank and args.critic == "rm"
@@ -75,8 +72,8 @@ def budget(stage, config, args):
     weights, but each holds whole the embedding, norm and head of every model, two layers, and the
     gradients of the actor's embedding, norm and head, and of one layer
     (lib.distributed.to_device). "peak": what is there at one time; gradients are freed before a
-    rollout. "resident": on a CPU freed memory is kept
-    (lib.kernels.keep_freed_memory), and its holes add up to 0.3 of what is in use, as --check measures.
+    rollout. "resident": on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its
+    holes add up to 0.3 of what is in use, as --check measures.
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
