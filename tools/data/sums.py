@@ -55,7 +55,8 @@ def slip(family, a, b):
 
 def demonstration(rng, mistakes, lang, task, slipped):
     said = slipped if rng.random() < mistakes else task["answer"]
-    return {"user_input": task["user_input"], "completion": rng.choice(SENTENCES[lang]).format(x=said)}
+    return {"user_input": task["user_input"],
+            "completion": rng.choice(SENTENCES[lang]).format(x=said)}
 
 
 def make(args):
@@ -76,7 +77,8 @@ def make(args):
     for name, number in numbers.items():
         part, tasks = tasks[:number], tasks[number:]
         is_actors = name.startswith("actor")
-        data[name] = [demonstration(rng, args.mistakes, *task) if is_actors else task[1] for task in part]
+        data[name] = [demonstration(rng, args.mistakes, *task) if is_actors else task[1]
+                      for task in part]
     for path, records in zip(files, data.values()):
         save(path, records)
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
