@@ -349,9 +349,23 @@ def test_a_reward_model_with_several_labels_is_refused(ppo_argv, home, tmp_path,
 @pytest.mark.parametrize("options, said", [
     (["--digits", "1"], "two numbers of 1 digits make 72"),
     (["--prompts", "3411"], "8011 tasks are asked for, and two numbers of 2 digits make 8010"),
+    (["--demonstrations", "1"], "--demonstrations 1: too few to train a tokenizer on"),
 ])
-def test_more_sums_than_there_are(tmp_path, capfd, options, said):
+def test_sums_that_cannot_be_made(tmp_path, capfd, options, said):
     assert said in refused(capfd, data_gen.main, ["sums", "--out", str(tmp_path), *options])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, value, said", [
+    ("demonstrations", "0", "0 is not a whole number of at least 1"),
+    ("prompts", "-1", "-1 is not a whole number of at least 1"),
+    ("digits", "0", "0 is not a whole number of at least 1"),
+    ("mistakes", "1", "1 is not a number from 0 to below 1"),
+])
+def test_numbers_of_sums_that_are_out_of_range(tmp_path, capfd, option, value, said):
+    with pytest.raises(SystemExit) as end:
+        data_gen.main(["sums", "--out", str(tmp_path), f"--{option}", value])
+    assert end.value.code == 2 and f"--{option}: {said}" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

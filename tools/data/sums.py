@@ -22,7 +22,8 @@ import random
 
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
 from lib.data import save
-from lib.errors import clean_exit, stop, write_whole
+from lib.errors import clean_exit, explain, stop, write_whole
+from lib.settings import positive
 from tools.data.commands import add_command, share
 
 
@@ -79,12 +80,13 @@ def make(args):
         is_actors = name.startswith("actor")
         data[name] = [demonstration(rng, args.mistakes, *task) if is_actors else task[1]
                       for task in part]
-    for path, records in zip(files, data.values()):
-        save(path, records)
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
              for record in data["actor_training_data"]]
-    write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"),
-                train_tokenizer(texts, vocab_size=420))
+    with explain(f"--demonstrations {args.demonstrations}: too few to train a tokenizer on"):
+        tokenizer = train_tokenizer(texts, vocab_size=420)
+    for path, records in zip(files, data.values()):
+        save(path, records)
+    write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"), tokenizer)
 
 
 @clean_exit
@@ -94,9 +96,9 @@ def main(argv=None):
     add_command(commands, "sums", make, "sums and comparisons whose answers can be checked",
                 "python data_gen.py sums --digits 2",
                 ("out", "data/sums", "folder to write the files to", str),
-                ("digits", 2, "digits of each number", int),
-                ("demonstrations", 4000, "demonstrations for SFT", int),
+                ("digits", 2, "digits of each number", positive),
+                ("demonstrations", 4000, "demonstrations for SFT", positive),
                 ("mistakes", 0.6, "share of them whose author slips", share),
-                ("prompts", 2000, "tasks for PPO", int))
+                ("prompts", 2000, "tasks for PPO", positive))
     args = parser.parse_args(argv)
     args.function(args)
