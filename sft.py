@@ -49,7 +49,7 @@ SETTINGS = [
     ("epochs",            6,      3,      "passes over the demonstrations"),
     ("batch_size",        32,     128,    "demonstrations per optimizer step"),
     ("micro_batch_size",  32,     0,      "demonstrations per forward pass: bounds the memory, and "
-                                          "changes nothing else. 0: 8 on a CPU, on a GPU as "
+                                          "changes nothing else. 0: 4 on a CPU, on a GPU as "
                                           "many as fit", whole),
     ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
     ("weight_decay",      0.1,    0.0,    "AdamW's weight decay"),

@@ -47,7 +47,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 WARM_UP = 2  # updates, or generations
 LR = "1e-6"  # of every optimizer here: it changes no time
-# `micro`: rows of our micro-batches; TRL's are its whole mini-batches
+# `micro`: rows of our micro-batches, by default or more; TRL's are its whole mini-batches
 REAL = dict(model="real", batch=16, micro=4, prompt=64, new=48)
 DEMO = dict(kind="generate", model="demo", batch=64, prompt=24, new=40, times=5)  # times --updates
 COMPARISONS = {
@@ -58,7 +58,7 @@ COMPARISONS = {
     "ppo_float32": dict(REAL, kind="ppo"),
     "ppo_float32_realistic": dict(REAL, kind="ppo", realistic=True),
     "ppo_bf16": dict(REAL, kind="ppo", dtype="bfloat16"),
-    "sft": dict(kind="sft", model="real", batch=8, micro=8, records=64, max_length=512),
+    "sft": dict(kind="sft", model="real", batch=8, micro=4, records=64, max_length=512),
     "rm": dict(kind="rm", model="real", batch=8, micro=4, records=64, max_length=512),
 }
 # the update from which --only scaling begins, and its model

@@ -7,6 +7,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
+AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no AVX-512
+
 
 def attention(q, k, v, mask):
     """softmax(q k / sqrt(h) + mask) v, several heads of q sharing one of k and v. `q` (B, heads, T,
@@ -34,15 +36,18 @@ def linear(x, weight, bias=None):
     """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out).
 
     In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN, which
-    on some processors is twice as fast, in the backward pass too. A product is a convolution with a
-    window of one pixel: one matrix is the image, a row per pixel, the other holds the filters. If
-    one is much longer, it is the image, since oneDNN copies filters into a layout of its own.
+    on some processors with AVX-512 is twice as fast, in the backward pass too. (With AVX2 only it is
+    slower, but for a matrix as long as the vocabulary's.) A product is a convolution with a window
+    of one pixel: one matrix is the image, a row per pixel, the other holds the filters. If one is
+    much longer, it is the image, since oneDNN copies filters into a layout of its own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
     # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix
     small = weight.numel() < 2**18 or rows == 0
-    if (small or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-            or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available()):
+    slower = AVX2_ONLY and out <= 8 * max(weight.shape[1], rows)
+    if (small or slower or x.device.type != "cpu" or x.dtype != torch.float32
+            or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     swap, shape = out > 8 * rows, x.shape[:-1]
     x = x.reshape(rows, -1)

@@ -12,7 +12,7 @@ import torch
 from lib.distributed import WORLD, largest
 
 PIECE = 512  # tokens whose logits are in memory at one time
-LAPTOP = dict(sft=8, rm=2, ppo=4)  # rows of a micro-batch on a CPU
+LAPTOP = dict(sft=4, rm=2, ppo=4)  # rows of a micro-batch on a CPU
 
 
 def widths(config):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib import kernels
 from lib.kernels import linear
 from makers import assert_close
 
@@ -12,9 +13,11 @@ from makers import assert_close
     [((1,), 512), ((5,), 16500), ((2, 3), 16500), ((40,), 512), ((3, 50), 512), ((1, 70), 600)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_maps_and_their_gradients(rows, out, bias):
+@pytest.mark.parametrize("avx2_only", [False, True])
+def test_linear_maps_and_their_gradients(rows, out, bias, avx2_only, monkeypatch):
     """Against the products and their derivatives in float64, in every combination of what needs a
-    gradient."""
+    gradient, by the rules for either processor."""
+    monkeypatch.setattr(kernels, "AVX2_ONLY", avx2_only)
     torch.manual_seed(0)
     weight, x, of_y = torch.randn(out, 260), torch.randn(*rows, 260), torch.randn(*rows, out)
     b = torch.randn(out) if bias else None
