@@ -66,7 +66,7 @@ def test_the_demo_is_one_command_and_ci_runs_the_one_with_the_tests():
     ]
     assert found == [
         "pip install -r requirements.txt && python ppo.py",
-        "pip install -r requirements.txt -r tests/requirements.txt && pytest -n 3 --dist worksteal",
+        "pip install -r requirements.txt -r tests/requirements.txt && pytest -n 2 --dist worksteal",
     ]
     # the line of .ci/run that looks for its command, run on this README
     ci = (ROOT / ".ci" / "run").read_text("utf-8")

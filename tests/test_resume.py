@@ -31,7 +31,7 @@ import sft
 import train_rm
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["sft", "train_rm", "ppo"])
+server.set_forkserver_preload(["sft", "train_rm", "ppo", "torch.distributed.fsdp"])
 TINY = dict(
     hidden_size=32,
     intermediate_size=64,
