@@ -141,7 +141,7 @@ class Cache:
 
     def part(self, rows, columns):
         """The same memory, for a slice of the rows, the next tokens being written in a slice of the
-        columns; what lies before that slice is out of their sight."""
+        columns; columns before that slice are not attended to."""
         part = copy.copy(self)
         part.tensor = self.tensor[:, :, rows, :, columns.start:]
         part.columns = self.columns[:columns.stop - columns.start]
@@ -246,8 +246,8 @@ class ScalarHead(nn.Module):
 def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, d), `tokens` (N,) and the
     logits (N, V), made a `piece` of rows at a time: logits are the largest tensors of a pass, and
-    so their memory does not grow with N. Of several pieces, the backward pass computes the logits
-    again."""
+    so their memory does not grow with N. If there are several pieces, the backward pass computes
+    their logits again."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 
@@ -394,8 +394,8 @@ def similar(lengths):
 
 def decoding_copy(llama, dtype):
     """A plain `Llama` that computes the same in `dtype`: its adapters merged, its shards gathered.
-    A rollout decodes with one where else each token would cast, gather or adapt weights
-    (ppo.answer)."""
+    `ppo.answer` decodes with one wherever each token would otherwise cast, gather or adapt the
+    weights."""
     with torch.device("meta"):
         plain = Llama(llama.config)
     plain.load_state_dict(merged(llama, dtype, everywhere=True), strict=False, assign=True)

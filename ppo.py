@@ -56,9 +56,9 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with these
-# rates, batches and KL bench/real_run.py trained SmolLM2-135M. Larger ones need smaller learning
-# rates: Huang et al. 2024 take 3e-6 from 1B on. kl_coef, lambda and clip are also those of Stiennon
-# et al. 2020 (B.1).
+# learning rates, batch sizes and kl_coef bench/real_run.py trained SmolLM2-135M. Larger ones need
+# smaller learning rates: Huang et al. 2024 take 3e-6 from 1B on. kl_coef, lambda and clip are also
+# those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
     "input and output",
@@ -202,8 +202,7 @@ def masked_whiten(x, mask, shift_mean=True):
     not `shift_mean`.
 
     `x`, `mask` (B, T) -> (B, T), 0 outside the mask. One mean and one variance over all tokens, so
-    that responses stay comparable with each other. All-equal x gives 0, or x
-    if not `shift_mean`.
+    that responses stay comparable with each other. All-equal x gives 0, or x if not `shift_mean`.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((inside(x, mask) - mean).square(), mask)
@@ -738,8 +737,8 @@ def main(argv=None):
         set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
         next_shown = iter(shown_order[(update - 1) * B_shown:])
-        # The rows of each minibatch, in each pass over the experience. (What rounds, in bf16, is to
-        # round alike: so make_experience gets those of the first pass.)
+        # The rows of each minibatch, in each pass over the experience. (make_experience gets those
+        # of the first pass, so that in bf16 both round alike.)
         passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
                   for _ in range(args.ppo_epochs)]
         experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],

@@ -94,9 +94,10 @@ def is_shard(x):
 
 def release(model):
     """Free what a forward pass left gathered: the parameters are then the optimizer's own."""
-    for module in model.modules():
-        if WORLD > 1 and isinstance(module, FSDPModule):
-            module.reshard()
+    if WORLD > 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def my_parts(rows, size):

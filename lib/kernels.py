@@ -1,5 +1,5 @@
-"""By which kernel attention and matrix products are computed, on a GPU and on a CPU. Nothing here
-changes what is computed, beyond the order of sums."""
+"""Which kernels compute attention and matrix products, and how freed memory is kept on a CPU.
+Nothing here changes what is computed, beyond the order of sums."""
 
 import ctypes
 import sys
@@ -36,10 +36,10 @@ def linear(x, weight, bias=None):
     """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out).
 
     In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN, which
-    on some processors with AVX-512 is twice as fast, in the backward pass too. (With AVX2 only it is
-    slower, but for a matrix as long as the vocabulary's.) A product is a convolution with a window
-    of one pixel: one matrix is the image, a row per pixel, the other holds the filters. If one is
-    much longer, it is the image, since oneDNN copies filters into a layout of its own.
+    on some processors with AVX-512 is twice as fast, in the backward pass too. (With AVX2 only it
+    is slower, except for matrices as long as the vocabulary.) A product is a convolution with a
+    window of one pixel: one matrix is the image, a row per pixel, the other holds the filters. If
+    one is much longer, it is the image, since oneDNN copies filters into a layout of its own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
     # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix

@@ -30,7 +30,7 @@ from tools.data.commands import add_command, share
 def draw(rng, digits, number):
     """`number` tasks, sums and comparisons, English and Chinese in turn, each of two numbers that
     none before it had together -> [(language, record with user_input and answer, the answer of
-    who slips)]."""
+    somebody who slips)]."""
     tasks, seen = [], set()
     while len(tasks) < number:
         family, lang = (("sum", "en"), ("larger", "zh"), ("sum", "zh"), ("larger", "en"))[
@@ -47,7 +47,8 @@ def draw(rng, digits, number):
 
 
 def slip(family, a, b):
-    """The answer of who forgets to carry, or compares from the last digit on."""
+    """The answer of somebody who forgets to carry, or compares from the last digit on; `a` and `b`
+    are texts of equal length."""
     if family == "larger":
         return max(a, b, key=lambda number: number[::-1])
     first, *columns = (int(x) + int(y) for x, y in zip(a, b))
