@@ -150,7 +150,7 @@ def score_texts(reward_model, examples, args, pad_token_id):
         return [last_token(reward_model(input_ids), places)]
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    # micro_batch_size counts prompts, and these are texts; in the bar, since it can take minutes
+    # 4 texts for each prompt that micro_batch_size counts; a bar, since it can take minutes
     parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                  disable=RANK > 0)
     with torch.no_grad(), autocast(args):

@@ -9,9 +9,9 @@ from these SFT teaches the demo's LLaMA the tasks and the mistakes. After it, ea
 from nothing but its own answers to 2000 other tasks and their reward: bench/checkable_reward.py,
 which says what counts as right. There is no PTX, which would teach the mistakes again. The table
 has the share of right answers to 400 held-out tasks, of which no two numbers occurred together
-before: greedy answers, from metrics.csv and samples.jsonl, of them also those to tasks at which
-nobody slips, to sums with a carry, and to comparisons in which the last digits mislead; and SAMPLES
-answers per task at temperature 1, drawn here.
+before. Greedy answers come from metrics.csv and samples.jsonl: all of them, and those to tasks at
+which nobody slips, to sums with a carry, and to comparisons in which the last digits mislead.
+SAMPLES answers per task are drawn here, at temperature 1.
 
 GRPO and RLOO are bench/forks/*.diff, with four answers to each of 32 tasks where PPO has one to
 each of 128. All share what they can: samples, KL coefficient, schedule. RLOO, which has no ratio to
@@ -93,8 +93,8 @@ def sample(path, tasks):
 
 
 def shares(out, update, tasks):
-    """Share right of the greedy answers after this update, by what a slip leads astray: {"sum": sums
-    with a carry, "larger": comparisons, "none": neither}."""
+    """Share of right greedy answers after this update, by the slip that would change the answer:
+    {"sum": a forgotten carry, "larger": a comparison of the last digits, "none": neither}."""
     with open(f"{out}/samples.jsonl", encoding="utf-8") as file:
         samples = [json.loads(line) for line in file]
     scores = [sample["score"] for sample in samples if sample["update"] == update]

@@ -473,8 +473,9 @@ def worker(side, kind, folder):
     """One process: measure one side ("peer", or the folder of a checkout) of a comparison."""
     if side != "peer":
         sys.path.insert(0, side)
-        for room in ("kernels", "cpu"):  # the second in earlier checkouts; before them importing
-            if os.path.isfile(f"{side}/lib/{room}.py"):  # model did it
+        # lib/cpu.py in earlier checkouts; before those, importing model did it
+        for room in ("kernels", "cpu"):
+            if os.path.isfile(f"{side}/lib/{room}.py"):
                 importlib.import_module(f"lib.{room}").keep_freed_memory()
     result = (PEERS if side == "peer" else OURS)[kind](read(f"{folder}/work.json"), folder)
     with open("/proc/self/status") as file:
