@@ -267,7 +267,7 @@ def ppo_run(ppo_argv):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing takes longer than training here. The runs above, made before any test, draw."""
     monkeypatch.setattr(lib.run, "draw_curves", lambda *_: None)

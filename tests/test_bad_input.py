@@ -14,8 +14,6 @@ import sft
 import train_rm
 from makers import error_line, read_rows, write_records
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 STAGES = dict(sft=sft, train_rm=train_rm, ppo=ppo)
 
 

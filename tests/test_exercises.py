@@ -5,12 +5,16 @@ planted bug.
 """
 
 import ast
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from forked import forget_ours, fork, redirect
 from tools import exercise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +61,33 @@ def test_an_exercise_from_its_beginning_to_its_end(run, tmp_path):
     assert passed and "done: it is right" in said
 
 
+def as_pytest(command, folder, log):
+    """`python -m pytest ...` in a folder with a copy of the project."""
+    redirect(log)
+    forget_ours()
+    os.chdir(folder)
+    sys.path[:] = ["", *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    raise SystemExit(pytest.main(command))
+
+
+@pytest.fixture
+def forked_pytest(monkeypatch, tmp_path):
+    """The tool's pytest as a fork; what else it starts, as ever."""
+    starts = subprocess.run
+
+    def run(command, cwd, **options):
+        if command[:3] != [sys.executable, "-m", "pytest"]:
+            return starts(command, cwd=cwd, **options)
+        process = fork(as_pytest, command[3:], cwd, tmp_path / "log")
+        process.join()
+        print((tmp_path / "log").read_text())
+        return subprocess.CompletedProcess(command, process.exitcode)
+
+    monkeypatch.setattr(exercise.subprocess, "run", run)
+
+
 @pytest.mark.parametrize("number", exercise.FIND)
-def test_each_planted_bug_is_caught(run, number, tmp_path):
+def test_each_planted_bug_is_caught(run, forked_pytest, number, tmp_path):
     passed, said = run(number, tmp_path)
     assert not passed and re.search(r"\d+ failed", said) and "find the bug" in said
 

@@ -12,8 +12,6 @@ import torch
 from makers import ROOT, read_rows, slow_values
 from model import load_scalar_head
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 FORKS = sorted(path.stem for path in (ROOT / "bench" / "forks").glob("*.diff"))
 
 

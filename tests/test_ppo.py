@@ -29,8 +29,6 @@ from makers import (
 from model import load_llama, load_scalar_head
 from waits import waits_of_steps
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def steep(x):
     """x, with a gradient that is not finite: the slope of the square root at 0."""

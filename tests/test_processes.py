@@ -17,7 +17,8 @@ if __name__ != "__main__":
     import pytest
     import torch
 
-    from test_resume import EXPORTS, argv, server  # noqa: F401: its tiny LLaMA
+    from forked import forget_ours, fork, redirect
+    from test_resume import EXPORTS, argv  # noqa: F401: its tiny LLaMA
 
 LORA = ["--lora_rank", "2"]
 STAGES = [("sft", []), ("train_rm", []), ("ppo", []), ("ppo", ["--shard_rollout"]), ("ppo", LORA)]
@@ -60,36 +61,29 @@ def script(stage, *options):
 
 
 def launch(processes, stage, options, out, *more):
-    """Run a stage in so many processes -> what `subprocess.run` gives. They are forks of
-    test_resume's server, in which PyTorch is imported already, in the environment that torchrun
-    would give them."""
+    """Run a stage in so many processes -> what `subprocess.run` gives. They are forks, in the
+    environment that torchrun would give them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command, log = [stage, *options, "--out", str(out), *more], f"{out}.log"
     world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [world | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(processes)]
-    forks = [server.Process(target=as_rank, args=(rank, log, command)) for rank in ranks]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join(120)
-        fork.kill()
+    started = [fork(as_rank, rank, log, command) for rank in ranks]
+    for process in started:
+        process.join(120)
+        process.kill()
     with open(log, encoding="utf-8") as file:
         said = file.read()
-    code = next((fork.exitcode for fork in forks if fork.exitcode), 0)
+    code = next((process.exitcode for process in started if process.exitcode), 0)
     return subprocess.CompletedProcess(command, code, said, said)
 
 
 def as_rank(environment, log, command):
     """One of the processes. What is imported already took itself for the only one."""
     os.environ.update(environment)
-    ours = {"lib", "model", "sft", "train_rm", "ppo"}
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
-        del sys.modules[name]
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    forget_ours()
+    redirect(log)
     torch.set_num_threads(1)
     script(*command)
 

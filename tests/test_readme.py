@@ -21,7 +21,6 @@ from pages import ALL, BENCHES, EXAMPLES, PAGES, ROOT, SCRIPTS, TOOLS
 from pages import commands, options_of, python, shell
 
 import data_gen
-import lib.run
 import model
 
 # what runs as it stands, with what makes it short
@@ -131,7 +130,6 @@ def places(tmp_path, monkeypatch):
     for folder in ("path/to/llama", "runs/sft", "runs/ppo"):
         model.save_checkpoint(llama, tokenizer, str(tmp_path / folder))
     model.save_checkpoint(model.ScalarHead(llama.model), tokenizer, str(tmp_path / "runs" / "rm"))
-    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

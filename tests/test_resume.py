@@ -3,19 +3,15 @@ mistake.
 
     pytest tests/test_resume.py
 
-A fork server with the stages already imported starts each run as a process of its own, which can be
-killed.
+Each run that is killed is a process of its own (forked.py).
 """
 
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,9 +25,8 @@ import model
 import ppo
 import sft
 import train_rm
+from forked import fork, redirect
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["sft", "train_rm", "ppo", "torch.distributed.fsdp"])
 TINY = dict(
     hidden_size=32,
     intermediate_size=64,
@@ -78,11 +73,11 @@ def argv(tmp_path_factory):
     model.save_checkpoint(model.ScalarHead(llama.model), tokenizer, str(folder / "rm"))
     demos, scored, llama = (str(folder / name) for name in ("demos.json", "scored.json", "llama"))
     return {
-        "sft": f"--model {llama} --data {demos} --epochs 40 --batch_size 5 --lr 0.01 --save_every 1".split(),
-        "train_rm": f"--model {llama} --data {scored} --demonstrations {demos} --epochs 24 --batch_size 5 --lr 0.01 --save_every 1".split(),
+        "sft": f"--model {llama} --data {demos} --epochs 12 --batch_size 5 --lr 0.01 --save_every 1".split(),
+        "train_rm": f"--model {llama} --data {scored} --demonstrations {demos} --epochs 12 --batch_size 5 --lr 0.01 --save_every 1".split(),
         "ppo": (
             f"--sft {llama} --rm {folder / 'rm'} --prompts {demos} --eval_prompts {demos} --demonstrations {demos} --ptx_coef 0.1 "
-            "--updates 24 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
+            "--updates 16 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
             "--ppo_epochs 2 --lr 0.001 --critic_lr 0.01 --save_every 1"
         ).split(),
     }
@@ -90,18 +85,13 @@ def argv(tmp_path_factory):
 
 def run(stage, options):
     torch.set_num_threads(1)
+    lib.run.draw_curves = lambda *_: None  # it takes longer than training
     importlib.import_module(stage).main(options)
-
-
-def start(stage, options):
-    process = server.Process(target=run, args=(stage, options))
-    process.start()
-    return process
 
 
 def finish(stage, options):
     """Run to the end -> the seconds that it took."""
-    started, process = time.time(), start(stage, options)
+    started, process = time.time(), fork(run, stage, options)
     process.join(120)
     assert process.exitcode == 0
     return time.time() - started
@@ -120,8 +110,8 @@ def result(stage, out):
 def whole(request, argv, tmp_path_factory):
     """(stage, its options, seconds, result) of a run that nothing interrupted."""
     stage, out = request.param, tmp_path_factory.mktemp("whole") / "run"
-    finish(stage, argv[stage] + ["--out", str(out)])  # the first process of the server takes longer
-    seconds = finish(stage, argv[stage] + ["--out", str(out), "--overwrite"])
+    fork(int).join()  # the server starts with its first process
+    seconds = finish(stage, argv[stage] + ["--out", str(out)])
     return stage, argv[stage], seconds, result(stage, out)
 
 
@@ -136,7 +126,7 @@ def test_killed_at_20_random_moments(whole, tmp_path):
         (out / "metrics.csv").stat().st_size if (out / "metrics.csv").exists() else 0
     )
     for i in range(20):
-        process, before = start(stage, options), size()
+        process, before = fork(run, stage, options), size()
         if i % 2:
             while process.exitcode is None and size() <= before:
                 time.sleep(0.001)
@@ -158,7 +148,7 @@ def test_signals_finish_the_step_and_save(whole, tmp_path, number, code):
     options = [
         o if o != "1" or options[i - 1] != "--save_every" else "1000" for i, o in enumerate(options)
     ] + ["--out", str(out)]
-    process = start(stage, options)
+    process = fork(run, stage, options)
     while process.exitcode is None and (
         not (out / "metrics.csv").exists() or (out / "metrics.csv").read_text().count("\n") < 3
     ):
@@ -234,9 +224,9 @@ def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("stage", [sft, train_rm, ppo])
 def test_the_newest_exports_are_kept(argv, tmp_path, stage):
-    out = tmp_path / "run"
+    out, length = tmp_path / "run", "--updates" if stage is ppo else "--epochs"
     options = argv[stage.__name__] + ["--out", str(out)]
-    options += ["--updates", "12"] if stage is ppo else ["--epochs", "4"]
+    options += [length, "12" if stage is ppo else "4"]
     stage.main(options + ["--keep", "2", "--save_every", "5"])
     steps = [10, 12] if stage is ppo else [15, 20]
     assert sorted(path.name for path in out.glob("step-*")) == sorted(f"step-{n}" for n in steps)
@@ -246,7 +236,7 @@ def test_the_newest_exports_are_kept(argv, tmp_path, stage):
         else lambda path: model.load_llama(path, model.load_tokenizer(path))
     )
     load(str(out / f"step-{steps[-1]}"))
-    stage.main(options + ["--save_every", "50", "--overwrite"])
+    stage.main(options + [length, "1", "--save_every", "50", "--overwrite"])
     assert not list(out.glob("step-*"))
 
 
@@ -345,16 +335,14 @@ def test_a_state_of_another_kind_of_device(argv, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 5
 
 
+def interrupted_at_once(options, log):
+    redirect(log)
+    lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+    sft.main(options)
+
+
 def test_ctrl_c_before_the_first_step(argv, tmp_path):
-    code = (
-        "import os, signal, sys, lib.run, sft\n"
-        "lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
-        "sft.main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv["sft"], "--out", str(tmp_path / "run")],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 130 and done.stderr.strip() == "interrupted"
+    options, log = argv["sft"] + ["--out", str(tmp_path / "run")], tmp_path / "log"
+    process = fork(interrupted_at_once, options, log)
+    process.join(60)
+    assert process.exitcode == 130 and log.read_text().splitlines()[-1] == "interrupted"

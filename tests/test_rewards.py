@@ -23,7 +23,6 @@ from lib.judge import Judge
 from makers import TINY, error_line, read_rows, refused, without_speed
 from model import ScalarHead, load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 RECORDS = [dict(user_input="1 + 1?", answer=2, level="easy"), dict(user_input="2 + 3?", answer=5)]
 ANSWERS, ENDED = ["It is 2.", "It is 6."], [True, False]
 

@@ -24,8 +24,6 @@ from makers import (
 from model import load_llama, load_tokenizer
 from waits import waits_of_steps
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def test_sft_learns(sft_run):
     losses = [row["loss"] for row in sft_run.rows]

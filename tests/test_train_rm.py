@@ -22,8 +22,6 @@ from makers import (
 from model import LlamaBackbone, ScalarHead, load_llama, load_scalar_head
 from waits import waits_of_steps
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 def by_prompt(records):
     """[[index of a record, ...] of each prompt], by a plain comparison of texts."""

@@ -11,7 +11,6 @@ import statistics
 
 import pytest
 
-import lib.run
 import ppo
 from lib import health
 from test_resume import argv  # noqa: F401: the fixture, a tiny pipeline
@@ -133,7 +132,6 @@ def test_each_once_also_after_a_break(argv, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return check(rows, *given)
 
-    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     options = argv["ppo"] + ["--out", str(tmp_path / "run"), "--updates", "12"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr(health, "unhealthy", stopped_at_7)
@@ -155,7 +153,6 @@ def test_standard_error_of_the_kl(argv, tmp_path, monkeypatch):
         return rewards(scores, kl, mask, kl_coef)
 
     monkeypatch.setattr(ppo, "token_rewards", keep)
-    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: None)
     for size in (1, 5):
         seen.clear()
         ppo.main(
