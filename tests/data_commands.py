@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import data_gen
+import model
 import sft
+from makers import options
 from tools.data import templates
 
 ROOT = Path(__file__).parents[1]
@@ -201,7 +203,7 @@ def number_of(question):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The demo's LLaMA with its tokenizer, trained to answer whatever it is asked with one of a few
+    """A small LLaMA with its tokenizer, trained to answer whatever it is asked with one of a few
     numbered lists."""
     folder = tmp_path_factory.mktemp("checkpoint")
     lists = [
@@ -218,20 +220,9 @@ def checkpoint(tmp_path_factory):
     (folder / "tokenizer").mkdir()
     texts = [f"User: {d['user_input']}\nAssistant: {d['completion']}" for d in demos]
     (folder / "tokenizer/tokenizer.model").write_bytes(data_gen.train_tokenizer(texts, 420))
-    sft.main(
-        [
-            "--data",
-            write(folder / "d.json", demos),
-            "--eval_data",
-            write(folder / "e.json", demos[:8]),
-            "--tokenizer",
-            str(folder / "tokenizer"),
-            "--out",
-            str(folder / "run"),
-            "--epochs",
-            "25",
-            "--batch_size",
-            "16",
-        ]
-    )
+    usual = dict(tokenizer=folder / "tokenizer", out=folder / "run", lr=3e-3, batch_size=16)
+    small = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "DEMO_MODEL", model.DEMO_MODEL | small)
+        sft.main(options(data=write(folder / "d.json", demos), eval_data="", epochs=30, **usual))
     return str(folder / "run")

@@ -5,26 +5,37 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [str(ROOT / "bench" / "gpu.py"), "--small", "--device", "cpu", "--out"]
 
 
-def test_all_steps_in_small(tmp_path):
-    """All but the real run, resuming and the demo, which have tests of their own. The limits are a
-    GPU's."""
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run("--steps", ...): bench/gpu.py with these options, on a CPU."""
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "bench" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+
+    def run(*options):
+        command = ["gpu.py", "--small", "--device", "cpu", "--out", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", [gpu.__file__, *command[1:]])
+        gpu.main()
+
+    run.limits = gpu.LIMITS
+    return run
+
+
+def test_all_steps_in_small(run, tmp_path):
+    """What the steps find, in this process: all but the real run, resuming and the demo, which have
+    tests of their own."""
     steps = ["checks", "start", "smollm2", "large", "tests"]
-    command = [sys.executable, *COMMAND, tmp_path, "--limit", "600", "--steps", *steps]
-    done = subprocess.run(command, capture_output=True, text=True)
-    logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
-    assert done.returncode == 0, done.stdout + logs
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report) == steps and all(r["ended"].startswith("done") for r in report.values())
+    run("--worker", *steps)
+    report = {step: json.loads((tmp_path / f"{step}.json").read_text()) for step in steps}
+    assert all(found["ended"] == "done" for found in report.values())
     found = {step: part["found"] for step, part in report.items()}
     checks = found["checks"]
     assert checks["greedy answers that equal those of a model without a cache"] == "4 of 4"
@@ -38,16 +49,17 @@ def test_all_steps_in_small(tmp_path):
     shares = [v for name, v in found["smollm2"].items() if name.startswith("bf16: share")]
     assert len(shares) == 4 and sum(shares) == pytest.approx(1)
     assert found["tests"]["tests passed"] > 10 and found["tests"]["which failed"] == "none"
-    text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# Not a GPU") and "| 4 of 4 |" in text
 
 
-def test_a_step_that_takes_too_long_is_cut_off(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "bench" / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
-    monkeypatch.setitem(gpu.LIMITS, "checks", -29.5)
-    monkeypatch.setattr(sys, "argv", [*COMMAND, str(tmp_path), "--steps", "checks"])
+def test_the_report_and_a_step_that_takes_too_long(run, tmp_path, monkeypatch):
+    """In a process of its own, which is watched."""
+    monkeypatch.setitem(run.limits, "large", 600)
+    monkeypatch.setitem(run.limits, "checks", 0)
     with pytest.raises(SystemExit) as ended:
-        gpu.main()
-    assert ended.value.code == 0 and "## checks: cut off, " in (tmp_path / "report.md").read_text()
+        run("--steps", "large", "checks")
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [part["ended"].split(",")[0] for part in report.values()] == ["done", "cut off"]
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Not a GPU") and "## checks: cut off, " in text
+    assert "| parameters | " in text

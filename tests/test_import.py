@@ -30,6 +30,7 @@ from data_commands import (
 import ppo
 import sft
 import train_rm
+from makers import options
 from tools.data import layouts
 
 HH = f"\n\nHuman: {EN}\n\nAssistant: A crow.\n\nHuman: Another?\n\nAssistant: "
@@ -710,7 +711,7 @@ def test_import_overwrites_nothing_unasked(tmp_path, capsys):
 # All three stages take these files as they are
 
 
-def test_the_stages_take_what_import_writes(tmp_path, checkpoint, capsys):
+def test_the_stages_take_what_import_writes(tmp_path, hf, capsys):
     long = "word " * 3000
     demos = [
         {"user_input": p, "completion": c}
@@ -744,49 +745,19 @@ def test_the_stages_take_what_import_writes(tmp_path, checkpoint, capsys):
         str(tmp_path / f"{name}_training_data.json") for name in ("actor", "reward", "rlhf")
     )
     write(tmp_path / "rlhf_training_data.json", prompts)
-    sft.main(
-        ["--model", checkpoint, "--data", actor, "--out", str(tmp_path / "sft"), "--epochs", "1"]
-    )
+    out = {stage: tmp_path / stage for stage in ("sft", "rm", "ppo")}
+    sft.main(options(model=hf, data=actor, out=out["sft"], epochs=1))
     assert re.search(
         r"of 4 records, 1 prompts cut on the left and 1 completions dropped",
         capsys.readouterr().out,
     )
     train_rm.main(
-        [
-            "--model",
-            str(tmp_path / "sft"),
-            "--data",
-            reward,
-            "--demonstrations",
-            actor,
-            "--out",
-            str(tmp_path / "rm"),
-            "--epochs",
-            "1",
-        ]
+        options(model=out["sft"], data=reward, demonstrations=actor, out=out["rm"], epochs=1)
     )
     assert re.search(
         r"\d+ prompts cut on the left and 1 completions dropped", capsys.readouterr().out
     )
-    ppo.main(
-        [
-            "--sft",
-            str(tmp_path / "sft"),
-            "--rm",
-            str(tmp_path / "rm"),
-            "--prompts",
-            rlhf,
-            "--out",
-            str(tmp_path / "ppo"),
-            "--updates",
-            "1",
-            "--batch_size",
-            "4",
-            "--minibatch_size",
-            "4",
-            "--max_new_tokens",
-            "8",
-        ]
-    )
+    size = dict(updates=1, batch_size=4, minibatch_size=4, max_new_tokens=8)
+    ppo.main(options(sft=out["sft"], rm=out["rm"], prompts=rlhf, out=out["ppo"], **size))
     assert "of 4 prompts, 1 cut on the left" in capsys.readouterr().out
     assert (tmp_path / "ppo/config.json").exists()

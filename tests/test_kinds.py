@@ -14,8 +14,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -25,11 +24,13 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import data_gen
+import lib.run
 import model
 import ppo
 import sft
+from forked import fork
 from lib.data import collate
-from makers import ROOT, refused
+from makers import refused
 from model import decoding_copy, generate, load_llama, load_scalar_head, load_tokenizer
 
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -338,20 +339,26 @@ def test_a_name_that_is_there_with_and_without_a_prefix_is_refused(home, tmp_pat
 # ------------------------------------------------------------------------------------------------
 # Two runs in one directory
 
+def take_the_lock(out, held, seconds):
+    lock = lib.run.locked(str(out))
+    held.write_text(lock.name)
+    time.sleep(seconds)
+
+
 def test_a_second_run_is_refused_while_the_first_lives(home, tmp_path, capfd):
     out = tmp_path / "out"
     out.mkdir()
-    code = f"import lib.run, time\nlock = lib.run.locked({str(out)!r})\nprint(1, flush=True)\n"
-    first = subprocess.Popen([sys.executable, "-c", code + "time.sleep(600)"], cwd=ROOT,
-                             stdout=subprocess.PIPE)
+    first = fork(take_the_lock, out, tmp_path / "held", 600)
     try:
-        assert first.stdout.readline() == b"1\n"
+        while not (tmp_path / "held").exists():
+            assert first.exitcode is None
+            time.sleep(0.01)
         for options in ([], ["--resume"], ["--overwrite"]):
             line = refused(capfd, train, home / "llama", home, out, *options)
             assert f"{out}: another run" in line and os.listdir(out) == [".lock"]
     finally:
         first.kill()
-        first.wait()
+        first.join()
     train(home / "llama", home, out)  # its mark is still there
     train(home / "llama", home, out, "--overwrite")
     load_llama(str(out), load_tokenizer(str(out)))
@@ -369,8 +376,9 @@ def test_a_run_that_failed_leaves_no_lock(home, tmp_path, capfd):
 def test_the_lock_ends_with_the_run(home, tmp_path):
     out = tmp_path / "out"
     train(home / "llama", home, out)
-    code = f"import lib.run\nassert lib.run.locked({str(out)!r})"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    other = fork(take_the_lock, out, tmp_path / "held", 0)
+    other.join()
+    assert other.exitcode == 0
 
 
 def test_a_file_system_without_locks(home, tmp_path, monkeypatch):
