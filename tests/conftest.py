@@ -116,6 +116,14 @@ def reward_model(tokenizer):
 # The tiny pipeline
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """Drawing takes longer than training here. test_ppo.py draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib.run, "draw_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The built-in data sets in full, seed 0: {file name: records}, and their folder."""
@@ -265,12 +273,6 @@ def ppo_run(ppo_argv):
         run = run_stage(ppo, ppo_argv())
     run.models = models
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing takes longer than training here. The runs above, made before any test, draw."""
-    monkeypatch.setattr(lib.run, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -52,15 +52,6 @@ def test_what_is_taken_away(number):
     assert re.search(rf"^def {function}\(", (ROOT / path).read_text("utf-8"), re.M)
 
 
-def test_an_exercise_from_its_beginning_to_its_end(run, tmp_path):
-    passed, said = run("8", tmp_path)
-    assert not passed and "write gae in ppo.py" in said and "gae is yours to write" in said
-    assert "not yet" in said
-    shutil.copy(ROOT / "ppo.py", tmp_path / "8" / "ppo.py")  # the solution
-    passed, said = run("8", tmp_path)
-    assert passed and "done: it is right" in said
-
-
 def as_pytest(command, folder, log):
     """`python -m pytest ...` in a folder with a copy of the project."""
     redirect(log)
@@ -84,6 +75,16 @@ def forked_pytest(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, process.exitcode)
 
     monkeypatch.setattr(exercise.subprocess, "run", run)
+
+
+def test_an_exercise_from_its_beginning_to_its_end(run, tmp_path, request):
+    passed, said = run("8", tmp_path)
+    assert not passed and "write gae in ppo.py" in said and "gae is yours to write" in said
+    assert "not yet" in said
+    shutil.copy(ROOT / "ppo.py", tmp_path / "8" / "ppo.py")  # the solution
+    request.getfixturevalue("forked_pytest")
+    passed, said = run("8", tmp_path)
+    assert passed and "done: it is right" in said
 
 
 @pytest.mark.parametrize("number", exercise.FIND)

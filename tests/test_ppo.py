@@ -15,10 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import data_gen
+import lib.run
 import model
 import ppo
 import sft
 import train_rm
+from lib.curves import draw_curves
 from lib.data import deal
 from lib.dialogue import encode_prompt
 from makers import (
@@ -35,10 +37,15 @@ def steep(x):
     return x + (x - x.detach()).sqrt()
 
 
-def test_curves_are_drawn(sft_run, rm_run, ppo_run):
+def test_curves_are_drawn(sft_run, rm_run, ppo_run, ppo_argv, monkeypatch):
     pytest.importorskip("matplotlib")
-    for run in (sft_run, rm_run, ppo_run):
+    for script, run in ((sft, sft_run), (train_rm, rm_run), (ppo, ppo_run)):
+        draw_curves(run.folder, script.METRICS)
         assert Path(run.folder, "curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(lib.run, "draw_curves", lambda *given: drawn.append(given))
+    ppo.main(ppo_argv() + ["--resume"])  # it is complete: drawing is all that is left
+    assert drawn == [(ppo_run.folder, ppo.METRICS)]
 
 
 # ------------------------------------------------------------------------------------------------
