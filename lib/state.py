@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lib.distributed import as_held, in_one_piece, named_wholes
 from lib.errors import explain, stop, write_whole
 
-# What --resume may change: nothing in the result depends on it
+# What --resume may change: how a run goes on, not what it is
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size",
         "process_timeout", "gradient_checkpointing", "shard_rollout",
         "accept_changed_data", "tensorboard"}

@@ -151,9 +151,9 @@ def short(argv, stage):  # noqa: F811
 def alone(argv, stage, tmp_path_factory, more=(), made={}):  # noqa: F811
     """Where one process ran the stage, once for all tests."""
     if (stage, *more) not in made:
-        made[stage, *more] = tmp_path_factory.mktemp(stage)
-        check(launch(1, stage, short(argv, stage), made[stage, *more], *more))
-    return made[stage, *more]
+        made[(stage, *more)] = tmp_path_factory.mktemp(stage)
+        check(launch(1, stage, short(argv, stage), made[(stage, *more)], *more))
+    return made[(stage, *more)]
 
 
 @pytest.mark.parametrize("stage, more", STAGES) if __name__ != "__main__" else lambda f: f

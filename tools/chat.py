@@ -13,6 +13,7 @@ counting half.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import math
@@ -77,9 +78,11 @@ def parse_args(argv):
 # One checkpoint
 
 def load(path, args):
-    """The tokenizer, the model, and how many tokens an answer and a prompt may have."""
-    tokenizer = load_tokenizer(args.tokenizer or path)
-    llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
+    """The tokenizer, the model, and how many tokens an answer and a prompt may have. Standard
+    output is for answers: notices about the checkpoint go to standard error."""
+    with contextlib.redirect_stdout(sys.stderr):
+        tokenizer = load_tokenizer(args.tokenizer or path)
+        llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
     context = llama.config.max_position_embeddings
     limit = args.max_new_tokens or min(512, context // 2)
     if limit >= context:
