@@ -8,8 +8,8 @@ The tasks are those of `data_gen.py sums`, whose demonstrations have people's mi
 from these SFT teaches the demo's LLaMA the tasks and the mistakes. After it, each algorithm learns
 from nothing but its own answers to 2000 other tasks and their reward: bench/checkable_reward.py,
 which says what counts as right. There is no PTX, which would teach the mistakes again. The table
-has the share of right answers to 400 held-out tasks, of which no two numbers occurred together
-before. Greedy answers come from metrics.csv and samples.jsonl: all of them, and those to tasks at
+has the share of right answers to 400 held-out tasks, none of which came before, however it was
+asked. Greedy answers come from metrics.csv and samples.jsonl: all of them, and those to tasks at
 which nobody slips, to sums with a carry, and to comparisons in which the last digits mislead.
 SAMPLES answers per task are drawn here, at temperature 1.
 

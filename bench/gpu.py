@@ -6,8 +6,8 @@
     python bench/gpu.py --small --device cpu         # does everything run? The figures mean nothing
 
 The steps, in the order of their worth. They share one process, since to start Python takes 15 s on
-some hosts; one that outlives its time limit ends it, and the next step begins another. What a step
-finds it writes down at once, so that a run that is cut off is not lost:
+some hosts; a step that outlives its time limit ends the process, and the next begins a new one.
+What a step finds it writes down at once, so that a run that is cut off is not lost:
 
     checks    logits and gradients beside transformers in float32 and bf16, generation beside a
               model without a cache, how often a step waits for the device, how many kernels a layer

@@ -5,7 +5,7 @@ the tests that ought to catch it run until the first failure.
     python bench/mutants.py collate 12a          # only some of them
 
 The bugs are those of the exercises 12a to 12f (bench/bugs/*.diff), and EDITS: a line or two each,
-such as one forgets or takes for another. A test counts only if it passes on the repository as it
+slips that are easily made. A test counts only if it passes on the repository as it
 is. What the table does not say is how many other bugs would survive.
 """
 

@@ -20,7 +20,7 @@ like. The steps:
               answers; ours also with one optimizer step per update, as TRL takes them
     adam      only if it is asked for: PPO with Adam's epsilon at 1e-5 and 1e-8, with and without
               clipping, in one and in two mini-batches (bench/adam.py) -> adam.md, in --out
-    report    report.md and its pictures, in --out
+    report    report.md and its picture, in --out
 
 The score of an answer is the reward model's, the gold score the gold reward model's. A gain is in
 standard deviations of the SFT model's answers. The lexicon's score is VADER's compound, from -1 to

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lib.checkpoints import quiet
 from lib.data import collate
-from lib.dialogue import encode_completion
+from lib.dialogue import cut_left, encode_completion
 from lib.distributed import RANK
 from lib.errors import explain
 from lib.judge import Judge
@@ -109,9 +109,11 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         longest = config.max_position_embeddings
 
         def score(asked, completions):
-            examples = [encode_completion(theirs, *pair) for pair in zip(asked, completions)]
-            examples = [(prompt[max(0, len(prompt) + len(completion) - longest):], completion)
-                        for prompt, completion in examples]
+            examples = []
+            for said, written in zip(asked, completions):
+                prompt, completion = encode_completion(theirs, said, written)
+                room = max(0, longest - len(completion))
+                examples.append((cut_left(theirs, said, prompt, room), completion))
             input_ids, places = collate(examples, theirs.pad_token_id, args.device)
             return last_token(model(input_ids), places)
     else:

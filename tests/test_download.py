@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from data_commands import EN, ROOT, SHP, ZH, lines, pair, read, refused, run, write
 
 from tools.data import download
@@ -93,6 +94,16 @@ def test_download_from_the_cache(tmp_path, capsys):
         capsys, lambda: run("download", "shp", path=tmp_path / "x", parts="askme")
     )
     assert "askbaking" in line and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "option, value", [("make", "rlhf"), ("parts", "x"), ("number_of_samples", 3), ("eval_share", 0)]
+)
+def test_the_ratings_come_whole(tmp_path, capsys, option, value):
+    line = refused(
+        capsys, lambda: run("download", "ratings", path=tmp_path / "x", **{option: value})
+    )
+    assert f"--{option}" in line and not (tmp_path / "x").exists()
 
 
 class BrokenHub(http.server.BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ PPO."""
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,10 +19,10 @@ import model
 import ppo
 from lib import rewards
 from lib.data import read_records
-from lib.dialogue import encode_prompt
+from lib.dialogue import encode_completion, encode_prompt
 from lib.judge import Judge
 from makers import TINY, error_line, read_rows, refused, without_speed
-from model import ScalarHead, load_tokenizer
+from model import ScalarHead, last_token, load_scalar_head, load_tokenizer
 
 RECORDS = [dict(user_input="1 + 1?", answer=2, level="easy"), dict(user_input="2 + 3?", answer=5)]
 ANSWERS, ENDED = ["It is 2.", "It is 6."], [True, False]
@@ -325,6 +326,27 @@ def test_any_reward_model_scores_in_ppo_as_it_does_alone(
             assert score == pytest.approx(alone(**batch).logits.item(), abs=1e-4)
         different.add(round(score, 3))
     assert len(different) > 4
+
+
+def test_too_long_a_text_for_a_llama_reward_model(home, tmp_path):
+    """Its prompt loses the beginning of its text, not what the template writes before that; and all
+    of it, if the completion takes the whole context."""
+    folder = str(tmp_path / "rm")
+    other_llama(tmp_path / "rm", [record["user_input"] for record in home.records["scored"]])
+    tokenizer, scalar = load_tokenizer(folder), load_scalar_head(folder)
+    args = SimpleNamespace(device="cpu", micro_batch_size=2)
+    reward = rewards.from_model(folder, tokenizer, args, load_scalar_head, last_token)
+    long = "2 + 3 = " * 60
+    prompt, completion = encode_completion(tokenizer, long, "5.")
+    one, other = (encode_prompt(tokenizer, text) for text in "ab")
+    head = next(i for i in range(len(one)) if one[i] != other[i])
+    rest = TINY["max_position_embeddings"] - len(completion) - head
+    texts = [prompt[:head] + prompt[-rest:] + completion, encode_completion(tokenizer, "2", long)[1]]
+    assert head > 2 and len(texts[0]) == 128 < len(texts[1])
+    with torch.no_grad():
+        expected = [scalar(torch.tensor([text]))[0, -1].item() for text in texts]
+    found = reward.function([{"user_input": long}, {"user_input": "2"}], ["5.", long], None)
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("number", [2])

@@ -1,8 +1,8 @@
-"""See what PPO sees: a run's curves, its answers, and some of them token by token, on one page.
+"""See what PPO sees: a run's curves, its answers, and new ones token by token, on one page.
 
     python -m tools.look runs/ppo                    # writes runs/ppo/look.html
     python -m tools.look runs/rm                     # the reward model after each token
-    python -m tools.look runs/ppo runs/other         # their curves as one
+    python -m tools.look runs/ppo runs/other         # their curves together
 
 The numbers are those of `ppo.make_experience`.
 """

@@ -7,7 +7,7 @@ greedy answers move.
 For every token y_t of the answers to 20 prompts, d_t = log pi_quantized(y_t | x, y_<t) -
 log pi(y_t | x, y_<t), in nats. Printed are the mean of |d|, the mean of d (below 0: the answer
 became less likely) and the share of tokens that are still the likeliest. The last column is
-arithmetic and no measurement: the measured bytes per weight, times the weights of LLaMA 2 7B.
+arithmetic and no measurement: LLaMA 2 7B, its linear maps at the measured bytes per weight.
 
 tools.chat quantizes with the same `quantize`. This script computes on a CPU.
 """

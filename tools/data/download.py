@@ -34,6 +34,10 @@ def download(args):
     """A download that breaks off continues there the next time; a file that has arrived stays in
     the hub's cache."""
     if args.dataset == "ratings":
+        defaults = dict(parts=None, make=[], number_of_samples=None, eval_share=EVAL_SHARE[1])
+        for name, default in defaults.items():
+            if getattr(args, name) != default:
+                stop(f"--{name}: the ratings come whole, in parts of their own")
         return ratings.download(args)
     repository, folders, name = HUB[args.dataset]
     for part in args.parts or []:

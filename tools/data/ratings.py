@@ -1,4 +1,4 @@
-"""Film reviews that people rated, as our data sets: 10,605 sentences, each with about 15 ratings
+"""Film reviews that people rated, as our data sets: 10,247 sentences, each with 15 to 29 ratings
 from -4 to 4 (Hutto and Gilbert 2014, "VADER", ICWSM).
 
     python data_gen.py download ratings --path data/reviews

@@ -6,8 +6,8 @@ phrasings of the built-in world.
     actor_training_data.json   demonstrations, with the mistakes that people make
     rlhf_training_data.json    other tasks, each with its answer: {"user_input", "answer"}
 
-Each has its held-out twin, and no two numbers occur together in two of the four files, in whatever
-phrasing. The tokenizer is that of the built-in world, trained on these texts.
+Each has its held-out twin, and no sum or comparison stands in two of the four files, however it is
+asked. The tokenizer is that of the built-in world, trained on these texts.
 
 The authors of the demonstrations slip in --mistakes of the tasks: they forget to carry in a sum
 (47 + 85 = 122), and compare two numbers from the last digit on (91 or 28: 28). Often nothing comes
@@ -28,8 +28,8 @@ from tools.data.commands import add_command, share
 
 
 def draw(rng, digits, number):
-    """`number` tasks, sums and comparisons, English and Chinese in turn, each of two numbers that
-    none before it had together -> [(language, record with user_input and answer, the answer of
+    """`number` tasks, sums and comparisons, English and Chinese in turn, no two of a kind with the
+    same two numbers -> [(language, record with user_input and answer, the answer of
     somebody who slips)]."""
     tasks, seen = [], set()
     while len(tasks) < number:
