@@ -24,15 +24,14 @@ helped. PPO itself sees only the reward model.
 import argparse
 import importlib
 import io
-import os
 import random
 import re
 import sys
 
 import sentencepiece
 
-from lib.data import save
-from lib.errors import clean_exit, write_whole
+from lib.data import save_all
+from lib.errors import clean_exit
 
 # command: the module of tools/data/ that has it
 COMMANDS = {"download": "download", "import": "import_", "self-instruct": "synthesize",
@@ -375,14 +374,14 @@ def main(argv=None):
     parser.add_argument("--out", default="data", help="the folder to write them to (default: data)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other prompts and "
                         "completions (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args(argv)
     data = make_data(args.seed)
-    for name, records in data.items():
-        save(f"{args.out}/{name}.json", records)
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
              for record in data["actor_training_data"] + data["reward_training_data"]]
-    write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"), train_tokenizer(texts))
-    print(f"{args.out}/tokenizer/tokenizer.model: trained on {len(texts)} texts")
+    files = {f"{args.out}/{name}.json": records for name, records in data.items()}
+    save_all(files | {f"{args.out}/tokenizer/tokenizer.model": train_tokenizer(texts)},
+             args.overwrite)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import micro_batch
 from lib.run import Run
-from lib.settings import parse, whole
+from lib.settings import above_0, finite, parse, whole
 from lib.training import autocast, numbers, set_lr
 from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
@@ -81,16 +81,16 @@ SETTINGS = [
     ("batch_size",        64,       64,     "prompts per round"),
     ("max_prompt_length", 128,      384,    "tokens; a longer prompt loses its beginning"),
     ("max_new_tokens",    40,       128,    "tokens; a longer response is cut"),
-    ("temperature",       1.0,      1.0,    "of the sampling, and of all log probabilities"),
+    ("temperature",       1.0,      1.0,    "of the sampling, and of all log probabilities", above_0),
     "reward",
     ("kl_coef",           0.05,     0.05,   "score units per nat of KL to the reference"),
     ("kl_kind",           "k1",     "k1",   "estimator of the KL", ["k1", "k2", "k3"]),
     ("kl_target",         None,     None,   "nats per response: adapt kl_coef to hold the KL there",
-     float),
+     above_0),
     ("kl_horizon",        10000,    10000,  "responses over which kl_coef adapts"),
     ("no_eos_score",      None,     None,   "score of a response that was cut. Not given: -1 with "
                                             "a reward model; with --reward, what it says",
-     float),
+     finite),
     ("normalize_reward",  False,    False,  "divide the scores by their running standard "
                                             "deviation"),
     ("whiten_rewards",    False,    False,  "scale the rewards about their mean to standard "
@@ -111,7 +111,7 @@ SETTINGS = [
     ("entropy_coef",      0.0,      0.0,    "weight of the entropy bonus"),
     ("ptx_coef",          0.1,      0.0,    "weight of the cross entropy on demonstrations"),
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
-                                            "far from the one that sampled (approx_kl)", float),
+                                            "far from the one that sampled (approx_kl)", above_0),
     ("adam_eps",          1e-5,     1e-5,   "epsilon of Adam: entries of the gradient that are "
                                             "smaller hardly move their weight"),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
@@ -625,12 +625,14 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
 
 def check(args, demo):
     """Settings that do not go together end the program with one line."""
-    if args.temperature <= 0:
-        stop("--temperature must be above 0: PPO learns from samples")
     if not args.prompts:
         stop("--sft and --rm need --prompts: the built-in ones are for the demo")
     if args.reward and args.rm != "runs/rm":
         stop("--reward takes the place of --rm: give one of them")
+    if args.kl_target and not args.kl_coef:
+        stop("--kl_target adapts --kl_coef by factors: it must begin above 0")
+    if args.gold and not args.eval_prompts and not demo:
+        stop("--gold judges held-out prompts: --eval_prompts is missing")
     if args.ptx_coef and not args.demonstrations:
         stop("--ptx_coef needs --demonstrations")
     if args.no_eos_score is None and not args.reward:
@@ -671,12 +673,18 @@ def with_optimizers(args, **models):
             for name, model in models.items()}
 
 
-def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
-    """Prompts, held-out prompts, and the demonstrations for the PTX term, as tokens."""
+def longest_prompt(config, args):
+    """Tokens that a prompt may have."""
     limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
     if limit < 1:
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
              f"context is {config.max_position_embeddings} tokens")
+    return limit
+
+
+def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
+    """Prompts, held-out prompts, and the demonstrations for the PTX term, as tokens."""
+    limit = longest_prompt(config, args)
     prompts, eval_prompts = (
         encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
         for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))
@@ -702,7 +710,7 @@ def main(argv=None):
         run_missing_stages(args)
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.tokenizer or args.sft)
+    tokenizer = load_tokenizer(args.tokenizer or args.sft, args.sft)
     records, eval_records = read_records(args.prompts, "user_input"), []
     if args.eval_prompts:
         eval_records = read_records(args.eval_prompts, "user_input")[:args.eval_number]

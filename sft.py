@@ -116,7 +116,7 @@ def main(argv=None):
     start_processes(args)
     torch.manual_seed(args.seed)
     run = Run(args, "sft", METRICS)
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
     model = to_device(add_lora(model, args), args)
     max_length = min(args.max_length, model.config.max_position_embeddings)
@@ -173,7 +173,7 @@ def main(argv=None):
         if held_out and (step + 1) % steps_per_epoch == 0:
             eval_loss = evaluate(model, held_out, args, tokenizer.pad_token_id)
             tqdm.write(f"epoch {(step + 1) // steps_per_epoch}: held-out loss {eval_loss:.4f} per "
-                       f"token, perplexity {math.exp(eval_loss):.2f}")
+                       f"token, perplexity {math.exp(min(eval_loss, 700)):.2f}")
         run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
                 lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
         kept["watch"] = watch.state()

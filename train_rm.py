@@ -253,7 +253,7 @@ def main(argv=None):
     start_processes(args)
     torch.manual_seed(args.seed)
     run = Run(args, "reward model", METRICS)
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
     reward_model = to_device(add_lora(reward_model, args), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
@@ -263,6 +263,9 @@ def main(argv=None):
     held_out = read_scored(args.eval_data, *given) if args.eval_data else None
     demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"),
                                     tokenizer, max_length, args.demonstrations)
+    if all(text[:2] == demonstrations[0][:2] for text in demonstrations):
+        stop(f"{args.demonstrations}: all demonstrations are the same; the scores of two at least "
+             "give them a standard deviation")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=WORLD == 1)
     steps_per_epoch = -(-len(groups) // args.batch_size)

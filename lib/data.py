@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import os
 import sys
 import zlib
 from typing import NamedTuple
@@ -69,15 +70,34 @@ def read_records(path, *fields):
     return records
 
 
-def save(path, records):
-    """A data file as `read_records` reads it: a JSON array, or JSON Lines where it is named so;
-    `.gz` of either."""
+def file_of(path, records):
+    """The bytes of a data file as `read_records` reads it: a JSON array, or JSON Lines where it is
+    named so; `.gz` of either."""
     lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
     data = b"[\n" + b",\n".join(lines) + b"\n]\n"
     if path.removesuffix(".gz").endswith(".jsonl"):
         data = b"\n".join(lines) + b"\n"
-    write_whole(path, gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
+    return gzip.compress(data, mtime=0) if path.endswith(".gz") else data
+
+
+def save(path, records):
+    write_whole(path, file_of(path, records))
     print(f"{path}: {len(records)} records")
+
+
+def save_all(files, overwrite=False):
+    """Write `files`, {path: records, or bytes}. If one is there already, and is another, the
+    program ends before any is written, unless it is to `overwrite` them."""
+    data = {path: found if isinstance(found, bytes) else file_of(path, found)
+            for path, found in files.items()}
+    for path in data:
+        with explain(f"{path}: cannot be read"):
+            if not overwrite and os.path.exists(path) and open(path, "rb").read() != data[path]:
+                stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
+                     "it")
+    for path, found in files.items():
+        write_whole(path, data[path])
+        print(path if isinstance(found, bytes) else f"{path}: {len(found)} records")
 
 
 def half_character(text):
@@ -113,12 +133,21 @@ def what_is_wrong(field, value):
 # ------------------------------------------------------------------------------------------------
 # Text to tokens
 
+def not_empty(prompt):
+    """Raises ValueError for a prompt without a token: the first token of the answer is chosen in the
+    state of the prompt's last."""
+    if not prompt:
+        raise ValueError("the prompt has no tokens, since user_input is empty and the chat template "
+                         "writes nothing before an answer")
+    return prompt
+
+
 def encode_prompts(user_inputs, tokenizer, room, name):
     """The tokens of each prompt. Those longer than `room` are cut on the left, with a notice."""
     prompts = []
     for number, user_input in enumerate(user_inputs, 1):
         with explain(f"{name}: record {number}"):
-            prompts.append(encode_prompt(tokenizer, user_input))
+            prompts.append(not_empty(encode_prompt(tokenizer, user_input)))
     if cut := sum(len(prompt) > room for prompt in prompts):
         print(f"{name}: of {len(prompts)} prompts, {cut} cut on the left to {room} tokens")
     return [cut_left(tokenizer, user_input, prompt, room)
@@ -136,6 +165,7 @@ def encode_records(records, tokenizer, max_length, name):
     for number, record in enumerate(records, 1):
         with explain(f"{name}: record {number}"):
             pairs.append(encode_completion(tokenizer, record["user_input"], record["completion"]))
+            not_empty(pairs[-1][0])
     keys = [json.dumps(record["user_input"], sort_keys=True) for record in records]
     rooms = {}  # of each prompt: what the longest of its completions leaves
     for key, (_, completion) in zip(keys, pairs):

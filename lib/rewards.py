@@ -57,11 +57,14 @@ def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
 
 
 def other_model(args, tokenizer, load_scalar_head, last_token):
-    """The reward model --rm, if its tokens are not the policy's."""
+    """The reward model --rm, if its tokens or its chat template are not the policy's."""
     with explain(f"{args.rm}: no reward model can be loaded from it"):
         is_llama = AutoConfig.from_pretrained(args.rm).model_type == "llama"
-    if is_llama and load_tokenizer(args.rm).get_vocab() == tokenizer.get_vocab():
-        return None
+    if is_llama:
+        theirs = load_tokenizer(args.rm)
+        if (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
+                                                          tokenizer.chat_template):
+            return None
     return from_model(args.rm, tokenizer, args, load_scalar_head, last_token)
 
 
@@ -85,7 +88,9 @@ class TextReward:
         started = time.perf_counter()
         completions = [self.tokenizer.decode(response, skip_special_tokens=True).strip()
                        for _, response in texts]
-        scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions, ended)
+        with torch.random.fork_rng(devices=[]):  # random numbers it draws move nothing of the run
+            scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions,
+                                   ended)
         self.seconds += time.perf_counter() - started
         return scores
 
@@ -123,11 +128,15 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
                 args.device).eval()
             if model.config.num_labels != 1:
                 raise ValueError(f"it has {model.config.num_labels} labels, not one")
+        if theirs.pad_token is None:
+            theirs.pad_token = theirs.eos_token
+        model.config.pad_token_id = theirs.pad_token_id  # so that the model finds the last token
         # a tokenizer without a length states a huge one
         longest = min(theirs.model_max_length, getattr(config, "max_position_embeddings", 10**9))
 
         def score(asked, completions):
             if theirs.chat_template:
+                theirs.truncation_side = "left"
                 texts = [theirs.apply_chat_template(
                     [*([{"role": "user", "content": said}] if isinstance(said, str) else said),
                      {"role": "assistant", "content": completion}], tokenize=False)
@@ -147,7 +156,9 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         scores, asked = [], [record["user_input"] for record in records]
         for start in range(0, len(asked), args.micro_batch_size):
             part = slice(start, start + args.micro_batch_size)
-            scores += score(asked[part], completions[part]).tolist()
+            with explain(f"{path}: cannot score a response to {str(asked[start])[:100]!r}",
+                         "; --resume continues from the last saved state", code=1):
+                scores += score(asked[part], completions[part]).tolist()
         return scores
 
     return TextReward(path, tokenizer, function)

@@ -10,6 +10,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -181,11 +182,11 @@ class Run:
         self.bar.update()
         self.signals.agree()
         if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
-            self.save()
-            if self.args.keep:
+            if self.args.keep:  # before the state, which says that this step is done
                 export(os.path.join(self.folder, f"step-{self.step}"))
                 for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
                     shutil.rmtree(old)
+            self.save()
         if self.signals.caught:
             self.signals.leave(self.folder)
 
@@ -201,10 +202,13 @@ class Run:
         if RANK == 0:
             draw_curves(self.folder, self.metrics)
         print(f"saved {self.folder}")
+        if self.signals.came:  # after the last step; whoever started this run may go no further
+            raise SystemExit(128 + self.signals.came)
 
     def exports(self):
         """The folders step-N, the newest last."""
-        found = glob.glob(os.path.join(glob.escape(self.folder), "step-*"))
+        found = [name for name in glob.glob(os.path.join(glob.escape(self.folder), "step-*"))
+                 if re.fullmatch(r"step-\d+", os.path.basename(name))]  # not a copy of the user's
         return sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
 
     def save(self):

@@ -2,6 +2,7 @@
 and from it the options of the command line. Here are the rows that all stages share."""
 
 import argparse
+import math
 import os
 import sys
 
@@ -26,8 +27,31 @@ def whole(text):
 
 
 def any_whole(text):
-    """argparse type: a whole number, also one below 0."""
+    """argparse type: a whole number, also one below 0, of at most 63 bits, as generators take it."""
+    if abs(int(text)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large")
     return int(text)
+
+
+def at_least_0(text):
+    """argparse type: a number from 0, also inf."""
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def above_0(text):
+    """argparse type: a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
+
+
+def finite(text):
+    """argparse type: a finite number."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return float(text)
 
 
 def usable_device(text):
@@ -79,7 +103,7 @@ def parse(script, doc, table, argv, real_if):
     A row of `table`: (name, the demo's value, a real model's value, what it is[, type or choices]);
     a text alone starts a group of the --help. The values of a real model apply if an option named
     in `real_if` is given. Without a type, that of the values counts; a whole number is then at
-    least 1.
+    least 1, any other number at least 0.
     """
     parser = argparse.ArgumentParser(prog=script, description=doc.split("\n\n")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +122,7 @@ def parse(script, doc, table, argv, real_if):
             default += f", real model {real}"
         kind = kind[0] if kind else str if value is None else type(value)
         options = dict(choices=kind) if isinstance(kind, list) else dict(
-            type=positive if kind is int else kind)
+            type={int: positive, float: at_least_0}.get(kind, kind))
         about = what if value is None else f"{what} ({default})"
         group.add_argument(f"--{name}", help=about.replace("%", "%%"), **options)
     if "--dry_run" in (sys.argv if argv is None else argv):

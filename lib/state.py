@@ -72,7 +72,7 @@ def write(folder, tensors, state):
     name = os.path.basename(file)
     write_whole(os.path.join(folder, "state.json"), json.dumps(state | dict(file=name)).encode())
     for other in os.listdir(folder):
-        if other not in (name, "state.json"):
+        if other.startswith("state-") and other != name:
             os.remove(os.path.join(folder, other))
 
 

@@ -37,8 +37,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of i
 
 
 def is_markup(token, template):
-    """Whether the chat template writes it to tell who speaks, as <|im_start|>."""
-    return bool(re.fullmatch(r"[<\[].+[>\]]", token)) and token in str(template)
+    """Whether the chat template writes it to tell who speaks, as <|im_start|>. (Tags, such as
+    <think>, are part of what is said.)"""
+    return (bool(re.fullmatch(r"[<\[].+[>\]]", token)) and token in str(template)
+            and not re.fullmatch(r"</?\w+>", token))
 
 
 def read_sentencepiece(model, template=""):
@@ -206,9 +208,9 @@ def roles_of(tokenizer):
             if isinstance(token, str)}
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, model=None):
     """The tokenizer of a checkpoint (see `lib.checkpoints.read`), or of a folder that holds a
-    `tokenizer.model`.
+    `tokenizer.model`. `model`: the checkpoint that it is for, if that is another.
 
     Its `end_ids` are the tokens that end an answer, first the one with which the template does so.
     It has a chat template, its own or CHAT_TEMPLATE, and a padding token that does not end an
@@ -237,7 +239,7 @@ def load_tokenizer(path):
                  if not token.special and is_markup(token.content, tokenizer.chat_template)]
     tokenizer.backend_tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unflagged])
-    vocab_size, ends = rows_and_ends(path)
+    vocab_size, ends = rows_and_ends(model or path)
     with explain(path):
         end = encode_completion(tokenizer, "a", "b")[1][-1]
     tokenizer.end_ids = list(dict.fromkeys([end, tokenizer.eos_token_id, *ends]))

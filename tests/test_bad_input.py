@@ -209,3 +209,34 @@ def test_an_out_that_cannot_be_made(argv_of, tmp_path, capsys, stage, below):
     )
     assert line.startswith(f"error: {tmp_path / 'file' / below}: cannot be written")
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("stage, option, value", [
+    ("sft", "lr", "-1"), ("sft", "lr", "nan"), ("sft", "weight_decay", "-1"),
+    ("sft", "seed", str(10**30)), ("train_rm", "lr", "x"), ("ppo", "adam_eps", "-1"),
+    ("ppo", "temperature", "0"), ("ppo", "temperature", "nan"), ("ppo", "clip", "-1"),
+    ("ppo", "kl_target", "0"), ("ppo", "target_kl", "inf"), ("ppo", "no_eos_score", "nan"),
+])
+def test_numbers_out_of_range(argv_of, tmp_path, capsys, stage, option, value):
+    with pytest.raises(SystemExit) as ended:
+        STAGES[stage].main(argv_of(stage, **{option: value}))
+    assert ended.value.code == 2 and f"argument --{option}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(kl_target=1, kl_coef=0), "--kl_target adapts --kl_coef"),
+    (dict(eval_prompts=None), "--gold judges held-out prompts: --eval_prompts is missing"),
+])
+def test_options_that_would_do_nothing(argv_of, capsys, changes, said):
+    assert said in error_line(capsys, lambda: ppo.main(argv_of("ppo", **changes)))
+
+
+def test_a_prompt_without_tokens(argv_of, sft_run, home, tmp_path, capsys):
+    folder = shutil.copytree(sft_run.folder, tmp_path / "sft")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{{ "
+                                                "eos_token if m['role'] == 'assistant' }}{% endfor %}")
+    prompts = write_records(tmp_path / "p.json", [{"user_input": "Hi"}, {"user_input": ""}])
+    argv = argv_of("ppo", sft=folder, prompts=prompts, gold=None, eval_prompts=None)
+    assert f"{prompts}: record 2 (the prompt has no tokens" in error_line(
+        capsys, lambda: ppo.main(argv))

@@ -96,3 +96,11 @@ def test_each_planted_bug_is_caught(run, forked_pytest, number, tmp_path):
 def test_an_exercise_that_does_not_exist(run, tmp_path):
     passed, said = run("13", tmp_path)
     assert not passed and said.startswith("error: 13: there is no such exercise")
+
+
+def test_an_exercise_that_cannot_be_made_is_not_begun(run, tmp_path, monkeypatch):
+    """As without git."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        passed, said = run("12b", tmp_path)
+        assert not passed and "12b: cannot be made" in said and "done" not in said

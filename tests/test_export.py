@@ -102,6 +102,13 @@ def test_an_export_into_a_file_is_refused(tmp_path, tokenizer, capfd):
     assert f"error: {path}: the checkpoint cannot be written" in line
 
 
+def test_another_tokenizer_leaves_no_model_of_the_earlier(tmp_path, tokenizer, llama3_tokenizer):
+    """llama.cpp's converter would read it."""
+    for t, there in ((tokenizer, True), (llama3_tokenizer, False)):
+        save_checkpoint(load_llama(None, t), t, str(tmp_path))
+        assert (tmp_path / "tokenizer.model").exists() == there
+
+
 # ------------------------------------------------------------------------------------------------
 # In an older transformers
 

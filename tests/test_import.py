@@ -707,6 +707,26 @@ def test_import_overwrites_nothing_unasked(tmp_path, capsys):
     assert len(read(tmp_path / "rlhf_training_data_eval.json")) == 1
 
 
+def test_held_out_prompts_are_not_in_both_files_unsaid(tmp_path, capsys):
+    source = write(tmp_path / "x.json", [{"instruction": text} for text in (EN, ZH, "Three.")])
+    run("import", source, out=tmp_path, eval_share=0.9)  # one is left to learn from
+    assert len(read(tmp_path / "rlhf_training_data_eval.json")) == 2
+    capsys.readouterr()
+    run("import", source, "--overwrite", out=tmp_path, eval_share=0)
+    twin = tmp_path / "rlhf_training_data_eval.json"
+    assert f"{twin}: was there before; its prompts may be in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["5", "null", '[{"instruction": "{{}}"}]', '[{"score": 1'
+                                  + "0" * 400 + ', "user_input": "a", "completion": "b"}]'])
+def test_what_json_allows_too(tmp_path, capsys, text):
+    """It is refused in a line, or read."""
+    try:
+        run("import", write(tmp_path / "x.json", text), out=tmp_path, eval_share=0)
+    except SystemExit as end:
+        assert end.code == 2 and "error: " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------
 # All three stages take these files as they are
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import data_gen
+import lib.checkpoints
 import lib.run
 import lib.state
 import model
@@ -238,6 +239,31 @@ def test_the_newest_exports_are_kept(argv, tmp_path, stage):
     load(str(out / f"step-{steps[-1]}"))
     stage.main(options + [length, "1", "--save_every", "50", "--overwrite"])
     assert not list(out.glob("step-*"))
+
+
+def test_an_export_comes_before_the_state_that_counts_it(argv, tmp_path, monkeypatch):
+    """So a run that dies in the middle of it writes it again. And a folder of the user's that is
+    named like an export stays."""
+    options = argv["sft"] + ["--epochs", "2", "--out", str(tmp_path / "run"), "--keep", "2"]
+    options += ["--save_every", "4"]
+    write, folders = lib.checkpoints.write, []
+
+    def die(folder, *given):
+        folders.append(os.path.basename(folder))
+        if len(folders) == 2:
+            raise KeyboardInterrupt
+        write(folder, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(lib.checkpoints, "write", die)
+        sft.main(options)
+    shutil.copytree(tmp_path / "run" / "step-4", tmp_path / "run" / "step-4-best")
+    assert folders == ["step-4", "step-8"] and not (tmp_path / "run" / "step-8").exists()
+    sft.main(options + ["--resume"])
+    exports = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert exports == ["step-10", "step-4-best", "step-8"]
+    sft.main(options + ["--overwrite"])
+    assert (tmp_path / "run" / "step-4-best").exists()
 
 
 def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, capsys):

@@ -4,14 +4,16 @@ PPO."""
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification,
-    BertTokenizerFast,
+    BertTokenizerFast, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast,
 )
 
 import data_gen
@@ -21,7 +23,7 @@ from lib import rewards
 from lib.data import read_records
 from lib.dialogue import encode_completion, encode_prompt
 from lib.judge import Judge
-from makers import TINY, error_line, read_rows, refused, without_speed
+from makers import TINY, error_line, parse, read_rows, refused, without_speed
 from model import ScalarHead, last_token, load_scalar_head, load_tokenizer
 
 RECORDS = [dict(user_input="1 + 1?", answer=2, level="easy"), dict(user_input="2 + 3?", answer=5)]
@@ -347,6 +349,61 @@ def test_too_long_a_text_for_a_llama_reward_model(home, tmp_path):
         expected = [scalar(torch.tensor([text]))[0, -1].item() for text in texts]
     found = reward.function([{"user_input": long}, {"user_input": "2"}], ["5.", long], None)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def other_gpt(folder):
+    """A GPT-2 with one label, a chat template, a token per letter, 64 positions and no token to pad
+    with."""
+    letters = ["<|endoftext|>", *map(chr, range(32, 127))]
+    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>",
+                            chat_template=template).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = GPT2Config(vocab_size=len(letters), n_embd=32, n_layer=2, n_head=2, n_positions=64,
+                        num_labels=1, initializer_range=0.5)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+
+
+def test_a_long_prompt_leaves_the_answer_whole(home, tmp_path):
+    """Cut at the right, all answers would score alike."""
+    other_gpt(tmp_path)
+    args = SimpleNamespace(device="cpu", micro_batch_size=3)
+    reward = rewards.from_model(str(tmp_path), home.tokenizer, args, load_scalar_head, last_token)
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    prompts, answers = ["a b c " * 20, "a b c " * 20, "a"], ["good", "bad", "good"]
+    found = reward.function([{"user_input": text} for text in prompts], answers, None)
+    for prompt, answer, score in zip(prompts, answers, found):
+        ids = [ord(letter) - 31 for letter in f"{prompt} {answer} "[-64:]]
+        with torch.no_grad():
+            assert score == pytest.approx(alone(torch.tensor([ids])).logits.item(), abs=1e-4)
+    assert len(set(found)) == 3
+
+
+def test_a_reward_model_with_a_template_of_its_own_is_asked_in_it(ppo_argv, rm_run, tmp_path):
+    """Though its tokens are the policy's."""
+    for template, name in ((None, "ScalarHead"), ("{{ messages[0]['content'] }}", "TextReward")):
+        folder = tmp_path / name
+        shutil.copytree(rm_run.folder, folder)
+        if template:
+            (folder / "chat_template.jinja").write_text(
+                template + "{{ messages[1]['content'] + eos_token if messages[1:] }}")
+        args = parse(ppo, ppo_argv(rm=folder))
+        tokenizer = load_tokenizer(args.sft)
+        found = rewards.of_texts(args, tokenizer, None, load_scalar_head, last_token)
+        assert type(found or ScalarHead).__name__ == ("TextReward" if template else "type")
+
+
+def test_random_numbers_of_a_reward_move_nothing_of_the_run(tokenizer):
+    texts = [([1, 2], [5, 2])]
+    reward = rewards.TextReward("r", tokenizer, lambda *_: [torch.rand(1).item()])
+    reward.remember([texts[0][0]], [{"user_input": "a"}])
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    reward.scores(texts, [True])
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("number", [2])

@@ -110,3 +110,23 @@ def test_commands_that_cannot_run(tmp_path, capsys, monkeypatch, argv, said):
     write(tmp_path / "z.json", "mine")
     assert said in refused(capsys, lambda: data_gen.main(argv))
     assert not (tmp_path / "y.json").exists() and (tmp_path / "z.json").read_text() == "mine"
+
+
+def test_neither_the_input_nor_the_scores_of_another_are_replaced(tmp_path, capsys):
+    judge = write(tmp_path / "j.py", "def score(user_input, completion): return 1.0")
+    source = write(tmp_path / "y_unscored.json", COMPLETIONS)
+    before = (tmp_path / "y_unscored.json").read_bytes()
+    for overwrite in ([], ["--overwrite"]):
+        line = refused(
+            capsys, lambda: run("score", source, *overwrite, out=tmp_path / "y.json", judge=judge)
+        )
+        assert f"would replace {source}" in line
+    run("score", source, out=tmp_path / "z.json", judge=judge)
+    scored = (tmp_path / "z.json").read_bytes()
+    other = write(tmp_path / "other.json", COMPLETIONS[:2])
+    line = refused(capsys, lambda: run("score", other, out=tmp_path / "z.json", judge=judge))
+    assert f"was made of {source}" in line and (tmp_path / "z.json").read_bytes() == scored
+    run("score", source, out=tmp_path / "z.json", judge=judge)  # again, of the same
+    run("score", other, "--overwrite", out=tmp_path / "z.json", judge=judge)
+    assert len(read(tmp_path / "z.json")) == 2
+    assert (tmp_path / "y_unscored.json").read_bytes() == before

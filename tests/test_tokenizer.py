@@ -582,3 +582,38 @@ def test_every_stated_end_ends_an_answer(tmp_path, llama3_tokenizer):
             ids
         )
     assert load_tokenizer(str(tmp_path / "out")).end_ids == tokenizer.end_ids
+
+
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tags_of_thoughts_are_part_of_an_answer(chatml_tokenizer, tmp_path):
+    """They are no control tokens, though the template writes them and they are tokens of their own:
+    they do not end an answer, and decoding keeps them."""
+    chatml_tokenizer.save_pretrained(tmp_path)
+    t = load_tokenizer(str(tmp_path))
+    t.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    t.chat_template = THINKS
+    t.save_pretrained(tmp_path)
+    t = load_tokenizer(str(tmp_path))
+    tags = t.convert_tokens_to_ids(["<think>", "</think>"])
+    assert t.end_ids[0] == t.convert_tokens_to_ids("<|im_end|>") and not {*tags} & {*t.end_ids}
+    prompt, completion = encode_completion(t, "the fox", "the dog <think>")
+    assert completion[-1] == t.end_ids[0] and [i for i in completion if i in tags] == [*tags, tags[0]]
+    said = t.decode(completion, skip_special_tokens=True)
+    assert said.replace(" ", "") == "<think>\n\n</think>\n\nthedog<think>"
+
+
+def test_a_tokenizer_elsewhere_keeps_the_end_tokens_of_the_model(tokenizer, tmp_path):
+    """generation_config.json lies with the weights."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7]}')
+    alone = load_tokenizer(str(tmp_path / "tokenizer"))
+    of_model = load_tokenizer(str(tmp_path / "tokenizer"), str(tmp_path / "model"))
+    assert alone.end_ids == [2] and of_model.end_ids == [2, 5, 7]

@@ -396,3 +396,13 @@ def test_ranking_counts_only_pairs_of_one_prompt(monkeypatch):
     across, *_ = train_rm.evaluate(None, None, [[0, 1], *ties], labels, None, 0)
     pairs = [scores[i] > scores[j] for i in range(12) for j in range(12) if labels[i] > labels[j]]
     assert abs(across - float(sum(pairs) / len(pairs))) < 1e-6 and across < 0.5
+
+
+def test_one_demonstration_has_no_deviation(rm_argv, home, tmp_path, capsys):
+    """Which is said before training, and not after it."""
+    path = write_records(tmp_path / "one.json", home.records["demos"][:1] * 3)
+    line = error_line(
+        capsys, lambda: train_rm.main(rm_argv(demonstrations=path, out=tmp_path / "out"))
+    )
+    assert f"{path}: all demonstrations are the same" in line
+    assert not (tmp_path / "out" / "metrics.csv").exists()

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ import sentencepiece
 
 import data_gen
 from lib.data import read_records
-from makers import DATA_FILES, ROOT, options
+from makers import DATA_FILES, ROOT, error_line, options
 
 
 def test_same_seed_same_bytes(world, tmp_path):
@@ -45,6 +46,18 @@ def test_other_seed_other_bytes(world, tmp_path):
         path.relative_to(world.folder) for path in world.folder.rglob("*") if path.is_file()
     ]:
         assert (tmp_path / file).read_bytes() != (world.folder / file).read_bytes(), file
+
+
+def test_files_of_other_data_are_not_replaced(world, tmp_path, capsys):
+    """What is there already as it would be written is no obstacle: a broken-off run is continued."""
+    name = "actor_training_data.json"
+    shutil.copy(world.folder / "rlhf_training_data_eval.json", tmp_path)
+    (tmp_path / name).write_text("mine")
+    line = error_line(capsys, lambda: data_gen.main(options(out=tmp_path, seed=0)))
+    assert f"{tmp_path}/{name}: already exists" in line and "--overwrite" in line
+    assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 2
+    data_gen.main(options(out=tmp_path, seed=0, overwrite=True))
+    assert (tmp_path / name).read_bytes() == (world.folder / name).read_bytes()
 
 
 def test_keys_of_the_records(world):

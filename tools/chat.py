@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lib.data import half_character, left_pad, read_records
 from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import clean_exit, explain, stop, write_whole
-from lib.settings import DEVICE, positive, usable_device
+from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import quantize, weight_bytes
 
@@ -53,7 +53,7 @@ def parse_args(argv):
                        "half of the context, at most 512)")
     group.add_argument("--batch_size", type=positive, default=16, help="prompts of --prompts "
                        "answered at once (default 16)")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    group.add_argument("--seed", type=any_whole, default=0, help="of the sampling (default 0)")
     group = parser.add_argument_group("where it runs")
     group.add_argument("--tokenizer", help="where the checkpoints' tokenizer is, if not with them")
     group.add_argument("--quantize", choices=["8bit", "4bit"], help="the linear maps of the "
@@ -81,7 +81,7 @@ def load(path, args):
     """The tokenizer, the model, and how many tokens an answer and a prompt may have. Standard
     output is for answers: notices about the checkpoint go to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
-        tokenizer = load_tokenizer(args.tokenizer or path)
+        tokenizer = load_tokenizer(args.tokenizer or path, path)
         llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
     context = llama.config.max_position_embeddings
     limit = args.max_new_tokens or min(512, context // 2)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 
-from lib.errors import clean_exit, stop
+from lib.errors import clean_exit, explain, stop
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MATHS, PPO = "test_ppo_math.py", "tests/test_ppo.py"
@@ -86,7 +86,10 @@ def main(argv=None):
         stop(f"{args.number}: there is no such exercise; there are {', '.join([*WRITE, *FIND])}")
     folder = os.path.abspath(os.path.join(args.out, args.number))
     if not os.path.exists(folder):
-        make(args.number, folder)
+        shutil.rmtree(f"{folder}.part", ignore_errors=True)
+        with explain(f"{folder}: cannot be made"):
+            make(args.number, f"{folder}.part")
+        os.replace(f"{folder}.part", folder)
     test = FIND.get(args.number) or WRITE[args.number][2]
     where = "find the bug" if args.number in FIND else "write {1} in {0}".format(
         *WRITE[args.number])

@@ -120,17 +120,19 @@ def experience_of(folder, args, progress, records):
     `reference` for each token. The ratio is that after one step of `ppo.train_minibatch` on all
     answers: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
+    args.gold = None  # which may be gone; the page takes its scores from samples.jsonl
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
+    actor = load_llama(folder, tokenizer)
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
-                             args.max_prompt_length, args.prompts)
+                             ppo.longest_prompt(actor.config, args), args.prompts)
     if text_reward:
         text_reward.remember(prompts, records)
 
     def learning(model):
         return to_device(add_lora(model, args), args)
 
-    actor = learning(load_llama(folder, tokenizer))
+    actor = learning(actor)
     critic = learning(load_scalar_head(os.path.join(folder, "critic")))
     trained = ppo.with_optimizers(args, actor=actor, critic=critic)
     set_lr(trained["actor"][1], args.lr, 0, 1, "linear")

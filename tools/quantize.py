@@ -117,7 +117,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of what is not quantized (default float32)")
     args = parser.parse_args(argv)
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     full = load_llama(args.model, tokenizer, getattr(torch, args.dtype))
     prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     out = generate(full, *left_pad(prompts, tokenizer.pad_token_id), args.max_new_tokens,

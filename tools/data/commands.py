@@ -8,6 +8,7 @@ import os
 import threading
 
 from lib.errors import explain, stop
+from lib.settings import any_whole
 
 
 def add_command(commands, name, function, summary, example, *options):
@@ -18,7 +19,7 @@ def add_command(commands, name, function, summary, example, *options):
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     command.set_defaults(function=function)
     command.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    add_options(command, ("seed", 0, "seed of every random choice", int), *options)
+    add_options(command, ("seed", 0, "seed of every random choice", any_whole), *options)
     return command
 
 
@@ -99,4 +100,12 @@ def journal_of(args):
     """The journal of a command that makes the file --out of another."""
     if os.path.realpath(args.out) == os.path.realpath(args.file):
         stop(f"--out {args.out}: is the file that is read; name another")
-    return Journal(args.out + ".journal.jsonl", [args.out], args.overwrite)
+    journal = Journal(args.out + ".journal.jsonl", [args.out], args.overwrite)
+    source = dict(path=os.path.realpath(args.file))
+    before = journal.answers.get("source", source)
+    if before != source and not args.overwrite:
+        stop(f"--out {args.out}: was made of {before['path']}; name another --out, or give "
+             "--overwrite to replace it")
+    if journal.answers.get("source") != source:
+        journal.add("source", source)
+    return journal

@@ -169,7 +169,8 @@ def kept_of(r, keep, must):
 def rows_in(path, number, found):
     """[(number, record, fields as they stand in the file)] of a file's first `number` records, in
     their final form (layouts_rows.py), and what to call them. What is none, `found` leaves out."""
-    values = read_file(path)[:number]
+    values = read_file(path)
+    values = (values if isinstance(values, list) else [values])[:number]
     if not values:
         stop(f"{path}: holds no records")
     if all(isinstance(value, list) for value in values):

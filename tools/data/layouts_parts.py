@@ -48,7 +48,7 @@ def answer_of(value):
 def number(value):
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise LeftOut("its score is not a number") from None
 
 

@@ -14,7 +14,7 @@ def json_in(text):
     for read in json.loads, ast.literal_eval:
         try:
             return read(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass
     return None
 

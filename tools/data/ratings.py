@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import zipfile
 
-from lib.data import save
+from lib.data import save_all
 from lib.errors import explain, stop
 
 SDIST = "vaderSentiment-0.5.zip"
@@ -108,9 +108,4 @@ def download(args):
     print(f"{len(reviews)} sentences of film reviews, with {number} ratings")
     files = {os.path.join(args.out, f"{name}.json"): records
              for name, records in sets_of_reviews(reviews, args.seed).items()}
-    for path in files:
-        if os.path.exists(path) and not args.overwrite:
-            stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
-                 "it")
-    for path, records in files.items():
-        save(path, records)
+    save_all(files, args.overwrite)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lib.data import encode_prompts, left_pad, read_records, save
 from lib.errors import clean_exit, stop
 from lib.state import fingerprint
-from lib.settings import DEVICE, positive, usable_device, whole
+from lib.settings import DEVICE, above_0, positive, usable_device, whole
 from model import generate, load_llama, load_tokenizer
 from tools.data.commands import add_command, digest, journal_of, not_negative
 from tools.data.sets import prompt_key
@@ -26,7 +26,7 @@ def sample(args):
     and continued gives the same result."""
     records = read_records(args.file, "user_input")
     prompts = list({prompt_key(r["user_input"]): r["user_input"] for r in records}.values())
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     llama = load_llama(args.model, tokenizer).to(args.device)
     context = llama.config.max_position_embeddings
     room = context - args.max_new_tokens
@@ -85,7 +85,7 @@ def main(argv=None):
         ("max_new_tokens", 128, "longest completion, tokens", positive),
         ("temperature", 1.0, "of the sampling", not_negative),
         ("top_k", 0, "only the likeliest tokens; 0: all", whole),
-        ("top_p", 1.0, "only the likeliest tokens with this probability; 1: all", float),
+        ("top_p", 1.0, "only the likeliest tokens with this probability; 1: all", above_0),
         ("batch_size", 64, "completions at a time", positive),
         ("device", DEVICE, "where to compute", usable_device))
     command.add_argument("file", metavar="FILE", help="records with user_input")

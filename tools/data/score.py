@@ -67,6 +67,12 @@ def score(args):
     train_rm.py takes the rest."""
     if not (args.model or args.judge):
         stop("score needs --model or --judge")
+    folder, name = os.path.split(args.out)
+    stem, dot, ending = name.partition(".")
+    rest = os.path.join(folder, f"{stem}_unscored{dot}{ending}")
+    if os.path.realpath(rest) == os.path.realpath(args.file):
+        stop(f"--out {args.out}: what stays without a score would replace {args.file}, which is "
+             "read; name another")
     records = read_records(args.file, "user_input", "completion")
     todo = []
     for n, record in enumerate(records, 1):
@@ -95,9 +101,6 @@ def score(args):
         stop(f"{args.file}: not one record got a score; look at the answers in {journal.path}",
              code=1)
     save(args.out, scored)
-    folder, name = os.path.split(args.out)
-    stem, dot, ending = name.partition(".")
-    rest = os.path.join(folder, f"{stem}_unscored{dot}{ending}")
     unscored = [{key: value for key, value in record.items() if key != "score"}
                 for record in records if record["score"] is None]
     if unscored:

@@ -4,7 +4,7 @@ import json
 import os
 import random
 
-from lib.data import save
+from lib.data import save_all
 from lib.errors import stop
 
 
@@ -57,7 +57,7 @@ def save_sets(records, args, make, overwrite):
     keys = list(dict.fromkeys(prompt_key(r["user_input"]) for r in records))
     number = 0
     if args.eval_share and len(keys) > 1:
-        number = max(1, round(args.eval_share * len(keys)))
+        number = min(max(1, round(args.eval_share * len(keys))), len(keys) - 1)
     held_out = set(random.Random(args.seed).sample(keys, number))
     files = {}
     for name, chosen in sets_of(records, make).items():
@@ -67,12 +67,11 @@ def save_sets(records, args, make, overwrite):
             files.setdefault(path, []).append(r)
     if not files:
         stop("nothing to write: no record is left")
-    for path in sorted(files):
-        if os.path.exists(path) and not overwrite:
-            stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
-                 "it")
-    for path in sorted(files):
-        save(path, files[path])
+    save_all(dict(sorted(files.items())), overwrite)
+    for path in files:
+        twin = path.replace("_training_data.json", "_training_data_eval.json")
+        if twin not in files and os.path.exists(twin):
+            print(f"{twin}: was there before; its prompts may be in {path} too")
 
 
 def add_make(command):

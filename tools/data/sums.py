@@ -17,12 +17,11 @@ answers can undo that.
 
 import argparse
 import math
-import os
 import random
 
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
-from lib.data import save
-from lib.errors import clean_exit, explain, stop, write_whole
+from lib.data import save_all
+from lib.errors import clean_exit, explain, stop
 from lib.settings import positive
 from tools.data.commands import add_command, share
 
@@ -70,24 +69,18 @@ def make(args):
     if wanted > there:
         stop(f"{wanted} tasks are asked for, and two numbers of {args.digits} digits make {there}: "
              "give more --digits, fewer --demonstrations or fewer --prompts")
-    files = [f"{args.out}/{name}.json" for name in numbers]
-    for path in files:
-        if os.path.exists(path) and not args.overwrite:
-            stop(f"{path}: already exists; name another --out, or give --overwrite to replace it")
     tasks = draw(rng, args.digits, wanted)
-    data = {}
+    files = {}
     for name, number in numbers.items():
         part, tasks = tasks[:number], tasks[number:]
         is_actors = name.startswith("actor")
-        data[name] = [demonstration(rng, args.mistakes, *task) if is_actors else task[1]
-                      for task in part]
+        files[f"{args.out}/{name}.json"] = [
+            demonstration(rng, args.mistakes, *task) if is_actors else task[1] for task in part]
     texts = [f"User: {record['user_input']}\nAssistant: {record['completion']}"
-             for record in data["actor_training_data"]]
+             for record in files[f"{args.out}/actor_training_data.json"]]
     with explain(f"--demonstrations {args.demonstrations}: too few to train a tokenizer on"):
         tokenizer = train_tokenizer(texts, vocab_size=420)
-    for path, records in zip(files, data.values()):
-        save(path, records)
-    write_whole(os.path.join(args.out, "tokenizer", "tokenizer.model"), tokenizer)
+    save_all(files | {f"{args.out}/tokenizer/tokenizer.model": tokenizer}, args.overwrite)
 
 
 @clean_exit
