@@ -90,9 +90,9 @@ def save_all(files, overwrite=False):
     program ends before any is written, unless it is to `overwrite` them."""
     data = {path: found if isinstance(found, bytes) else file_of(path, found)
             for path, found in files.items()}
-    for path in data:
-        with explain(f"{path}: cannot be read"):
-            if not overwrite and os.path.exists(path) and open(path, "rb").read() != data[path]:
+    for path in [path for path in data if os.path.exists(path) and not overwrite]:
+        with explain(f"{path}: cannot be read"), open(path, "rb") as file:
+            if file.read() != data[path]:
                 stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
                      "it")
     for path, found in files.items():
@@ -134,10 +134,10 @@ def what_is_wrong(field, value):
 # Text to tokens
 
 def not_empty(prompt):
-    """Raises ValueError for a prompt without a token: the first token of the answer is chosen in the
+    """Raises ValueError for a prompt without a token: the answer's first token is chosen in the
     state of the prompt's last."""
     if not prompt:
-        raise ValueError("the prompt has no tokens, since user_input is empty and the chat template "
+        raise ValueError("the prompt has no tokens: user_input is empty, and the chat template "
                          "writes nothing before an answer")
     return prompt
 

@@ -109,6 +109,7 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
     other as transformers has it."""
     with explain(f"{path}: no reward model can be loaded from it"):
         config = AutoConfig.from_pretrained(path)
+    alone = False  # a text at a time
     if config.model_type == "llama":
         theirs, model = load_tokenizer(path), load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings
@@ -128,9 +129,9 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
                 args.device).eval()
             if model.config.num_labels != 1:
                 raise ValueError(f"it has {model.config.num_labels} labels, not one")
-        if theirs.pad_token is None:
-            theirs.pad_token = theirs.eos_token
-        model.config.pad_token_id = theirs.pad_token_id  # so that the model finds the last token
+        alone = theirs.pad_token is None
+        if not alone:  # so that the model finds the last token
+            model.config.pad_token_id = theirs.pad_token_id
         # a tokenizer without a length states a huge one
         longest = min(theirs.model_max_length, getattr(config, "max_position_embeddings", 10**9))
 
@@ -141,11 +142,11 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
                     [*([{"role": "user", "content": said}] if isinstance(said, str) else said),
                      {"role": "assistant", "content": completion}], tokenize=False)
                     for said, completion in zip(asked, completions)]
-                batch = theirs(texts, add_special_tokens=False, padding=True, truncation=True,
+                batch = theirs(texts, add_special_tokens=False, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             else:  # as encoders are trained: two segments, question and answer
                 texts = [said if isinstance(said, str) else said[-1]["content"] for said in asked]
-                batch = theirs(texts, completions, padding=True, truncation=True,
+                batch = theirs(texts, completions, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             return model(**batch.to(args.device)).logits[:, 0].float()
 
@@ -154,8 +155,9 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
     @torch.no_grad()
     def function(records, completions, ended):
         scores, asked = [], [record["user_input"] for record in records]
-        for start in range(0, len(asked), args.micro_batch_size):
-            part = slice(start, start + args.micro_batch_size)
+        together = 1 if alone else args.micro_batch_size
+        for start in range(0, len(asked), together):
+            part = slice(start, start + together)
             with explain(f"{path}: cannot score a response to {str(asked[start])[:100]!r}",
                          "; --resume continues from the last saved state", code=1):
                 scores += score(asked[part], completions[part]).tolist()

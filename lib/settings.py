@@ -27,7 +27,7 @@ def whole(text):
 
 
 def any_whole(text):
-    """argparse type: a whole number, also one below 0, of at most 63 bits, as generators take it."""
+    """argparse type: a whole number, also one below 0, of 64 bits, as generators take it."""
     if abs(int(text)) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is too large")
     return int(text)
