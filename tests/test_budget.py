@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ppo
 import sft
 import train_rm
+from forked import fork
 from lib import flops, memory
 from model import Llama, generate
-from test_resume import server
 from tools import budget
 
 SIZE = dict(
@@ -238,8 +238,7 @@ def measured(stage, said):
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_check_measures_a_step_of_each_stage(stage, tmp_path):
     """In a process of its own, as --check: what earlier tests took would hide what a step takes."""
-    process = server.Process(target=measured, args=(stage, tmp_path / "said"))
-    process.start()
+    process = fork(measured, stage, tmp_path / "said")
     process.join(120)
     assert process.exitcode == 0
     assert re.fullmatch(

@@ -363,6 +363,7 @@ def test_a_state_of_another_kind_of_device(argv, tmp_path, capsys):
 
 def interrupted_at_once(options, log):
     redirect(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     lib.run.Run.begin = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
     sft.main(options)
 

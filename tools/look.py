@@ -120,7 +120,7 @@ def experience_of(folder, args, progress, records):
     `reference` for each token. The ratio is that after one step of `ppo.train_minibatch` on all
     answers: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
-    args.gold = None  # which may be gone; the page takes its scores from samples.jsonl
+    args.gold = None  # samples.jsonl has its scores
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
