@@ -162,6 +162,21 @@ def test_signals_finish_the_step_and_save(whole, tmp_path, number, code):
     assert result(stage, out) == expected
 
 
+def test_a_signal_after_the_last_step(argv, tmp_path, monkeypatch):
+    """The run is completed, and whoever started it learns of the signal."""
+    normalize = train_rm.normalize_
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return normalize(*given)
+
+    monkeypatch.setattr(train_rm, "normalize_", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train_rm.main(argv["train_rm"] + ["--epochs", "1", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 143
+    model.load_scalar_head(str(tmp_path / "run"))
+
+
 def error(capsys, stage, options):
     """The one line with which the stage ends."""
     with pytest.raises(SystemExit) as ended:
