@@ -264,8 +264,8 @@ def main(argv=None):
     demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"),
                                     tokenizer, max_length, args.demonstrations)
     if all(text[:2] == demonstrations[0][:2] for text in demonstrations):
-        stop(f"{args.demonstrations}: all demonstrations are the same; the scores of two at least "
-             "give them a standard deviation")
+        stop(f"{args.demonstrations}: all demonstrations are the same; at least two different ones "
+             "are needed to scale the scores")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=WORLD == 1)
     steps_per_epoch = -(-len(groups) // args.batch_size)

@@ -268,10 +268,10 @@ def write(folder, config, tensors, tokenizer, generation_config=None, scalar=Fal
                 with open(os.path.join(part, "tokenizer.model"), "wb") as file:
                     file.write(model)
             add_older_keys(part)
-            for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):
-                os.replace(os.path.join(part, name), os.path.join(folder, name))
-            if not model:  # that of an earlier export, of another tokenizer
+            if not model:  # there may be that of an earlier export, of another tokenizer
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, "tokenizer.model"))
+            for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):
+                os.replace(os.path.join(part, name), os.path.join(folder, name))
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -93,8 +93,8 @@ def save_all(files, overwrite=False):
     for path in [path for path in data if os.path.exists(path) and not overwrite]:
         with explain(f"{path}: cannot be read"), open(path, "rb") as file:
             if file.read() != data[path]:
-                stop(f"{path}: already exists; name another folder, or give --overwrite to replace "
-                     "it")
+                stop(f"{path}: already exists; name another folder, or give data_gen.py "
+                     "--overwrite to replace it")
     for path, found in files.items():
         write_whole(path, data[path])
         print(path if isinstance(found, bytes) else f"{path}: {len(found)} records")

@@ -8,6 +8,8 @@ import runpy
 import sys
 import traceback
 
+import torch
+
 from lib.errors import explain, first_line, stop
 
 
@@ -96,6 +98,7 @@ class Judge:
                               **{name: values[i] for name, values in by_name.items()})
                 for i in range(len(records))]
 
+    @torch.random.fork_rng(devices=[])  # random numbers that it draws move nothing of the run
     def __call__(self, records, completions, ended):
         scores, texts = [], list(zip(records, completions, ended))
         for group in [texts] if self.batched else [[text] for text in texts]:

@@ -88,9 +88,7 @@ class TextReward:
         started = time.perf_counter()
         completions = [self.tokenizer.decode(response, skip_special_tokens=True).strip()
                        for _, response in texts]
-        with torch.random.fork_rng(devices=[]):  # random numbers it draws move nothing of the run
-            scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions,
-                                   ended)
+        scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions, ended)
         self.seconds += time.perf_counter() - started
         return scores
 
@@ -158,8 +156,8 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         together = 1 if alone else args.micro_batch_size
         for start in range(0, len(asked), together):
             part = slice(start, start + together)
-            with explain(f"{path}: cannot score a response to {str(asked[start])[:100]!r}",
-                         "; --resume continues from the last saved state", code=1):
+            with explain(f"{path}: cannot score responses, the first to "
+                         f"{str(asked[start])[:100]!r}", code=1):
                 scores += score(asked[part], completions[part]).tolist()
         return scores
 

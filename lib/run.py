@@ -182,11 +182,14 @@ class Run:
         self.bar.update()
         self.signals.agree()
         if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
+            if self.signals.caught:  # there may be little time
+                self.save()
             if self.args.keep:  # before the state, which says that this step is done
                 export(os.path.join(self.folder, f"step-{self.step}"))
                 for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
                     shutil.rmtree(old)
-            self.save()
+            if not self.signals.caught:
+                self.save()
         if self.signals.caught:
             self.signals.leave(self.folder)
 

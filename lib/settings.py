@@ -2,8 +2,10 @@
 and from it the options of the command line. Here are the rows that all stages share."""
 
 import argparse
+import contextlib
 import math
 import os
+import re
 import sys
 
 import torch
@@ -28,30 +30,24 @@ def whole(text):
 
 def any_whole(text):
     """argparse type: a whole number, also one below 0, of 64 bits, as generators take it."""
-    if abs(int(text)) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is too large")
+    if not re.fullmatch(r"-?[0-9]+", text) or abs(int(text)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 64 bits")
     return int(text)
 
 
-def at_least_0(text):
-    """argparse type: a number from 0, also inf."""
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return float(text)
+def number(what, fits):
+    """argparse type: a number for which `fits` is true, in words `what`."""
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if fits(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return read
 
 
-def above_0(text):
-    """argparse type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return float(text)
-
-
-def finite(text):
-    """argparse type: a finite number."""
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return float(text)
+at_least_0 = number("a number of at least 0", lambda x: x >= 0)  # also inf
+above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
+finite = number("a finite number", math.isfinite)
 
 
 def usable_device(text):

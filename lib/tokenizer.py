@@ -37,10 +37,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of i
 
 
 def is_markup(token, template):
-    """Whether the chat template writes it to tell who speaks, as <|im_start|>. (Tags, such as
-    <think>, are part of what is said.)"""
+    """Whether the chat template writes it to tell who speaks, as <|im_start|>. (A tag with an end,
+    such as <think> and </think>, is part of what is said.)"""
+    tag = re.fullmatch(r"</?(\w+)>", token)
     return (bool(re.fullmatch(r"[<\[].+[>\]]", token)) and token in str(template)
-            and not re.fullmatch(r"</?\w+>", token))
+            and not (tag and f"</{tag[1]}>" in str(template)))
 
 
 def read_sentencepiece(model, template=""):
@@ -239,7 +240,10 @@ def load_tokenizer(path, model=None):
                  if not token.special and is_markup(token.content, tokenizer.chat_template)]
     tokenizer.backend_tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unflagged])
-    vocab_size, ends = rows_and_ends(model or path)
+    vocab_size, ends = rows_and_ends(path)
+    if model and model != path:
+        vocab_size, its_own = rows_and_ends(model)
+        ends += [end for end in its_own if end < len(tokenizer)]
     with explain(path):
         end = encode_completion(tokenizer, "a", "b")[1][-1]
     tokenizer.end_ids = list(dict.fromkeys([end, tokenizer.eos_token_id, *ends]))

@@ -220,7 +220,8 @@ def test_an_out_that_cannot_be_made(argv_of, tmp_path, capsys, stage, below):
 def test_numbers_out_of_range(argv_of, tmp_path, capsys, stage, option, value):
     with pytest.raises(SystemExit) as ended:
         STAGES[stage].main(argv_of(stage, **{option: value}))
-    assert ended.value.code == 2 and f"argument --{option}: " in capsys.readouterr().err
+    said = f"argument --{option}: {value} is not a"
+    assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -57,7 +57,8 @@ def as_pytest(command, folder, log):
     redirect(log)
     forget_ours()
     os.chdir(folder)
-    sys.path[:] = ["", *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    ours = {str(ROOT), str(ROOT / "tests")}
+    sys.path[:] = ["", *(path for path in sys.path if path not in ours)]
     raise SystemExit(pytest.main(command))
 
 

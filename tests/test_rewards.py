@@ -383,8 +383,8 @@ def test_a_long_prompt_leaves_the_answer_whole(home, tmp_path):
 
 def test_a_reward_model_with_a_template_of_its_own_is_asked_in_it(ppo_argv, rm_run, tmp_path):
     """Though its tokens are the policy's."""
-    for template, name in ((None, "ScalarHead"), ("{{ messages[0]['content'] }}", "TextReward")):
-        folder = tmp_path / name
+    for template in ("", "{{ messages[0]['content'] }}"):
+        folder = tmp_path / f"rm{len(template)}"
         shutil.copytree(rm_run.folder, folder)
         if template:
             (folder / "chat_template.jinja").write_text(
@@ -392,18 +392,16 @@ def test_a_reward_model_with_a_template_of_its_own_is_asked_in_it(ppo_argv, rm_r
         args = parse(ppo, ppo_argv(rm=folder))
         tokenizer = load_tokenizer(args.sft)
         found = rewards.of_texts(args, tokenizer, None, load_scalar_head, last_token)
-        assert type(found or ScalarHead).__name__ == ("TextReward" if template else "type")
+        assert isinstance(found, rewards.TextReward) == bool(template)
 
 
-def test_random_numbers_of_a_reward_move_nothing_of_the_run(tokenizer):
-    texts = [([1, 2], [5, 2])]
-    reward = rewards.TextReward("r", tokenizer, lambda *_: [torch.rand(1).item()])
-    reward.remember([texts[0][0]], [{"user_input": "a"}])
+def test_random_numbers_of_a_judge_move_nothing_of_the_run(judge):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    reward.scores(texts, [True])
-    assert torch.equal(torch.rand(3), expected)
+    draws = judge("import torch\ndef score(user_input, completion): return torch.rand(1).item()")
+    first, second = draws(RECORDS, ANSWERS, ENDED)
+    assert first != second and torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("number", [2])

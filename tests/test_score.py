@@ -3,6 +3,8 @@
     pytest tests/test_score.py
 """
 
+import os
+
 import pytest
 from data_commands import COMPLETIONS, ROOT, asking, number_of, read, refused, run, write
 
@@ -121,11 +123,15 @@ def test_neither_the_input_nor_the_scores_of_another_are_replaced(tmp_path, caps
             capsys, lambda: run("score", source, *overwrite, out=tmp_path / "y.json", judge=judge)
         )
         assert f"would replace {source}" in line
+    mine = write(tmp_path / "z_unscored.json", "mine")
+    line = refused(capsys, lambda: run("score", source, out=tmp_path / "z.json", judge=judge))
+    assert f"{mine}: already exists" in line and not (tmp_path / "z.json").exists()
+    os.remove(mine)
     run("score", source, out=tmp_path / "z.json", judge=judge)
     scored = (tmp_path / "z.json").read_bytes()
     other = write(tmp_path / "other.json", COMPLETIONS[:2])
     line = refused(capsys, lambda: run("score", other, out=tmp_path / "z.json", judge=judge))
-    assert f"was made of {source}" in line and (tmp_path / "z.json").read_bytes() == scored
+    assert "was made of y_unscored.json" in line and (tmp_path / "z.json").read_bytes() == scored
     run("score", source, out=tmp_path / "z.json", judge=judge)  # again, of the same
     run("score", other, "--overwrite", out=tmp_path / "z.json", judge=judge)
     assert len(read(tmp_path / "z.json")) == 2

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.data import encode_prompts, encode_records
 from lib.dialogue import encode_completion, encode_prompt, encode_text
-from lib.tokenizer import CHAT_TEMPLATE
+from lib.tokenizer import CHAT_TEMPLATE, is_markup
 from makers import (
     CHATML, LLAMA2_GQA, LLAMA3, LLAMA3_TEMPLATE, RANKS, TIKTOKEN_MODEL, cut, dialogue,
     random_weights, refused, write, write_gguf, write_hugging_face, write_meta,
@@ -617,3 +617,13 @@ def test_a_tokenizer_elsewhere_keeps_the_end_tokens_of_the_model(tokenizer, tmp_
     alone = load_tokenizer(str(tmp_path / "tokenizer"))
     of_model = load_tokenizer(str(tmp_path / "tokenizer"), str(tmp_path / "model"))
     assert alone.end_ids == [2] and of_model.end_ids == [2, 5, 7]
+
+
+@pytest.mark.parametrize("token, template, is_control", [
+    ("<|im_end|>", CHATML, True), ("<|im_end|>", THINKS, True), ("<think>", THINKS, False),
+    ("</think>", THINKS, False), ("</think>", "{{ content.split('</think>')[-1] }}", False),
+    ("<end_of_turn>", "{{ content + '<end_of_turn>' }}", True), ("<think>", CHATML, False),
+    ("[INST]", "{{ '[INST]' + content }}", True), ("word", "{{ 'word' }}", False),
+])
+def test_what_of_a_template_is_a_control_token(token, template, is_control):
+    assert is_markup(token, template) == is_control

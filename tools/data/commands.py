@@ -96,14 +96,14 @@ class Journal:
             self.answers[key] = answer
 
 
-def journal_of(args):
-    """The journal of a command that makes the file --out of another."""
+def journal_of(args, *more):
+    """The journal of a command that makes the file --out of another, and `more` beside it."""
     if os.path.realpath(args.out) == os.path.realpath(args.file):
         stop(f"--out {args.out}: is the file that is read; name another")
-    journal = Journal(args.out + ".journal.jsonl", [args.out], args.overwrite)
-    source = dict(path=os.path.realpath(args.file))
+    journal = Journal(args.out + ".journal.jsonl", [args.out, *more], args.overwrite)
+    source = dict(path=os.path.relpath(args.file, os.path.dirname(args.out) or "."))
     before = journal.answers.get("source", source)
-    if before != source and not args.overwrite:
+    if before != source and os.path.exists(args.out) and not args.overwrite:
         stop(f"--out {args.out}: was made of {before['path']}; name another --out, or give "
              "--overwrite to replace it")
     if journal.answers.get("source") != source:

@@ -82,7 +82,7 @@ def score(args):
             stop(f"{args.file}: record {n}: field 'score' {wrong}")
     judge = Judge("--judge", args.judge) if args.judge else None
     template = "" if judge else template_of("reward", args.reward_template or args.templates)
-    journal = journal_of(args)
+    journal = journal_of(args, rest)
     if judge:
         judge.check(args.file, records)
         scores = []
