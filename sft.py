@@ -14,7 +14,6 @@ prompt
 Writes runs/sft: the model as a Hugging Face directory, metrics.csv and curves.png.
 """
 
-import math
 import time
 
 import torch
@@ -173,7 +172,7 @@ def main(argv=None):
         if held_out and (step + 1) % steps_per_epoch == 0:
             eval_loss = evaluate(model, held_out, args, tokenizer.pad_token_id)
             tqdm.write(f"epoch {(step + 1) // steps_per_epoch}: held-out loss {eval_loss:.4f} per "
-                       f"token, perplexity {math.exp(min(eval_loss, 700)):.2f}")
+                       f"token, perplexity {torch.tensor(eval_loss).exp():.2f}")
         run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
                 lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
         kept["watch"] = watch.state()

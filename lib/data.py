@@ -80,11 +80,6 @@ def file_of(path, records):
     return gzip.compress(data, mtime=0) if path.endswith(".gz") else data
 
 
-def save(path, records):
-    write_whole(path, file_of(path, records))
-    print(f"{path}: {len(records)} records")
-
-
 def save_all(files, overwrite=False):
     """Write `files`, {path: records, or bytes}. If one is there already, and is another, the
     program ends before any is written, unless it is to `overwrite` them."""
@@ -98,6 +93,11 @@ def save_all(files, overwrite=False):
     for path, found in files.items():
         write_whole(path, data[path])
         print(path if isinstance(found, bytes) else f"{path}: {len(found)} records")
+
+
+def save(path, records):
+    """Write one data file, in place of what is there."""
+    save_all({path: records}, overwrite=True)
 
 
 def half_character(text):

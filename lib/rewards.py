@@ -130,12 +130,13 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         alone = theirs.pad_token is None
         if not alone:  # so that the model finds the last token
             model.config.pad_token_id = theirs.pad_token_id
+        if theirs.chat_template:  # a long text loses its beginning, and not the answer
+            theirs.truncation_side = "left"
         # a tokenizer without a length states a huge one
         longest = min(theirs.model_max_length, getattr(config, "max_position_embeddings", 10**9))
 
         def score(asked, completions):
             if theirs.chat_template:
-                theirs.truncation_side = "left"
                 texts = [theirs.apply_chat_template(
                     [*([{"role": "user", "content": said}] if isinstance(said, str) else said),
                      {"role": "assistant", "content": completion}], tokenize=False)

@@ -8,7 +8,7 @@ import os
 import threading
 
 from lib.errors import explain, stop
-from lib.settings import any_whole
+from lib.settings import any_whole, number
 
 
 def add_command(commands, name, function, summary, example, *options):
@@ -31,20 +31,8 @@ def add_options(command, *options):
         command.add_argument(f"--{name}", default=default, type=kind, help=what)
 
 
-def share(text):
-    """argparse type: a number from 0 to below 1."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
-    return float(text)
-
-
-def not_negative(text):
-    """argparse type: a finite number from 0."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return float(text)
-
-
+share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+not_negative = number("a number from 0", lambda x: 0 <= x < math.inf)
 OUT = ("out", "data", "folder to write the data sets to", str)
 EVAL_SHARE = ("eval_share", 0.05, "share of the prompts that is held out, in ..._eval", share)
 
