@@ -48,7 +48,7 @@ from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import micro_batch
 from lib.run import Run
-from lib.settings import above_0, finite, parse, whole
+from lib.settings import above_0, finite, finite_above_0, parse, whole
 from lib.training import autocast, numbers, set_lr
 from model import (Generation, ScalarHead, decoding_copy, generate, last_token, load_llama,
                    load_scalar_head, load_tokenizer, over_vocabulary, save_checkpoint, states_of,
@@ -82,7 +82,7 @@ SETTINGS = [
     ("max_prompt_length", 128,      384,    "tokens; a longer prompt loses its beginning"),
     ("max_new_tokens",    40,       128,    "tokens; a longer response is cut"),
     ("temperature",       1.0,      1.0,    "of the sampling, and of all log probabilities",
-     above_0),
+     finite_above_0),
     "reward",
     ("kl_coef",           0.05,     0.05,   "score units per nat of KL to the reference"),
     ("kl_kind",           "k1",     "k1",   "estimator of the KL", ["k1", "k2", "k3"]),
@@ -115,7 +115,8 @@ SETTINGS = [
                                             "far from the one that sampled (approx_kl)", above_0),
     ("adam_eps",          1e-5,     1e-5,   "epsilon of Adam: entries of the gradient that are "
                                             "smaller hardly move their weight"),
-    ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this"),
+    ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this; inf: none",
+     above_0),
     "evaluation",
     ("eval_every",        20,       20,     "updates between evaluations, each with an export"),
     ("eval_number",       300,      64,     "held-out prompts to evaluate on"),

@@ -22,7 +22,6 @@ it yourself.
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
 
-import json
 import os
 import time
 
@@ -34,10 +33,11 @@ from lib.data import collate, encode_records, length_batches, on, read_records
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts, release,
                              start_processes, to_device, total)
 from lib.errors import clean_exit, stop
-from lib.health import RankingWatch, check_finite, warn_of_labels
+from lib.health import RankingWatch, check_finite
 from lib.lora import add_lora, trainable
 from lib.memory import micro_batch
 from lib.run import Run
+from lib.scored import read_scored, with_pairs
 from lib.settings import parse, whole
 from lib.training import autocast, set_lr
 from model import ScalarHead, last_token, load_llama, load_tokenizer, save_checkpoint
@@ -155,51 +155,6 @@ def score_texts(reward_model, examples, args, pad_token_id):
                  disable=RANK > 0)
     with torch.no_grad(), autocast(args):
         return gather_rows(read, parts, len(examples))[0]
-
-
-def group_by_prompt(records, examples):
-    """[[index into `examples`, ...] of each prompt]: several records share a user_input."""
-    groups = {}
-    for i, (_, _, number) in enumerate(examples):
-        prompt = json.dumps(records[number - 1]["user_input"], sort_keys=True)
-        groups.setdefault(prompt, []).append(i)
-    return list(groups.values())
-
-
-def read_scored(path, tokenizer, max_length, args):
-    """Scored completions -> [(prompt, completion, number of the record, from 1)] in tokens; of each
-    prompt the indices of its completions, with --loss ranking only where these have different
-    scores; and all scores (n,)."""
-    records = read_records(path, "user_input", "completion", "score")
-    examples = encode_records(records, tokenizer, max_length, path)
-    groups = group_by_prompt(records, examples)
-    labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
-    warn_of_labels(path, records, examples)
-    if len(set(labels.tolist())) == 1:
-        stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")
-    if args.loss == "regression":
-        return examples, groups, labels
-    useful, same = [], []
-    for group in groups:
-        (useful if len(set(labels[group].tolist())) > 1 else same).append(group)
-    if not useful:
-        stop(f"{path}: no prompt has two completions with different scores, so there is "
-             "nothing to rank; --loss regression learns the scores themselves")
-    if same:
-        print(f"{path}: of {len(groups)} prompts, {len(same)} left out: no two completions "
-              f"with different scores, such as record {examples[same[0][0]][2]}")
-    return examples, useful, labels
-
-
-def with_pairs(groups, labels):
-    """Groups to measure the pair accuracy on: those of `groups` with different labels. Data for
-    regression may have one completion per prompt; so if these hold fewer than half of the
-    completions, any 64 completions form a group. (Data for ranking hold no other groups.)"""
-    useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
-    if 2 * sum(map(len, useful)) >= sum(map(len, groups)):
-        return useful
-    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(64)
-    return [group.tolist() for group in mixed]
 
 
 def evaluate(reward_model, examples, groups, labels, args, pad_token_id):

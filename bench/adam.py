@@ -22,10 +22,11 @@ from transformers import LlamaConfig
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from bench.memory import CHECKED  # noqa: E402
 from lib.data import collate  # noqa: E402
 from model import load_llama, load_tokenizer, random_llama  # noqa: E402
 from ppo import masked_whiten, policy_loss, response_logprobs  # noqa: E402
-from tools.budget import CHECKED, SIZES  # noqa: E402
+from tools.budget import SIZES  # noqa: E402
 
 RANDOM = {name: size for name, (size, _) in CHECKED.items()} | {"1.2B": SIZES["1B"]}
 EPSILONS = [1e-5, 1e-8]

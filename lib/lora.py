@@ -42,8 +42,6 @@ def add_lora(model, args):
     but a scalar head -> the model, a `Llama` or a `ScalarHead`, changed in place. --lora_rank 0
     changes nothing. Ends the program with one line if a name is not that of a linear map."""
     if args.lora_rank == 0:
-        if args.base_dtype != "float32":
-            stop(f"--base_dtype {args.base_dtype} is for frozen weights: it needs --lora_rank")
         return model
     base_dtype = getattr(torch, args.base_dtype)
     for name, parameter in model.named_parameters():

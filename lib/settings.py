@@ -46,7 +46,8 @@ def number(what, fits):
 
 
 at_least_0 = number("a number of at least 0", lambda x: x >= 0)  # also inf
-above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
+above_0 = number("a number above 0", lambda x: x > 0)  # also inf
+finite_above_0 = number("a finite number above 0", lambda x: 0 < x < math.inf)
 finite = number("a finite number", math.isfinite)
 
 
@@ -132,6 +133,9 @@ def parse(script, doc, table, argv, real_if):
             value = demo if is_demo else real
             setattr(args, name, usable_device(value) if name == "device" else value)
     args = argparse.Namespace(**{row[0]: getattr(args, row[0]) for row in rows})  # in their order
+    for name, default, *_ in rows if not args.lora_rank else []:
+        if name in ("lora_alpha", "lora_targets", "base_dtype") and getattr(args, name) != default:
+            stop(f"--{name} is for LoRA: it needs --lora_rank")
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if RANK == 0:
         whose = "the demo" if is_demo else "a real model's settings"

@@ -1,5 +1,5 @@
-"""tools/budget.py against real models, PyTorch's own FLOP counter, and what autograd
-keeps."""
+"""tools/budget.py and bench/memory.py against real models, PyTorch's own FLOP counter, and what
+autograd keeps."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bench.memory as measuring
 import ppo
 import sft
 import train_rm
@@ -229,15 +230,16 @@ def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback():
 
 
 def measured(stage, said):
-    budget.CHECKED["tiny"] = (SIZE | dict(max_position_embeddings=256), 4)
+    measuring.CHECKED["tiny"] = (SIZE | dict(max_position_embeddings=256), 4)
     with open(said, "w") as file, contextlib.redirect_stdout(file):
-        budget.measure(stage, "tiny", "returned", [])
+        measuring.measure(stage, "tiny", "returned", [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_check_measures_a_step_of_each_stage(stage, tmp_path):
-    """In a process of its own, as --check: what earlier tests took would hide what a step takes."""
+def test_a_step_of_each_stage_is_measured(stage, tmp_path):
+    """In a process of its own, as bench/memory.py does: what earlier tests took would hide what a
+    step takes."""
     process = fork(measured, stage, tmp_path / "said")
     process.join(120)
     assert process.exitcode == 0

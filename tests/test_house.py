@@ -120,7 +120,7 @@ def test_imports_go_one_way_and_in_no_circle():
     assert circle(imports) is None
     # it does see them: those at the top, those of a function, and what the exceptions are for
     assert ("ppo.py", "model.py") in imports and ("model.py", "lib/checkpoints.py") in imports
-    assert ("tools/budget.py", "ppo.py") in imports
+    assert ("tools/look.py", "ppo.py") in imports
     assert {("data_gen.py", "tools/data/import_.py"), ("ppo.py", "train_rm.py")} <= imports
 
 

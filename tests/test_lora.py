@@ -26,6 +26,7 @@ import ppo
 import sft
 import train_rm
 from lib.lora import LoRALinear, add_lora, adapters_off, merged, trainable
+from lib.settings import parse
 from model import Llama, ScalarHead, random_llama
 
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
@@ -236,7 +237,6 @@ def test_generates(base_dtype):
     [
         (4, "q_proj,nope", "float32", "nope"),
         (4, "", "float32", "--lora_targets"),
-        (0, TARGETS, "bfloat16", "--lora_rank"),
     ],
 )
 def test_wrong_options(capsys, rank, targets, base_dtype, said):
@@ -244,6 +244,20 @@ def test_wrong_options(capsys, rank, targets, base_dtype, said):
         adapted(tiny(), rank, 16, targets, base_dtype)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option, value", [("lora_alpha", "8"), ("lora_targets", "q_proj"), ("base_dtype", "bfloat16")]
+)
+def test_an_option_of_lora_without_a_rank_is_refused(option, value, capsys):
+    for rank in ("0", "2"):
+        given = [f"--{option}={value}", f"--lora_rank={rank}"]
+        if rank == "2":
+            assert str(getattr(parse("x.py", "", [], given, [])[0], option)) == value
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                parse("x.py", "", [], given, [])
+            assert stopped.value.code == 2 and f"--{option} is for LoRA" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

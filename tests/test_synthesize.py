@@ -227,6 +227,21 @@ def test_prompts_use_the_rlhf_template(tmp_path, llm):
     )
 
 
+def test_what_other_seeds_made_is_not_replaced(tmp_path, llm, capsys):
+    first, other = (
+        write(tmp_path / name, lines([{"instruction": text}]))
+        for name, text in (("a.jsonl", EN), ("b.jsonl", "List four trees of Europe."))
+    )
+    options = dict(out=tmp_path / "o", number=10, eval_share=0, **asking(llm(inventor)))
+    for _ in range(2):  # the same command again only reads its journal
+        run("prompts", first, **options)
+    before = (tmp_path / "o" / "rlhf_training_data.json").read_bytes()
+    line = refused(capsys, lambda: run("prompts", other, **options))
+    assert "was made of ../a.jsonl" in line
+    assert (tmp_path / "o" / "rlhf_training_data.json").read_bytes() == before
+    run("prompts", other, "--overwrite", **options)
+
+
 def test_an_llm_that_invents_nothing(tmp_path, llm, capsys):
     server = llm(lambda question, n: "1. " + EN)
     seeds = write(tmp_path / "x.json", [{"instruction": EN}])

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.data import encode_prompts, encode_records
 from lib.dialogue import encode_completion, encode_prompt, encode_text
-from lib.tokenizer import CHAT_TEMPLATE, is_markup
+from lib.sentencepieces import is_markup
+from lib.tokenizer import CHAT_TEMPLATE
 from makers import (
     CHATML, LLAMA2_GQA, LLAMA3, LLAMA3_TEMPLATE, RANKS, TIKTOKEN_MODEL, cut, dialogue,
     random_weights, refused, write, write_gguf, write_hugging_face, write_meta,

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import model
 import train_rm
 from lib.data import collate
+from lib.scored import group_by_prompt
 from makers import (
     PlainDescent, clipped, distance, error_line, examples_of, gradient, in_file_order,
     plain_scores, read_rows, slow_values, write_records,
@@ -152,7 +153,7 @@ def test_rm_evaluate(rm_run, home):
     records, examples = home.records["scored_eval"], examples_of(home.scored_eval, home.tokenizer)
     groups, labels = by_prompt(records), [record["score"] for record in records]
     args = SimpleNamespace(micro_batch_size=2, device="cpu", dtype="float32")
-    assert train_rm.group_by_prompt(records, examples) == groups
+    assert group_by_prompt(records, examples) == groups
     accuracy, margin, error, by_gap = train_rm.evaluate(
         load_scalar_head(rm_run.folder),
         examples,

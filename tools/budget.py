@@ -2,8 +2,6 @@
 
     python -m tools.budget ppo --sft path/to/sft --processes 8
     python -m tools.budget                # a table: LLaMA of 1B to 70B, on 1, 8 and 64 processes
-    python -m tools.budget --check        # predicted and measured, for random LLaMAs that fit here
-    python -m tools.budget --check --stages ppo --sizes 21M --lora_rank=8
 
 sft, rm (train_rm.py) and ppo take the options of the stage. All sizes are the largest that the
 settings allow: every text is as long as it may be, and no response ends early.
@@ -11,27 +9,20 @@ settings allow: every text is as long as it may be, and no response ends early.
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import os
-import subprocess
 import sys
-from types import SimpleNamespace
 
 import torch
 from transformers import LlamaConfig
 
-from lib import kernels
 from lib.checkpoints import read_config
-from lib.data import collate
-from lib.distributed import clip_gradients, to_device
 from lib.errors import clean_exit
 from lib.flops import training_flops, update_flops
 from lib.lora import add_lora, trainable
 from lib.memory import LAPTOP, rollout_bytes, step_bytes
 from lib.settings import parse
-from lib.training import autocast
-from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, last_token, load_tokenizer
+from model import DEMO_MODEL, Llama, LlamaBackbone, ScalarHead, load_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,7 +64,7 @@ def budget(stage, config, args):
     gradients of the actor's embedding, norm and head, and of one layer
     (lib.distributed.to_device). "peak": what is there at one time; gradients are freed before a
     rollout. "resident": on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its
-    holes add up to 0.3 of what is in use, as --check measures.
+    holes add up to 0.3 of what is in use, as bench/memory.py measures.
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
@@ -148,7 +139,7 @@ def predict(stage, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# The table, and the check
+# The table
 
 LLAMA_2 = dict(vocab_size=32000, max_position_embeddings=4096)
 SIZES = {  # Meta's: LLaMA 3.2 1B; LLaMA 2 7B, 13B and 70B
@@ -161,12 +152,6 @@ SIZES = {  # Meta's: LLaMA 3.2 1B; LLaMA 2 7B, 13B and 70B
                 num_attention_heads=40),
     "70B": dict(LLAMA_2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                 num_attention_heads=64, num_key_value_heads=8),
-}
-CHECKED = {  # name: (model, rows of a micro-batch)
-    "21M": (dict(vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=10,
-                 num_attention_heads=6, num_key_value_heads=2), 8),
-    "135M": (dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True), 2),
 }
 
 
@@ -192,72 +177,6 @@ def table(options):
         print(f"| {name} | {peaks} | {found[0]['flops']:.1e} |")
 
 
-def memory(field):
-    """Bytes of this process on Linux: VmRSS now, VmHWM at its peak."""
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def measure(stage, name, freed, options):
-    """Two optimizer steps (ppo: updates) of a random LLaMA in this process, printed as a row of the
-    table -> whether the prediction is off by more than 15 %. Two, since only the second has Adam's
-    state beside gradients and activations; each of two micro-batches."""
-    import ppo
-    import sft
-    import train_rm
-    if freed == "kept":
-        kernels.keep_freed_memory()
-    else:  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are freed
-        ctypes.CDLL(None).mallopt(-3, 128 * 1024)
-    (size, rows), sizes = CHECKED[name], dict(max_length=190)
-    if stage == "rm":
-        rows = max(1, rows // 4)
-    elif stage == "ppo":
-        sizes = dict(minibatch_size=2 * rows, ppo_epochs=1, max_prompt_length=127,
-                     max_new_tokens=63)
-    args = settings(stage, options, device="cpu", batch_size=2 * rows, micro_batch_size=rows,
-                    **sizes)
-    config, tokenizer = LlamaConfig(**size), SimpleNamespace(pad_token_id=0, end_ids=[-1])
-    # the threads and libraries of a backward pass
-    torch.randn(64, 64).requires_grad_().square().sum().backward()
-    before = memory("VmRSS")
-    models = [to_device(model, args) for model in networks(stage, config, args, "cpu")]
-    optimizers = [torch.optim.AdamW(trainable(model), fused=True) for model in models[:2]]
-
-    def text(n):
-        return torch.randint(1, config.vocab_size, (n,)).tolist()
-
-    def backward(model):
-        """Of a micro-batch. One token is the prompt: the budget takes all for completion."""
-        batch = [(text(1), text(args.max_length - 1)) for _ in range(rows)]
-        if stage == "sft":
-            return sft.completion_losses(model, *collate(batch, 0), args, scale=1.0)
-        input_ids, places = collate(4 * batch, 0)
-        with autocast(args):
-            scores = last_token(model(input_ids), places)
-        train_rm.ranking_loss(scores, torch.arange(len(scores))).backward()
-
-    for _ in range(2):
-        if stage == "ppo":
-            (actor, critic, ref, reward_model), everyone = models, list(range(2 * rows))
-            prompts = [text(args.max_prompt_length) for _ in everyone]
-            experience, _ = ppo.make_experience(actor, critic, reward_model, ref, prompts,
-                                                [everyone], tokenizer, args, args.kl_coef, None)
-            trained = dict(actor=(actor, optimizers[0]), critic=(critic, optimizers[1]))
-            ppo.train_minibatch(trained, experience, everyone, [], tokenizer, args)
-            continue
-        for _ in range(2):
-            backward(models[0])
-        clip_gradients(models[0], 1.0)
-        optimizers[0].step()
-        optimizers[0].zero_grad()
-    found, measured = budget(stage, config, args), memory("VmHWM") - before
-    predicted = found["resident" if freed == "kept" else "peak"]
-    mib = " | ".join(f"{x / 2**20:.0f} MiB" for x in (found["activations"], predicted, measured))
-    print(f"| {stage} | {name} | {freed} | {mib} | {predicted / measured:.2f} |", flush=True)
-    return abs(predicted / measured - 1) > 0.15
-
-
 @clean_exit
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -265,23 +184,8 @@ def main(argv=None):
         return predict(argv[0], argv[1:])
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with what is measured")
-    parser.add_argument("--stages", nargs="+", default=["sft", "rm", "ppo"], help="of --check")
-    parser.add_argument("--sizes", nargs="+", default=CHECKED, choices=CHECKED, help="of --check")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args, options = parser.parse_known_args(argv)
-    if args.measure:
-        raise SystemExit(measure(*args.measure, options))
-    if not args.check:
-        return table(options)
-    print("| stage | LLaMA | freed memory | activations | predicted | measured | ratio |\n"
-          + "| --- " * 7 + "|", flush=True)
-    # Each in a process of its own, since the peak counts; and twice: with freed memory given back,
-    # so that the peak is what was in use at one time, and kept, as the stages keep it on a CPU
-    command = [sys.executable, "-m", "tools.budget", "--measure"]
-    off = [subprocess.call([*command, stage, name, freed, *options])
-           for stage in args.stages for name in args.sizes for freed in ("returned", "kept")]
-    raise SystemExit(any(off))
+    _, options = parser.parse_known_args(argv)
+    table(options)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from lib.data import collate, encode_prompts, encode_records, read_records
 from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora
-from lib.state import FREE
+from lib.scored import group_by_prompt, with_pairs
 from lib.settings import COMMON, DEVICE, positive, usable_device
+from lib.state import FREE
 from lib.training import autocast, set_lr
-from model import (last_token, load_llama, load_scalar_head, load_tokenizer, states_of,
-                   tokens_of)
+from model import last_token, load_llama, load_scalar_head, load_tokenizer, states_of, tokens_of
 
 TEMPLATE = os.path.splitext(__file__)[0] + ".html"
 COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
@@ -208,7 +208,7 @@ def judge(folder, args):
     records = read_records(args.eval_data, "user_input", "completion", "score")
     examples = encode_records(records, tokenizer, args.max_length, args.eval_data)
     labels = torch.tensor([float(records[n - 1]["score"]) for *_, n in examples])
-    groups = train_rm.with_pairs(train_rm.group_by_prompt(records, examples), labels)
+    groups = with_pairs(group_by_prompt(records, examples), labels)
     scores = train_rm.score_texts(reward_model, examples, args, tokenizer.pad_token_id).cpu()
     accuracy, margin, _ = map(torch.cat, zip(*(
         train_rm.pair_statistics(scores[group], labels[group]) for group in groups)))

@@ -49,11 +49,12 @@ class Journal:
     """{digest of what was asked: answer, a dict} as JSON Lines. An answer is on disk when `add`
     returns.
 
-    Without a journal at `path`, the files in `outputs` are not the work of an earlier run: if one
-    is there, the program ends, unless it is to `overwrite` them.
+    The files in `outputs` are made of these answers and of the file `source`. If one is there
+    without a journal at `path`, or with that of another source, the program ends, unless it is to
+    `overwrite` them.
     """
 
-    def __init__(self, path, outputs, overwrite):
+    def __init__(self, path, outputs, source, overwrite):
         there = [output for output in outputs if os.path.exists(output)]
         if there and not os.path.exists(path) and not overwrite:
             stop(f"{there[0]}: already exists; name another --out, or give --overwrite to "
@@ -68,6 +69,13 @@ class Journal:
                     whole += len(line)
                     self.read(line)
             self.file.truncate(whole)  # the last line may be half written
+        made_of = dict(path=os.path.relpath(source, os.path.dirname(path) or "."))
+        before = self.answers.get("source", made_of)
+        if there and before != made_of and not overwrite:
+            stop(f"{there[0]}: was made of {before['path']}; name another --out, or give "
+                 "--overwrite to replace it")
+        if self.answers.get("source") != made_of:
+            self.add("source", made_of)
 
     def read(self, line):
         try:
@@ -88,12 +96,4 @@ def journal_of(args, *more):
     """The journal of a command that makes the file --out of another, and `more` beside it."""
     if os.path.realpath(args.out) == os.path.realpath(args.file):
         stop(f"--out {args.out}: is the file that is read; name another")
-    journal = Journal(args.out + ".journal.jsonl", [args.out, *more], args.overwrite)
-    source = dict(path=os.path.relpath(args.file, os.path.dirname(args.out) or "."))
-    before = journal.answers.get("source", source)
-    if before != source and os.path.exists(args.out) and not args.overwrite:
-        stop(f"--out {args.out}: was made of {before['path']}; name another --out, or give "
-             "--overwrite to replace it")
-    if journal.answers.get("source") != source:
-        journal.add("source", source)
-    return journal
+    return Journal(args.out + ".journal.jsonl", [args.out, *more], args.file, args.overwrite)

@@ -158,7 +158,7 @@ def new_data(args):
     seeds = list(dict.fromkeys(as_text(record["user_input"]) for record in seeds))
     outputs = [os.path.join(args.out, f"{name}_training_data{twin}.json")
                for name in args.make for twin in ("", "_eval")]
-    journal = Journal(os.path.join(args.out, f"{args.command}.journal.jsonl"), outputs,
+    journal = Journal(os.path.join(args.out, f"{args.command}.journal.jsonl"), outputs, args.file,
                       args.overwrite)
     new = invent(args, journal, template, seeds)
     records = [{"user_input": text} for text in new]
