@@ -35,6 +35,9 @@ RUNS = {  # name: (options of ppo.py, which reward model)
     "no advantage whitening": (["--no_whiten_advantages"], "rm"),
     "no PTX": (["--ptx_coef", "0"], "rm"),
     "critic from scratch": (["--critic", "sft"], "rm"),
+    "lambda 1": (["--lam", "1"], "rm"),
+    "one pass": (["--ppo_epochs", "1"], "rm"),
+    "Adam's epsilon 1e-8": (["--adam_eps", "1e-8"], "rm"),
     "reward model from a tenth of the data": ([], "rm_tenth"),
     "a tenth of the data and no KL penalty": (["--kl_coef", "0"], "rm_tenth"),
 }
