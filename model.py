@@ -8,8 +8,8 @@
 
 One forward pass serves training and decoding. It gives hidden states `(B, T, d)`; whoever wants
 logits or values projects the positions that it needs: `llama.lm_head(hidden[...])`. The parameters
-carry Hugging Face's names. How checkpoints and tokenizers lie on disk is in lib/formats.py,
-lib/checkpoints.py and lib/tokenizer.py, which a first reading does not need.
+carry Hugging Face's names. How checkpoints and tokenizers are stored is in lib/formats.py,
+lib/checkpoints.py and lib/tokenizer.py, which a first reading can skip.
 """
 
 import copy
@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lib import checkpoints, kernels
+from lib.data import left_pad
 from lib.distributed import RANK, is_sharded, total, wait_for_all
 from lib.errors import explain, stop
 from lib.graphs import can_be_captured, captured
@@ -45,6 +46,13 @@ def rotate(x, cos, sin):
     b cos + a sin). `x` (B, heads, T, h); `cos`, `sin` (B, 1, T, h), each angle in both halves, and
     `sin` with a minus in the first."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # roll: (a, b) -> (b, a)
+
+
+def recomputed(function, *inputs):
+    """`function(*inputs)`; only the inputs are kept, and the backward pass computes it again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Linear(nn.Linear):
@@ -71,9 +79,9 @@ class Attention(nn.Module):
         (B, kv heads, length, h), and the columns (T,) in which these tokens are written; None: no
         cache."""
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
             keys, values, columns = past
             keys.index_copy_(2, columns, k.to(keys.dtype))
@@ -98,17 +106,15 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():  # a quarter of what a layer keeps, and cheap to compute again
-            return checkpoint(self.down, gate, up, use_reentrant=False, preserve_rng_state=False)
-        return self.down(gate, up)
+        # a quarter of what a layer would keep, and cheap to compute again
+        return recomputed(self.down, self.gate_proj(x), self.up_proj(x))
 
 
 class Block(nn.Module):
     """h <- h + attention(norm(h)),  h <- h + MLP(norm(h)); norm is RMSNorm (Zhang and Sennrich
     2019, eq. 4)."""
 
-    recompute = False  # gradient checkpointing: keep the input, compute the rest again backwards
+    recompute = False  # --gradient_checkpointing
 
     def __init__(self, config):
         super().__init__()
@@ -121,17 +127,16 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def forward(self, hidden, *context):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, hidden, *context, use_reentrant=False,
-                              preserve_rng_state=False)
+        if self.recompute:
+            return recomputed(self.compute, hidden, *context)
         return self.compute(hidden, *context)
 
 
 class Cache:
     """Keys and values of the tokens that have been read, laid out once for `length` of them:
     growing them by concatenation would copy everything for every token. `tensor` (layers, 2, B, kv
-    heads, length, h). `columns` (T,): where the next T tokens are written. It is a tensor and no
-    number, so that a step that moves it on can be captured as a CUDA graph."""
+    heads, length, h). `columns` (T,): where the next T tokens are written; a tensor, not a number,
+    so that a step that advances it can be captured as a CUDA graph."""
 
     def __init__(self, config, batch, length, dtype, device):
         # zeros: columns not written yet are read too, under the mask, and 0 times nan would be nan
@@ -140,8 +145,8 @@ class Cache:
         self.columns = torch.arange(length, device=device)
 
     def part(self, rows, columns):
-        """The same memory, for a slice of the rows, the next tokens being written in a slice of the
-        columns; columns before that slice are not attended to."""
+        """A view of the same memory for a slice of the rows: the next tokens are written in a slice
+        of the columns, and no column before it is attended to."""
         part = copy.copy(self)
         part.tensor = self.tensor[:, :, rows, :, columns.start:]
         part.columns = self.columns[:columns.stop - columns.start]
@@ -254,8 +259,7 @@ def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     if len(states) <= piece:
         return compute(states, tokens)
     pieces = zip(states.split(piece), tokens.split(piece))
-    return torch.cat([checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False)
-                      for part in pieces])
+    return torch.cat([recomputed(compute, *part) for part in pieces])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,8 +291,8 @@ def last_token(values, places):
 def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
     """A `Llama` from a Hugging Face directory or hub name, Meta's directory, or a `.gguf` file;
     from None the demo's, tiny and random (DEMO_MODEL). Ends the program with one line if there is
-    none, or if the tokenizer has more tokens than the embedding has rows. With `resize` the
-    embedding gets a row for each of these."""
+    none, or if the tokenizer has more tokens than the embedding has rows; with `resize` the missing
+    rows are added."""
     ids = set(tokenizer.get_vocab().values())
     if path is None:
         size = max(ids) + 1  # not len(tokenizer): some leave ids out
@@ -301,9 +305,9 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
         llama.generation_config = generation_config
         fill(llama, tensors, path, dtype)
         llama.tie()
-    if unused := set(range(llama.config.vocab_size)) - ids:
-        rows = torch.arange(llama.config.vocab_size)
-        llama.lm_head.unused = torch.isin(rows, torch.tensor(list(unused)))
+    unused = [row not in ids for row in range(llama.config.vocab_size)]
+    if any(unused):
+        llama.lm_head.unused = torch.tensor(unused)
     return llama.eval()
 
 
@@ -328,9 +332,8 @@ def load_scalar_head(path, dtype=torch.float32):
 
 
 def fill(model, tensors, path, dtype):
-    """Let the parameters of `model`, made on the meta device, be these tensors, in `dtype`; no
-    second copy is made. Each tensor has its place, and each place its tensor, or the program
-    ends."""
+    """Make these tensors, in `dtype`, the parameters of `model`, which is on the meta device; they
+    are not copied. A tensor without a parameter, or the reverse, ends the program."""
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     names = {name for name, _ in model.named_parameters()}
@@ -409,10 +412,9 @@ def decoding_copy(llama, dtype):
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
     """What `self_test` does in three lines with the whole text, here with a cache and fast. Yields,
-    after each token, rows of the batch (n,) and all that each has written: tokens and log
-    probabilities (n, N so far). Rows that have ended are dropped many at a time, so what some wrote
-    after their end is yielded too. On a GPU only after every 16, since asking which have ended
-    waits for it.
+    after each token (on a GPU after 16, since asking which rows have ended waits for it), rows of
+    the batch (n,) and all that each has written: tokens and log probabilities (n, N so far). Rows
+    that have ended are dropped many at a time, so what some wrote after their end is yielded too.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which belongs to it. Row b
@@ -440,8 +442,8 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
     cache = Cache(model.config, batch, room, dtype, device)
 
     def next_logits(new, positions, mask, cache):
-        # inference mode saves a tenth of a step on a CPU. Not with FSDP, nor under autocast, which
-        # keeps no casts in it and would cast each weight again for each token
+        # inference mode saves a tenth of a step on a CPU. Not with FSDP; nor under autocast, which
+        # would cast each weight again for each token, since it caches no casts in that mode
         plain = device.type == "cpu" and not in_step and not torch.is_autocast_enabled("cpu")
         with torch.inference_mode(plain), torch.no_grad():
             return model.lm_head(model(new, positions, mask, cache)[:, -1]).float()
@@ -533,10 +535,7 @@ def self_test():
     torch.manual_seed(0)
     llama = random_llama(LlamaConfig(vocab_size=100, **DEMO_MODEL))
     prompts = [torch.randint(100, (n,)).tolist() for n in (1, 9, 4)]
-    length = max(map(len, prompts))
-    padded = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = generate(llama, padded, mask, 20, eos_token_id=[7, 8], temperature=0)
+    out = generate(llama, *left_pad(prompts, 0), 20, eos_token_id=[7, 8], temperature=0)
     for prompt, row, used in zip(prompts, out.tokens, out.mask):
         text = list(prompt)
         while len(text) < len(prompt) + 20 and not (len(text) > len(prompt) and text[-1] in (7, 8)):

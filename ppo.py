@@ -19,18 +19,14 @@ reward model and the reference (the SFT policy); the last two are frozen. The al
             actor:  policy_loss - entropy_coef entropy + ptx_coef ptx_loss -> gradient step
             critic: value_loss -> gradient step
 
-Reward of the token at t:   r_t = - kl_coef KL_t  +  [t is the last token] score
-Actor:    minimize   L_clip - entropy_coef H + ptx_coef L_ptx
-Critic:   minimize   L_value
-
-(Ziegler et al. 2019, eq. 2; Schulman et al. 2017, eq. 7 and 9, and InstructGPT, eq. 2; the value
-loss is that of OpenAI's lm-human-preferences.)
+(The rewards are those of Ziegler et al. 2019, eq. 2; the actor's loss is Schulman et al. 2017, eq.
+7 and 9, and InstructGPT, eq. 2; the value loss is that of OpenAI's lm-human-preferences.)
 
 Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv,
 samples.jsonl (each held-out answer of each evaluation) and curves.png.
 
-To read it for the algorithm: skip the two tables, SETTINGS and METRICS; then the maths,
-make_experience, train_minibatch, and the loop of main.
+To read it for the algorithm, skip the tables SETTINGS and METRICS; read the maths,
+make_experience, train_minibatch and the loop of main.
 """
 
 import contextlib
@@ -41,9 +37,9 @@ import torch
 import torch.nn.functional as F
 
 from lib import health, rewards
-from lib.data import collate, deal, encode_prompts, encode_records, left_pad, on, read_records
+from lib.data import collate, deal, encode_inputs, left_pad, on, read_prompts, text_lengths
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
-                             my_parts, start_processes, to_device, total, wait_for_all)
+                             my_parts, own_stream, start_processes, to_device, total, wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import micro_batch
@@ -73,8 +69,8 @@ SETTINGS = [
     ("prompts",           "data/rlhf_training_data.json", None, "prompts to practise on"),
     ("eval_prompts",      "data/rlhf_training_data_eval.json", None, "held out, answered greedily"),
     ("demonstrations",    "data/actor_training_data.json", None, "for the PTX term"),
-    ("gold",              os.path.join(HERE, "data_gen.py"), None, "a Python file with "
-     "score(user_input, completion) -> float: a judge that PPO never learns from"),
+    ("gold",              os.path.join(HERE, "data_gen.py"), None,
+     "a Python file like --reward's: a judge that PPO never learns from"),
     ("out",               "runs/ppo", "runs/ppo", "run directory"),
     "experience",
     ("updates",           80,       1000,   "rounds of experience and training"),
@@ -92,19 +88,18 @@ SETTINGS = [
     ("no_eos_score",      None,     None,   "score of a response that was cut. Not given: -1 with "
                                             "a reward model; with --reward, what it says",
      finite),
-    ("normalize_reward",  False,    False,  "divide the scores by their running standard "
-                                            "deviation"),
-    ("whiten_rewards",    False,    False,  "scale the rewards about their mean to standard "
-                                            "deviation 1"),
+    ("normalize_reward",  False,    False,  "divide scores by their running standard deviation"),
+    ("whiten_rewards",    False,    False,  "scale rewards to deviation 1, about their mean"),
     ("gamma",             1.0,      1.0,    "discount of later rewards; 1: none"),
     ("lam",               0.95,     0.95,   "lambda of GAE: 0 trusts the critic, 1 the rewards"),
     ("no_whiten_advantages", False, False,  "leave the advantages as they are"),
     "training",
     ("ppo_epochs",        2,        1,      "passes over each round's experience"),
     ("minibatch_size",    32,       32,     "responses per optimizer step"),
-    ("micro_batch_size",  32,       0,      "responses per forward pass, if all are the longest: "
-                                            "bounds the memory (decoding runs the whole batch). 0: "
-                                            "4 on a CPU, on a GPU as many as fit", whole),
+    ("micro_batch_size",  32,       0,      "responses per forward pass, more if they are short: "
+                                            "only bounds the memory (decoding runs the whole "
+                                            "batch). 0: 4 on a CPU, on a GPU as many as fit",
+     whole),
     ("lr",                2e-4,     2.5e-5, "learning rate of the actor; decays linearly to 0"),
     ("critic_lr",         1e-3,     5e-5,   "learning rate of the critic, likewise"),
     ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
@@ -267,8 +262,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
         L = - mean  min(rho A, clamp(rho, 1 - clip, 1 + clip) A)
 
     All (B, T); the gradient flows through `logprobs` only -> loss, and clip_fraction: the share of
-    tokens where clipping is active: no gradient. That is where A > 0 and rho > 1 + clip, or A < 0
-    and rho < 1 - clip. A token that moved the wrong way always keeps its gradient.
+    clipped tokens, which get no gradient: A > 0 and rho > 1 + clip, or A < 0 and rho < 1 - clip. A
+    token that moved the wrong way always keeps its gradient.
     """
     log_ratio = inside(logprobs, mask) - inside(old_logprobs, mask).detach()
     ratio = torch.exp(log_ratio.clamp(-LARGEST_LOG, LARGEST_LOG))
@@ -336,8 +331,8 @@ def to_rows(flat, places, mask):
 
 
 def response_logprobs(actor, input_ids, places, mask, args, entropy=False):
-    """log pi (B, T) of the response tokens; with `entropy` also that of the actor's distributions
-    at these places, (B, T). Only the states in which the tokens were chosen go through the
+    """log pi (B, T) of the response tokens; with `entropy` also the entropy (B, T) of the
+    actor's distributions there. Only the states in which the tokens were chosen go through the
     vocabulary projection: nothing here has the size (B, L, V)."""
     def look(logits, tokens):
         found = [logprobs_from_logits(logits, tokens, args.temperature)]
@@ -359,13 +354,10 @@ def response_values(critic, input_ids, places, mask):
 
 @torch.no_grad()
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
-    """The actor's responses to tokenized prompts -> texts, and `Generation` (see
-    model.generate)."""
-    if WORLD > 1 and generator:  # each samples with a stream of its own, drawn from the common one
-        seeds = torch.randint(2 ** 62, (WORLD,), generator=generator, device=args.device)
-        generator = torch.Generator(args.device).manual_seed(seeds[RANK].item())
-    # A copy of the weights for the rollout, where it is faster: in bf16 under --dtype bfloat16, as
-    # decoding reads each weight once per token; with many processes whole. Adapters are merged.
+    """The actor's responses to tokenized prompts -> texts, and a `model.Generation`."""
+    generator = own_stream(generator)
+    # A copy of the weights decodes faster: in bf16 under --dtype bfloat16, since each weight is
+    # read once per token; with many processes whole. It has its adapters merged.
     as_it_is = args.dtype == "float32" and WORLD == 1 or args.shard_rollout
     writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
 
@@ -399,8 +391,7 @@ def score_responses(reward_model, texts, tokenizer, args):
         with autocast(args), adapters_off(reward_model):
             return [last_token(reward_model(input_ids), places)]
 
-    lengths = [len(prompt) + len(response) for prompt, response in texts]
-    parts = micro_batches(range(len(texts)), lengths, args.micro_batch_size)
+    parts = micro_batches(range(len(texts)), text_lengths(texts), args.micro_batch_size)
     return *gather_rows(read, parts, len(texts)), ended
 
 
@@ -424,15 +415,14 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     (B, T); and statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
-    mask, lengths = out.mask, [len(prompt) + len(response) for prompt, response in texts]
+    mask, lengths = out.mask, text_lengths(texts)
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
     scores = counted(model_scores, ended, args)
 
-    # In float32 the log probabilities from the sampling itself are as good as those of a training
-    # pass. In bf16 or TF32 they are not, nor are those of the same row in another batch: sums are
-    # rounded at other places. So actor, reference and critic are asked about the very
-    # micro-batches of the first training pass: before its first step all ratios are then 1, and
-    # the KL begins at 0.
+    # In float32 the log probabilities of the sampling are as good as those of a training pass. In
+    # bf16 or TF32 they are not, nor are those of the same row in another batch: sums are rounded
+    # differently. So all three models are asked about the very micro-batches of the first training
+    # pass: before its first step all ratios are then 1, and the KL begins at 0.
     sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
@@ -499,8 +489,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     actor, _ = trained["actor"]
     critic, _ = trained["critic"]
     all_tokens = experience["mask"][on(args.device, rows)].sum()
-    # Summed up on the device; asking for the numbers, which waits for it, comes at the step's end.
-    # A statistic more: its name here, its value in `found`, and its column in METRICS.
+    # The sums stay on the device until the step's end: asking for a number waits for it. To add a
+    # statistic: its name here, its value in `found`, its column in METRICS.
     zero = torch.zeros((), device=args.device)
     sums = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
                           "value_clip_fraction", "approx_kl", "largest_ratio"], zero)
@@ -538,31 +528,27 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
-    lengths = [len(prompt) + len(completion) for prompt, completion, _ in demonstrations]
+    lengths = text_lengths(demonstrations)
     for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size):
         examples = [demonstrations[i] for i in part]
         input_ids, places = collate(examples, tokenizer.pad_token_id, args.device)
         start = min(len(prompt) for prompt, _, _ in examples) - 1  # no row has a target before it
-        labels = torch.full_like(input_ids, -100).index_put(
-            (places.row, places.column), tokens_of(input_ids, places))[:, start:]
+        labels = torch.full_like(input_ids, -100)
+        labels[places.row, places.column] = tokens_of(input_ids, places)
         with autocast(args):
             logits = actor.lm_head(actor(input_ids)[:, start:])
-        targets = weight * sum(len(completion) for _, completion, _ in examples)
-        loss = ptx_loss(logits, labels) * targets / all_targets
+        loss = ptx_loss(logits, labels[:, start:]) * weight * len(places.row) / all_targets
         (args.ptx_coef * loss).backward()
         sums["ptx_loss"] = sums["ptx_loss"] + loss.detach()
 
-    # the whole gradient of a model is scaled down as one (Huang et al. 2022, global gradient
-    # clipping)
+    # each model's gradient is scaled down as a whole (Huang et al. 2022, global gradient clipping)
     norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
              for name, (model, _) in trained.items()}
     values = numbers(sums | norms)
     statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
                   for name in sums}
-    for name in ("policy_loss", "value_loss", "ptx_loss"):
-        health.finite(statistics[name], name.replace("_", " "), args.out)
-    for name in norms:
-        health.finite(values[name], name, args.out)
+    for name in ("policy_loss", "value_loss", "ptx_loss", *norms):
+        health.finite((values | statistics)[name], name.replace("_", " "), args.out)
     too_far = args.target_kl and statistics["approx_kl"] > args.target_kl
     for _, optimizer in trained.values():
         if not too_far:
@@ -581,8 +567,8 @@ def averaged(found):
 # The run
 
 def run_missing_stages(args):
-    """The stages of the demo whose result is not at its default place. An interrupted one is
-    resumed, if it had saved anything."""
+    """Run each stage of the demo whose result is missing; resume one that was interrupted, if it
+    had saved anything."""
     import data_gen  # only here does one stage know another
     import sft
     import train_rm
@@ -600,8 +586,8 @@ def run_missing_stages(args):
 
 
 def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
-    """Greedy answers to held-out prompts -> a dict of each for samples.jsonl, and the mean scores
-    of reward model and gold judge."""
+    """Greedy answers to held-out prompts -> a dict per answer for samples.jsonl, and the mean
+    scores of the reward model and the gold judge."""
     samples = []
     if not prompts:
         return [], {}
@@ -646,8 +632,8 @@ def check(args, demo):
 
 def four_models(args, tokenizer, text_reward):
     """Actor, critic, reference and reward model. All are in eval mode: LLaMA has no dropout, and a
-    ratio must differ from 1 by training alone (Huang et al. 2024). With LoRA, what is frozen is
-    what learns with its adapters off: two LLaMAs, if the critic begins as the reward model."""
+    ratio must differ from 1 by training alone (Huang et al. 2024). With LoRA, a frozen model is the
+    one that learns, its adapters off: two LLaMAs, if the critic begins as the reward model."""
     def learning(model):
         return to_device(add_lora(model, args), args)
 
@@ -675,52 +661,25 @@ def with_optimizers(args, **models):
             for name, model in models.items()}
 
 
-def longest_prompt(config, args):
-    """Tokens that a prompt may have."""
-    limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
-    if limit < 1:
-        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
-             f"context is {config.max_position_embeddings} tokens")
-    return limit
-
-
-def encode_inputs(records, eval_records, reward_model, config, tokenizer, args):
-    """Prompts, held-out prompts, and the demonstrations for the PTX term, as tokens."""
-    limit = longest_prompt(config, args)
-    prompts, eval_prompts = (
-        encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
-        for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))
-    if not isinstance(reward_model, ScalarHead):  # it scores texts
-        reward_model.remember(prompts + eval_prompts, records + eval_records)
-    demonstrations = []
-    if args.ptx_coef:
-        demonstrations = encode_records(
-            read_records(args.demonstrations, "user_input", "completion"), tokenizer,
-            limit + args.max_new_tokens, args.demonstrations)
-    elif args.demonstrations:
-        print(f"{args.demonstrations} is not used: --ptx_coef is 0")
-    return prompts, eval_prompts, demonstrations
-
-
 @clean_exit
 def main(argv=None):
     args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
     check(args, demo)
     start_processes(args)
     run = Run(args, "ppo", METRICS)
-    if demo:  # a path that the user named is never made up
+    if demo:  # only the default paths: what the user named must exist
         run_missing_stages(args)
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.sft, args.sft)
-    records, eval_records = read_records(args.prompts, "user_input"), []
-    if args.eval_prompts:
-        eval_records = read_records(args.eval_prompts, "user_input")[:args.eval_number]
+    records, eval_records = read_prompts(args)
     judge, gold = rewards.judges(args, records, eval_records)
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor, critic, ref, reward_model = four_models(args, tokenizer, text_reward)
     prompts, eval_prompts, demonstrations = encode_inputs(
-        records, eval_records, reward_model, actor.config, tokenizer, args)
+        records, eval_records, actor.config, tokenizer, args)
+    if text_reward:
+        text_reward.remember(prompts + eval_prompts, records + eval_records)
 
     trained = with_optimizers(args, actor=actor, critic=critic)
     args.micro_batch_size = micro_batch("ppo", trained, args, run.state)

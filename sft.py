@@ -4,7 +4,7 @@
     python sft.py --model path/to/llama --data my.json --eval_data my_eval.json
     torchrun --nproc_per_node=8 sft.py --model ...         # on 8 GPUs, which share one model
 
-Loss: the next-token cross entropy of the completion and its end-of-sequence token, none of the
+Loss: the next-token cross entropy of the completion and its end-of-sequence token, not of the
 prompt
 
     L(theta) = - 1/N  sum over all completion tokens  log pi_theta(y_t | x, y_<t)
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.data import collate, encode_records, length_batches, read_records
+from lib.data import collate, encode_records, length_batches, read_records, text_lengths
 from lib.distributed import (WORLD, clip_gradients, largest, my_parts, start_processes, to_device,
                              total)
 from lib.errors import clean_exit, stop
@@ -47,9 +47,8 @@ SETTINGS = [
     "training",
     ("epochs",            6,      3,      "passes over the demonstrations"),
     ("batch_size",        32,     128,    "demonstrations per optimizer step"),
-    ("micro_batch_size",  32,     0,      "demonstrations per forward pass: bounds the memory, and "
-                                          "changes nothing else. 0: 4 on a CPU, on a GPU as "
-                                          "many as fit", whole),
+    ("micro_batch_size",  32,     0,      "demonstrations per forward pass: only bounds the "
+                                          "memory. 0: 4 on a CPU, on a GPU as many as fit", whole),
     ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
     ("weight_decay",      0.1,    0.0,    "AdamW's weight decay"),
     ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the "
@@ -85,18 +84,18 @@ def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
     for part, tokens in zip(leaf.split(piece), tokens_of(input_ids, places).split(piece)):
         with autocast(args):
             logits = model.lm_head(part).float()
-        losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+        loss = F.cross_entropy(logits, tokens, reduction="none")
         if scale is not None:
-            (scale * losses[-1].sum()).backward()
-        losses[-1] = losses[-1].detach()
+            (scale * loss.sum()).backward()
+        losses.append(loss.detach())
     if scale is not None:
         states.backward(leaf.grad)
     return torch.cat(losses)
 
 
 def evaluate(model, examples, args, pad_token_id):
-    """Mean loss over all completion tokens, nats. (A mean of the batches' means would overweight
-    short batches.)"""
+    """Mean loss over all completion tokens, nats. (In a mean of the batches' means, tokens of short
+    batches would weigh more.)"""
     loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     with torch.no_grad():
@@ -127,28 +126,26 @@ def main(argv=None):
     train, held_out = read(args.data), read(args.eval_data) if args.eval_data else []
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=args.weight_decay, fused=WORLD == 1)
-    steps_per_epoch = -(-len(train) // args.batch_size)
-    steps = args.epochs * steps_per_epoch
-    lengths = [len(prompt) + len(completion) for prompt, completion, _ in train]
+    lengths = text_lengths(train)
     order = torch.Generator().manual_seed(args.seed)  # its own, so nothing else changes the order
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
+    steps, steps_per_epoch = len(batches), len(batches) // args.epochs
     trained = {"model": (model, optimizer)}
     args.micro_batch_size = micro_batch("sft", trained, args, run.state)
     kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = LossWatch(args.data, **kept["watch"])
 
-    for step, batch in list(enumerate(batches))[run.step:]:
+    for step, batch in list(enumerate(batches, 1))[run.step:]:
         started = time.perf_counter()
-        lr = set_lr(optimizer, args.lr, step, steps)
-        # `part` is a micro-batch: it only bounds the memory. `weight` is 1; with many processes, 0
-        # for a row that one of them repeats since it has none left (lib.distributed.my_parts).
-        # Every target token weighs the same, in whichever micro-batch it stands: divide by the
-        # tokens of the whole batch. (Dividing each micro-batch by its own makes those of short ones
-        # weigh more.)
+        lr = set_lr(optimizer, args.lr, step - 1, steps)
+        # Micro-batches (`part`) only bound the memory: every loss is divided by the tokens of the
+        # whole batch. (Divided by those of its micro-batch, a token of a short one would weigh
+        # more.) `weight` is 1, or 0 for a row that one of many processes repeats, having none left
+        # (lib.distributed.my_parts).
         tokens = sum(len(train[i][1]) for i in batch)
-        # loss and per_text, the loss per token of each record, stay on the device until the step's
-        # end: asking for a number waits for the device
+        # loss and per_text, each record's loss per token, stay on the device until the step's end:
+        # asking for a number waits for it
         loss, per_text, records = 0.0, [], []
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
@@ -162,19 +159,20 @@ def main(argv=None):
         grad_norm = clip_gradients(model, 1.0)
         loss, grad_norm, *per_text = torch.stack([loss, grad_norm, *per_text]).tolist()
         loss, worst = total(loss), largest(max(zip(per_text, records)))  # of all processes
-        check_finite(step + 1, loss, grad_norm, args.data, [train[i][2] for i in batch])
-        watch.see(step + 1, loss, worst)
+        check_finite(step, loss, grad_norm, args.data, [train[i][2] for i in batch])
+        watch.see(step, loss, worst)
         optimizer.step()
         optimizer.zero_grad()
 
         speed = sum(lengths[i] for i in batch) / (time.perf_counter() - started)
         eval_loss = None
-        if held_out and (step + 1) % steps_per_epoch == 0:
+        epoch = (step - 1) // steps_per_epoch + 1
+        if held_out and step % steps_per_epoch == 0:
             eval_loss = evaluate(model, held_out, args, tokenizer.pad_token_id)
-            tqdm.write(f"epoch {(step + 1) // steps_per_epoch}: held-out loss {eval_loss:.4f} per "
-                       f"token, perplexity {torch.tensor(eval_loss).exp():.2f}")
-        run.log(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, eval_loss=eval_loss,
-                lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
+            tqdm.write(f"epoch {epoch}: held-out loss {eval_loss:.4f} per token, perplexity "
+                       f"{torch.tensor(eval_loss).exp():.2f}")
+        run.log(step=step, epoch=epoch, loss=loss, eval_loss=eval_loss, lr=lr, grad_norm=grad_norm,
+                tokens_per_s=speed)
         kept["watch"] = watch.state()
         run.end_step(f"loss {loss:.3f}, lr {lr:.1e}, {speed:.0f} tokens/s",
                      lambda folder: save_checkpoint(model, tokenizer, folder))

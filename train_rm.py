@@ -15,9 +15,8 @@ completions of a prompt it learns either
 (InstructGPT, eq. 1; ChatLLaMA); the loss of a batch is the mean over its prompts. At the end the
 scores are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
 do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
-InstructGPT, C.2.) The deviation is folded into the weights of the head. The mean, in deviations, is
-`score_mean` in config.json, which `ScalarHead` subtracts; elsewhere, as in transformers, subtract
-it yourself.
+InstructGPT, C.2.) The mean that `ScalarHead` subtracts is `score_mean` in config.json; elsewhere,
+as in transformers, subtract it yourself.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -59,9 +58,8 @@ SETTINGS = [
     ("loss",              "ranking", "ranking", "what to learn", ["ranking", "regression"]),
     ("epochs",            3,        1,      "passes over the prompts"),
     ("batch_size",        4,        64,     "prompts per optimizer step, with all completions"),
-    ("micro_batch_size",  4,        0,      "prompts per forward pass: bounds the memory, and "
-                                            "changes nothing else. 0: 2 on a CPU, on a GPU as "
-                                            "many as fit", whole),
+    ("micro_batch_size",  4,        0,      "prompts per forward pass: only bounds the memory. "
+                                            "0: 2 on a CPU, on a GPU as many as fit", whole),
     ("lr",                5e-4,     9e-6,   "peak of AdamW's learning rate; warm-up, then a cosine "
                                             "to a tenth"),
     ("max_length",        256,      512,    "tokens per text; a longer one loses the beginning of "
@@ -104,9 +102,7 @@ def ranking_loss(scores, labels):
     Each completion goes through the model once, and occurs in up to K - 1 pairs.
     """
     better, worse = (on(scores.device, rows) for rows in pairs(labels))
-    if not len(better):
-        return scores.sum() * 0.0  # in the graph, so that `backward` works
-    return -F.logsigmoid(scores[better] - scores[worse]).mean()
+    return -F.logsigmoid(scores[better] - scores[worse]).sum() / max(1, len(better))
 
 
 def regression_loss(scores, labels):
@@ -126,9 +122,10 @@ def pair_statistics(scores, labels):
 
 
 def normalize_(reward_model, scores):
-    """Let the model give r' = (r - mean) / (standard deviation), those of its raw `scores` (n,) on
-    the demonstrations. The deviation goes into the weights of the head, and the mean into
-    `config.score_mean`, since Hugging Face's classification head has no bias -> mean, deviation."""
+    """Make the model give (r - mean) / deviation, with mean and standard deviation of its raw
+    `scores` (n,) on the demonstrations -> mean, deviation. The weights of the head are divided by
+    the deviation; the mean, in deviations, is `config.score_mean`, since Hugging Face's
+    classification head has no bias."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
         stop(f"the demonstrations all have the score {mean}, so their standard deviation cannot be "
@@ -161,9 +158,8 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     """Held-out pair accuracy, mean margin, root mean squared error, and the accuracy by label gap:
     [(upper end of the gap, accuracy, number of pairs)]."""
     scores = score_texts(reward_model, examples, args, pad_token_id).cpu()
-    pairs = [pair_statistics(scores[group], labels[group])
-             for group in with_pairs(groups, labels)]
-    accuracy, margin, gap = (torch.cat(parts) for parts in zip(*pairs))
+    accuracy, margin, gap = map(torch.cat, zip(*(
+        pair_statistics(scores[group], labels[group]) for group in with_pairs(groups, labels))))
     edges = torch.linspace(0, 1, 5)[1:] * (gap.max() if len(gap) else 1)
     bins = torch.bucketize(gap, edges)
     by_gap = [(edges[b].item(), accuracy[bins == b].mean().item(), int((bins == b).sum()))
@@ -173,9 +169,9 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 
 
 def backward(reward_model, batch, examples, labels, args, pad_token_id):
-    """The gradient of --loss of a batch of prompts, each given by the indices of its completions ->
-    the loss; how many pairs of completions the model has in the right order; how many there are.
-    The first two stay on the device: asking for a number waits for it."""
+    """Add the gradient of --loss on a batch of prompts, each given by the indices of its
+    completions -> the loss, how many pairs of completions the model puts in the right order, and
+    how many there are. The first two stay on the device: asking for a number waits for it."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     loss, right, number = 0.0, 0.0, 0
     for part, weight in my_parts(batch, args.micro_batch_size):
@@ -223,42 +219,41 @@ def main(argv=None):
              "are needed to scale the scores")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=WORLD == 1)
-    steps_per_epoch = -(-len(groups) // args.batch_size)
-    steps = args.epochs * steps_per_epoch
     lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
     order = torch.Generator().manual_seed(args.seed)
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
+    steps, steps_per_epoch = len(batches), len(batches) // args.epochs
     trained = {"reward_model": (reward_model, optimizer)}
     args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(map(len, groups)))
     kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = RankingWatch(args.data, **kept["watch"])
 
-    for step, batch in list(enumerate(batches))[run.step:]:
+    for step, batch in list(enumerate(batches, 1))[run.step:]:
         started = time.perf_counter()
-        lr = set_lr(optimizer, args.lr, step, steps, floor=0.1)
+        lr = set_lr(optimizer, args.lr, step - 1, steps, floor=0.1)
         loss, right, number = backward(reward_model, [groups[g] for g in batch], examples, labels,
                                        args, tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)
         loss, right, grad_norm = torch.stack([loss, right, grad_norm]).tolist()
         loss, right, number = total(loss), total(right), total(number)  # of all processes
         records = [examples[i][2] for g in batch for i in groups[g]]
-        check_finite(step + 1, loss, grad_norm, args.data, records)
+        check_finite(step, loss, grad_norm, args.data, records)
         watch.see(loss, records)
         optimizer.step()
         optimizer.zero_grad()
 
-        row = dict(step=step + 1, epoch=step // steps_per_epoch + 1, loss=loss, lr=lr,
+        row = dict(step=step, epoch=(step - 1) // steps_per_epoch + 1, loss=loss, lr=lr,
                    accuracy=right / number if number else None, grad_norm=grad_norm,
                    tokens_per_s=sum(lengths[g] for g in batch) / (time.perf_counter() - started))
-        if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
+        if held_out and (step % args.eval_every == 0 or step == steps):
             row["eval_accuracy"], row["eval_margin"], error, _ = evaluate(
                 reward_model, *held_out, args, tokenizer.pad_token_id)
             if args.loss == "regression":  # a ranking model's scores have no scale to compare
                 row["eval_error"] = error
-            tqdm.write(f"step {step + 1}: held out: " + ", ".join(
+            tqdm.write(f"step {step}: held out: " + ", ".join(
                 f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in row if "eval" in name))
-        if (step + 1) % steps_per_epoch == 0 and args.loss == "ranking":
+        if step % steps_per_epoch == 0 and args.loss == "ranking":
             watch.end_epoch(row["epoch"])
         run.log(**row)
         kept["watch"] = watch.state()
@@ -274,8 +269,8 @@ def main(argv=None):
                                                tokenizer.pad_token_id)
         print(f"held-out pair accuracy {accuracy:.3f}, mean margin of the normalized scores "
               f"{margin:.2f}; by label gap:")
-        for upto, gap_accuracy, pairs in by_gap:
-            print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {pairs} pairs")
+        for upto, gap_accuracy, number in by_gap:
+            print(f"  up to {upto:.2f}: accuracy {gap_accuracy:.3f} of {number} pairs")
     save_checkpoint(reward_model, tokenizer, args.out)
     run.finish()
 

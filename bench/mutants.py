@@ -46,10 +46,9 @@ EDITS = {  # function: (its file, what stands there, what takes its place, who o
     "unhealthy": (
         "lib/health.py", "/ len(rows[-10:])", "/ len(rows)", "tests/test_warnings.py"),
     "ranking_loss": (
-        "train_rm.py", "(scores[better] - scores[worse]).mean()",
-        "(scores[better] - scores[worse]).sum() / len(scores)", "test_ppo_math.py"),
+        "train_rm.py", "/ max(1, len(better))", "/ len(scores)", "test_ppo_math.py"),
     "completion_losses": (
-        "sft.py", "(scale * losses[-1].sum()).backward()", "(scale * losses[-1].mean()).backward()",
+        "sft.py", "(scale * loss.sum()).backward()", "(scale * loss.mean()).backward()",
         "tests/test_sft.py"),
     "restore": (
         "lib/state.py", 'generator.set_state(tensors[f"random.{name}"])',

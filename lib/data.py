@@ -70,6 +70,13 @@ def read_records(path, *fields):
     return records
 
 
+def read_prompts(args):
+    """What ppo.py practises on, --prompts, and the first --eval_number of --eval_prompts."""
+    records = read_records(args.prompts, "user_input")
+    held_out = read_records(args.eval_prompts, "user_input") if args.eval_prompts else []
+    return records, held_out[:args.eval_number]
+
+
 def file_of(path, records):
     """The bytes of a data file as `read_records` reads it: a JSON array, or JSON Lines where it is
     named so; `.gz` of either."""
@@ -185,6 +192,31 @@ def encode_records(records, tokenizer, max_length, name):
     return examples
 
 
+def longest_prompt(config, args):
+    """The most tokens that a prompt of ppo.py may have."""
+    limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
+    if limit < 1:
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
+             f"context is {config.max_position_embeddings} tokens")
+    return limit
+
+
+def encode_inputs(records, eval_records, config, tokenizer, args):
+    """What ppo.py reads, as tokens: prompts, held-out prompts, demonstrations for the PTX term."""
+    limit = longest_prompt(config, args)
+    prompts, eval_prompts = (
+        encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
+        for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))
+    demonstrations = []
+    if args.ptx_coef:
+        demonstrations = encode_records(
+            read_records(args.demonstrations, "user_input", "completion"), tokenizer,
+            limit + args.max_new_tokens, args.demonstrations)
+    elif args.demonstrations:
+        print(f"{args.demonstrations} is not used: --ptx_coef is 0")
+    return prompts, eval_prompts, demonstrations
+
+
 # ------------------------------------------------------------------------------------------------
 # Batches
 
@@ -202,13 +234,18 @@ def on(device, values):
     return torch.as_tensor(values).to(device, non_blocking=True)
 
 
+def text_lengths(examples):
+    """The number of tokens of each text, [(prompt, completion, ...)]."""
+    return [len(prompt) + len(completion) for prompt, completion, *_ in examples]
+
+
 def collate(examples, pad_token_id, device="cpu"):
     """[(prompt, completion, ...)] in tokens -> `input_ids` (B, L): prompt, completion, padding; and
     the `Places` of the completion tokens.
 
     Padding is only on the right, where causal attention does not look: no mask is needed.
     """
-    length = max(len(prompt) + len(completion) for prompt, completion, *_ in examples)
+    length = max(text_lengths(examples))
     input_ids, places = torch.full((len(examples), length), pad_token_id), Places([], [], [])
     for i, (prompt, completion, *_) in enumerate(examples):
         text = [*prompt, *completion]

@@ -129,6 +129,15 @@ def micro_batches(rows, lengths, size):
     return [(part, 1) for part in parts]
 
 
+def own_stream(generator):
+    """This process's own random numbers, seeded from a generator that all share; with one process,
+    or without a generator, that itself."""
+    if WORLD == 1 or generator is None:
+        return generator
+    seeds = torch.randint(2**62, (WORLD,), generator=generator, device=generator.device)
+    return torch.Generator(generator.device).manual_seed(seeds[RANK].item())
+
+
 def gather_rows(function, parts, number):
     """Call `function(rows)` for each (rows, weight) of `parts`; it gives tensors (len(rows), ...)
     -> the tensors (number, ...) that hold the rows of all parts and of all processes."""

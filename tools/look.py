@@ -22,7 +22,7 @@ import ppo
 import sft
 import train_rm
 from lib import health, rewards
-from lib.data import collate, encode_prompts, encode_records, read_records
+from lib.data import collate, encode_prompts, encode_records, longest_prompt, read_records
 from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora
@@ -125,7 +125,7 @@ def experience_of(folder, args, progress, records):
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
-                             ppo.longest_prompt(actor.config, args), args.prompts)
+                             longest_prompt(actor.config, args), args.prompts)
     if text_reward:
         text_reward.remember(prompts, records)
 
