@@ -109,7 +109,7 @@ SETTINGS = [
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
                                             "far from the one that sampled (approx_kl)", above_0),
     ("adam_eps",          1e-5,     1e-5,   "epsilon of Adam: entries of the gradient that are "
-                                            "smaller hardly move their weight"),
+                                            "smaller hardly move their weight", finite_above_0),
     ("max_grad_norm",     1.0,      1.0,    "longer gradients are scaled down to this; inf: none",
      above_0),
     "evaluation",
@@ -619,6 +619,9 @@ def check(args, demo):
         stop("--reward takes the place of --rm: give one of them")
     if args.kl_target and not args.kl_coef:
         stop("--kl_target adapts --kl_coef by factors: it must begin above 0")
+    if args.kl_target and args.kl_horizon <= 0.2 * args.batch_size:
+        stop(f"--kl_horizon {args.kl_horizon} is in responses, and must be above a fifth of "
+             f"--batch_size {args.batch_size}: an update could turn the sign of kl_coef")
     if args.gold and not args.eval_prompts and not demo:
         stop("--gold judges held-out prompts: --eval_prompts is missing")
     if args.ptx_coef and not args.demonstrations:

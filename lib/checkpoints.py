@@ -35,10 +35,11 @@ def quiet():
 
 def refuse_others(path):
     """End the program with one line if `path` is something that only looks like a checkpoint."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    with explain(f"{path}: cannot be read"):
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     for file in [os.path.join(path, name) for name in names] or [path]:
         if os.path.isfile(file) and os.path.getsize(file) < 1024:
-            with open(file, "rb") as opened:
+            with explain(f"{file}: cannot be read"), open(file, "rb") as opened:
                 if opened.read(40).startswith(b"version https://git-lfs"):
                     stop(f"{file}: a Git LFS pointer, not the file: run git lfs pull in its folder")
     if "adapter_config.json" in names:
@@ -129,7 +130,12 @@ def read_hugging_face(path, dtype, scalar):
              f"{unused[0]}")
     if scalar and config.num_labels != 1:
         stop(f"{path}: a reward model has one label, this one has {config.num_labels}")
-    return config, model.state_dict(), generation_config
+    tensors = model.state_dict()
+    if not scalar and config.tie_word_embeddings and not torch.equal(
+            tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        print(f"{path}: tie_word_embeddings is set to false, since it has a head of its own")
+        config.tie_word_embeddings = False
+    return config, tensors, generation_config
 
 
 def stated(path):

@@ -44,6 +44,8 @@ def clean_exit(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         outermost = not started()  # ppo.py may call the main of other stages
+        if hasattr(sys.stdout, "reconfigure"):  # a character that it lacks must not end a run
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = main(argv)
         except KeyboardInterrupt:

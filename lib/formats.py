@@ -124,7 +124,8 @@ def read_meta(path, device="cpu"):
         length = 131072
     elif theta == 500000.0:  # LLaMA 3
         length = 8192
-    elif params["norm_eps"] == 1e-6:  # LLaMA 1
+    elif params["norm_eps"] == 1e-6 or dim == 8192 and not params.get("n_kv_heads"):
+        # LLaMA 1, whose 65B has 1e-5, like LLaMA 2
         length = 2048
     with explain(not_a_llama):
         config = LlamaConfig(**sizes, vocab_size=vocab_size, rope_parameters=rope,

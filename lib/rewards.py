@@ -21,7 +21,7 @@ from lib.checkpoints import quiet
 from lib.data import collate
 from lib.dialogue import cut_left, encode_completion
 from lib.distributed import RANK
-from lib.errors import explain
+from lib.errors import explain, stop
 from lib.judge import Judge
 from lib.tokenizer import load_tokenizer
 
@@ -59,9 +59,12 @@ def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
 def other_model(args, tokenizer, load_scalar_head, last_token):
     """The reward model --rm, if its tokens or its chat template are not the policy's."""
     with explain(f"{args.rm}: no reward model can be loaded from it"):
-        is_llama = AutoConfig.from_pretrained(args.rm).model_type == "llama"
-    if is_llama:
+        config = AutoConfig.from_pretrained(args.rm)
+    if config.model_type == "llama":
         theirs = load_tokenizer(args.rm)
+        if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
+            stop(f"{args.rm}: its tokenizer has the token {most}, where its embedding has "
+                 f"{config.vocab_size} rows: train it with --resize_embedding")
         if (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
                                                           tokenizer.chat_template):
             return None
@@ -123,10 +126,15 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
     else:
         with explain(f"{path}: no reward model can be loaded from it"), quiet():
             theirs = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForSequenceClassification.from_pretrained(path).to(
-                args.device).eval()
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True)
+            model = model.to(args.device).eval()
             if model.config.num_labels != 1:
                 raise ValueError(f"it has {model.config.num_labels} labels, not one")
+            if lost := sorted(info["missing_keys"]):
+                raise ValueError(f"{len(lost)} of its tensors are missing, such as {lost[0]}")
+        if unused := sorted(info["unexpected_keys"]):
+            print(f"{path}: {len(unused)} of its tensors are not used, such as {unused[0]}")
         alone = theirs.pad_token is None
         if not alone:  # so that the model finds the last token
             model.config.pad_token_id = theirs.pad_token_id
@@ -144,7 +152,8 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
                 batch = theirs(texts, add_special_tokens=False, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             else:  # as encoders are trained: two segments, question and answer
-                texts = [said if isinstance(said, str) else said[-1]["content"] for said in asked]
+                texts = [said if isinstance(said, str) else
+                         "\n\n".join(message["content"] for message in said) for said in asked]
                 batch = theirs(texts, completions, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             return model(**batch.to(args.device)).logits[:, 0].float()

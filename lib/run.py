@@ -33,7 +33,8 @@ INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "pro
 def inputs_of(args):
     """{setting: path} of the files and folders that a run reads. (A hub name is neither.)"""
     return {name: path for name in INPUTS
-            if (path := getattr(args, name, None)) and os.path.exists(path)}
+            if (path := getattr(args, name, None)) and os.path.exists(path)
+            and not (name == "rm" and getattr(args, "reward", None))}  # --reward takes its place
 
 
 def locked(folder):
@@ -70,8 +71,8 @@ class Run:
         self.last = os.path.join(args.out, "last")
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
-        holds = [name for name in ("metrics.csv", "config.json", "last")
-                 if os.path.exists(os.path.join(args.out, name))]
+        holds = [name for name in ("metrics.csv", "config.json", "last", "tensorboard", *LOGS)
+                 if os.path.exists(os.path.join(args.out, name))] + self.exports()
         if holds and not (args.resume or args.overwrite):
             stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
                  "replaces it, --out names another")
@@ -111,7 +112,8 @@ class Run:
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
             if RANK == 0 and self.state is None:  # config.json would say that the model is whole
-                for name in ("config.json", "last/state.json", *LOGS):
+                for name in ("config.json", "critic/config.json", "curves.png", "last/state.json",
+                             *LOGS):
                     if os.path.exists(os.path.join(self.folder, name)):
                         os.remove(os.path.join(self.folder, name))
                 for name in [*self.exports(), self.last, os.path.join(self.folder, "tensorboard")]:
@@ -119,7 +121,11 @@ class Run:
             elif RANK == 0:
                 for name, size in self.state["log_bytes"].items():
                     log = os.path.join(self.folder, name)
-                    if size or os.path.exists(log):
+                    there = os.path.getsize(log) if os.path.exists(log) else 0
+                    if there < size:
+                        stop(f"{log}: {there} bytes, where the saved state counts {size}: put it "
+                             "back as it was; another --out starts a new run")
+                    if there:
                         os.truncate(log, size)
             self.file = open(path, "a" if self.state else "w", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, [column for column, *_ in self.metrics])
@@ -187,7 +193,7 @@ class Run:
             if self.args.keep:  # before the state, which says that this step is done
                 export(os.path.join(self.folder, f"step-{self.step}"))
                 for old in self.exports()[:-self.args.keep] if RANK == 0 else []:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)  # a link, or open elsewhere: it stays
             if not self.signals.caught:
                 self.save()
         if self.signals.caught:
@@ -203,7 +209,8 @@ class Run:
         if self.board:
             self.board.close()
         if RANK == 0:
-            draw_curves(self.folder, self.metrics)
+            with explain(f"{self.folder}/curves.png: cannot be drawn", "; the model is saved", 1):
+                draw_curves(self.folder, self.metrics)
         print(f"saved {self.folder}")
         if self.signals.came:  # after the last step; whoever started this run may go no further
             raise SystemExit(128 + self.signals.came)

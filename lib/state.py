@@ -29,7 +29,7 @@ def fingerprint(path):
         files = [os.path.join(path, name) for name in sorted(os.listdir(path))
                  if name.endswith((".json", ".safetensors", ".bin", ".pth", ".model", ".jinja"))]
     found = hashlib.sha256()
-    for name in files:
+    for name in filter(os.path.exists, files):  # a link may lead nowhere
         size = os.path.getsize(name)
         found.update(f"{os.path.basename(name)} {size}\n".encode())
         with open(name, "rb") as file:
@@ -76,6 +76,12 @@ def write(folder, tensors, state):
             os.remove(os.path.join(folder, other))
 
 
+def moved(state, name, path):
+    """Whether what this setting names is what the run read, and only lies elsewhere now."""
+    return (name in state.get("inputs", {}) and bool(path) and os.path.exists(path)
+            and state["inputs"][name] == fingerprint(path))
+
+
 def read(folder, args):
     """What `write` wrote, with its `tensors`, if it is whole and of a run with these settings."""
     path, over = os.path.join(folder, "state.json"), "; another --out starts a new run"
@@ -88,7 +94,7 @@ def read(folder, args):
         if name in LONGER and name in before and value > before[name]:
             print(f"--{name} {value}, where {before[name]} were planned: from here on the "
                   "learning rate falls as in a run of this length")
-        elif name not in FREE and before.get(name) != value:
+        elif name not in FREE and before.get(name) != value and not moved(state, name, value):
             stop(f"--{name} {value} conflicts with the run in {args.out}, which has "
                  f"{before.get(name)}; use that, or another --out")
     with explain(f"{tensors}: missing or damaged", over):

@@ -213,7 +213,7 @@ def test_an_out_that_cannot_be_made(argv_of, tmp_path, capsys, stage, below):
 
 @pytest.mark.parametrize("stage, option, value", [
     ("sft", "lr", "-1"), ("sft", "lr", "nan"), ("sft", "weight_decay", "-1"),
-    ("sft", "seed", str(10**30)), ("train_rm", "lr", "x"), ("ppo", "adam_eps", "-1"),
+    ("sft", "seed", str(10**30)), ("train_rm", "lr", "x"), ("ppo", "adam_eps", "0"),
     ("ppo", "temperature", "0"), ("ppo", "temperature", "inf"), ("ppo", "max_grad_norm", "0"),
     ("ppo", "clip", "-1"), ("ppo", "kl_target", "0"), ("ppo", "target_kl", "nan"),
     ("ppo", "no_eos_score", "nan"),
@@ -228,6 +228,7 @@ def test_numbers_out_of_range(argv_of, tmp_path, capsys, stage, option, value):
 
 @pytest.mark.parametrize("changes, said", [
     (dict(kl_target=1, kl_coef=0), "--kl_target adapts --kl_coef"),
+    (dict(kl_target=1, kl_horizon=1, batch_size=8), "could turn the sign of kl_coef"),
     (dict(eval_prompts=None), "--gold judges held-out prompts: --eval_prompts is missing"),
 ])
 def test_options_that_would_do_nothing(argv_of, capsys, changes, said):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lib.formats import read_meta
+from lib.state import fingerprint
 from makers import (
     DIM, FFN, HEADS, LLAMA1, LLAMA2, LLAMA2_GQA, LLAMA3, LLAMA31, POINTER, ROOT, TIKTOKEN_MODEL,
     assert_close, cut, logits_of, plain_frequencies, plain_llama, random_tokens, random_weights,
@@ -128,6 +129,27 @@ def test_llama_31_and_32_are_scaled_by_different_factors(tmp_path, dim, more, fa
         config.rope_parameters["factor"] == factor and config.rope_parameters["rope_theta"] == 5e5
     )
     assert (config.intermediate_size, config.vocab_size, config.num_key_value_heads) == (7, 9, 8)
+
+
+@pytest.mark.parametrize(
+    "dim, eps, kv_heads, length",
+    [(8192, 1e-5, None, 2048), (8192, 1e-5, 8, 4096), (4096, 1e-5, None, 4096)],
+    ids=["llama 1 65B", "llama 2 70B", "llama 2 7B"],
+)
+def test_the_context_of_llama_1_and_2(tmp_path, dim, eps, kv_heads, length):
+    """LLaMA 1's 65B is the one of its generation with LLaMA 2's norm_eps."""
+    params = {"dim": dim, "n_layers": 1, "n_heads": 64, "norm_eps": eps}
+    write(tmp_path / "params.json", params | ({"n_kv_heads": kv_heads} if kv_heads else {}))
+    torch.save(
+        {
+            "layers.0.attention.wq.weight": torch.zeros(dim, 1),
+            "layers.0.feed_forward.w1.weight": torch.zeros(7, 1),
+            "output.weight": torch.zeros(9, 1),
+            "tok_embeddings.weight": torch.zeros(9, 1),
+        },
+        tmp_path / "consolidated.00.pth",
+    )
+    assert read_meta(str(tmp_path))[0].max_position_embeddings == length
 
 
 def test_meta_weights_in_bfloat16(tmp_path, sentencepiece_model):
@@ -541,3 +563,21 @@ def test_a_larger_embedding_than_the_tokenizer_is_fine(tmp_path, tokenizer):
         tmp_path, random_weights(448), tokenizer
     )
     assert load_llama(path, tokenizer).config.vocab_size == 448
+
+
+def test_a_head_of_its_own_beside_a_config_that_says_tied(hf, tokenizer, capsys):
+    config = json.loads((hf / "config.json").read_text())
+    write(hf / "config.json", config | {"tie_word_embeddings": True})
+    tensors = load_file(hf / "model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    llama = load_llama(str(hf), tokenizer)
+    assert torch.equal(llama.lm_head.weight, tensors["lm_head.weight"])
+    assert not llama.config.tie_word_embeddings
+    assert "has a head of its own" in capsys.readouterr().out
+
+
+def test_a_link_to_nothing_beside_good_weights(hf, tokenizer):
+    before = fingerprint(str(hf))
+    (hf / "pytorch_model.bin").symlink_to(hf / "gone")
+    load_llama(str(hf), load_tokenizer(str(hf)))
+    assert fingerprint(str(hf)) == before

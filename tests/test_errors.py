@@ -1,10 +1,12 @@
 """Files appear whole or not at all."""
 
+import io
 import os
+import sys
 
 import pytest
 
-from lib.errors import write_whole
+from lib.errors import clean_exit, write_whole
 from makers import refused, write
 
 
@@ -36,3 +38,11 @@ def test_write_whole_where_nothing_can_be_written(tmp_path, capfd):
     blocked = write(tmp_path / "plain", "x")
     for path in (str(tmp_path / "folder"), blocked + "/below"):
         assert f"error: {path}: cannot be written" in refused(capfd, write_whole, path, b"data")
+
+
+def test_a_character_that_the_output_lacks_ends_nothing(monkeypatch):
+    """As where Windows redirects a program."""
+    bytes_ = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_, "cp1252", write_through=True))
+    clean_exit(lambda argv: print("答 and é"))()
+    assert bytes_.getvalue().decode("cp1252").strip() == "\\u7b54 and é"

@@ -390,3 +390,9 @@ def test_temperature_zero_takes_the_likeliest():
         tokens.tolist() == [max(range(30), key=row.__getitem__) for row in logits.tolist()]
         and logprobs.tolist() == [0.0] * 50
     )
+
+
+def test_weights_that_diverged_end_nothing_here():
+    """Training says in one line that its loss is nan; what comes before it must not fail."""
+    tokens, logprobs = sample(torch.full((2, 5), float("nan")), 1.0, 0, 1.0, torch.ones(2, 1))
+    assert ((0 <= tokens) & (tokens < 5)).all() and logprobs.isnan().all()

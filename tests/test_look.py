@@ -302,6 +302,12 @@ def test_a_bad_run_is_one_line(home, tmp_path, capsys, what, said):
     assert not (run / "look.html").exists()
 
 
+def test_a_model_of_the_hub_is_looked_for_there(tmp_path, capsys):
+    assert look.find("someone/sft", str(tmp_path), "--sft", local=False) == "someone/sft"
+    with pytest.raises(SystemExit):
+        look.find("someone/sft", str(tmp_path), "--sft")
+
+
 def test_settings_changed_are_those_that_the_user_changed(pages):
     changed = pages.data["runs"][0]["changed"].split(", ")
     assert {"updates 3", "eval_every 1"} <= set(changed)

@@ -388,3 +388,56 @@ def test_ctrl_c_before_the_first_step(argv, tmp_path):
     process = fork(interrupted_at_once, options, log)
     process.join(60)
     assert process.exitcode == 130 and log.read_text().splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize("name", ["step-1", "tensorboard"])
+def test_folders_that_a_run_would_replace_are_not_taken_for_empty(argv, tmp_path, capsys, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / name / "mine").write_text("mine")
+    line = error(capsys, "sft", argv["sft"] + ["--out", str(tmp_path / "run")])
+    assert "holds an earlier run" in line
+    assert (tmp_path / "run" / name / "mine").read_text() == "mine"
+
+
+def test_an_export_that_cannot_be_removed_stays(argv, tmp_path):
+    out, options = tmp_path / "run", argv["sft"] + ["--out", str(tmp_path / "run")]
+    options += ["--keep", "1", "--save_every", "5"]
+    sft.main(options + ["--epochs", "1"])
+    os.rename(out / "step-5", tmp_path / "elsewhere")
+    (out / "step-5").symlink_to(tmp_path / "elsewhere")
+    sft.main(options + ["--epochs", "2", "--resume"])
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-10", "step-5"]
+    assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def test_what_a_run_read_may_lie_elsewhere_now(argv, tmp_path, capsys):
+    """As in a repository that was moved, or on another machine."""
+    options = argv["ppo"] + ["--updates", "1", "--out", str(tmp_path / "run")]
+    ppo.main(options)
+    own = options[options.index("--sft") + 1]
+    shutil.copytree(own, tmp_path / "moved")
+    options[options.index("--sft") + 1] = str(tmp_path / "moved")
+    ppo.main(options + ["--resume"])
+    (tmp_path / "moved" / "config.json").write_text("{}")
+    assert "--sft" in error(capsys, "ppo", options + ["--resume"])
+
+
+def test_a_log_that_became_shorter_is_named(argv, tmp_path, capsys):
+    options = argv["sft"] + ["--epochs", "2", "--out", str(tmp_path / "run")]
+    sft.main(options)
+    log = tmp_path / "run" / "metrics.csv"
+    log.write_bytes(log.read_bytes().replace(b"\r\n", b"\n"))
+    options[options.index("2", options.index("--epochs", 4))] = "3"
+    line = error(capsys, "sft", options + ["--resume"])
+    assert f"{log}: " in line and b"\0" not in log.read_bytes()
+
+
+def test_what_an_earlier_run_left_does_not_look_whole(argv, tmp_path, monkeypatch):
+    options = argv["ppo"] + ["--updates", "1", "--out", str(tmp_path / "run")]
+    ppo.main(options)
+    (tmp_path / "run" / "curves.png").write_bytes(b"old")
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises((SystemExit, ZeroDivisionError)):
+        ppo.main(options + ["--overwrite"])
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
+    assert not {"config.json", "critic/config.json", "curves.png"} & left

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification,
@@ -453,3 +454,58 @@ def test_sums_that_are_there_stay(tmp_path, capfd):
     assert (tmp_path / "rlhf_training_data.json").read_bytes() == before
     data_gen.main([*argv, "--seed", "1", "--overwrite"])
     assert (tmp_path / "rlhf_training_data.json").read_bytes() != before
+
+
+def reward_of(folder, home):
+    """What scores texts by the reward model in `folder`."""
+    args = SimpleNamespace(device="cpu", micro_batch_size=3)
+    return rewards.from_model(str(folder), home.tokenizer, args, load_scalar_head, last_token)
+
+
+def test_a_reward_model_whose_head_is_missing_is_refused(home, tmp_path, capsys):
+    """transformers would make one up."""
+    other_bert(tmp_path / "rm", ["a b c"])
+    tensors = load_file(tmp_path / "rm" / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not name.startswith("classifier")}
+    save_file(kept | {"other": torch.zeros(1)}, tmp_path / "rm" / "model.safetensors",
+              {"format": "pt"})
+    line = error_line(capsys, lambda: reward_of(tmp_path / "rm", home))
+    assert "2 of its tensors are missing, such as classifier.bias" in line
+    save_file(tensors | {"other": torch.zeros(1)}, tmp_path / "rm" / "model.safetensors",
+              {"format": "pt"})
+    reward_of(tmp_path / "rm", home)
+    assert "1 of its tensors are not used, such as other" in capsys.readouterr().out
+
+
+def test_a_reward_model_in_bf16_computes_in_float32(home, tmp_path):
+    other_bert(tmp_path / "rm", ["a b c"])
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    saved.to(torch.bfloat16).save_pretrained(tmp_path / "rm")
+    alone = saved.float().eval()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    answers = ["a", "b", "a b c"]
+    found = reward_of(tmp_path / "rm", home).function([{"user_input": "a"}] * 3, answers, None)
+    for answer, score in zip(answers, found):
+        with torch.no_grad():
+            expected = alone(**theirs(["a"], [answer], return_tensors="pt")).logits.item()
+        assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_encoder_gets_the_whole_dialogue(home, tmp_path):
+    other_bert(tmp_path / "rm", ["a b c"])
+    said = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"},
+            {"role": "user", "content": "a"}]
+    records = [{"user_input": said}, {"user_input": "b\n\nc\n\na"}, {"user_input": "a"}]
+    whole, joined, last = reward_of(tmp_path / "rm", home).function(records, ["b"] * 3, None)
+    assert whole == joined != last
+
+
+def test_a_reward_model_with_fewer_rows_than_tokens_is_refused(
+    ppo_argv, rm_run, tmp_path, capsys
+):
+    shutil.copytree(rm_run.folder, tmp_path / "rm")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(tmp_path / "rm")
+    line = error_line(capsys, lambda: ppo.main(ppo_argv(rm=tmp_path / "rm", out=tmp_path / "out")))
+    assert f"{tmp_path / 'rm'}: its tokenizer has the token" in line

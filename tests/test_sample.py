@@ -51,3 +51,15 @@ def test_sample(tmp_path, checkpoint, capsys):
     assert [r["completion"] for r in read(tmp_path / "d.json") if r["user_input"] == "Say 3."] == [
         tokenizer.decode(tokens, skip_special_tokens=True).strip()
     ]
+
+
+def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):
+    """People may have ranked them."""
+    prompts = [{"user_input": f"Say {i}."} for i in range(5)]
+    options = dict(model=checkpoint, k=2, max_new_tokens=8, batch_size=8, temperature=1.5,
+                   out=tmp_path / "a.json")
+    run("sample", write(tmp_path / "x.json", prompts), **options)
+    before = read(tmp_path / "a.json")
+    run("sample", write(tmp_path / "x.json", [*prompts, {"user_input": "Hi"}]), **options)
+    after = read(tmp_path / "a.json")
+    assert [r for r in after if r["user_input"] != "Hi"] == before and len(after) > len(before)

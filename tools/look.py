@@ -82,11 +82,11 @@ def text_of(user_input):
     return "\n".join(f"{message['role']}: {message['content']}" for message in user_input)
 
 
-def find(path, folder, option):
-    """What a run calls `path`; where the runs were moved, it is beside this one."""
-    for path_now in (path, os.path.join(folder, "..", os.path.basename(path))):
-        if os.path.exists(path_now):
-            return path_now
+def find(path, folder, option, local=True):
+    """What a run calls `path`: the hub's, or `local`, and in moved runs beside this one."""
+    for now in (path, os.path.join(folder, "..", os.path.basename(path))):
+        if os.path.exists(now) or not local:
+            return now
     stop(f"{path}: missing, where {folder} read it; {option} says where it is now")
 
 
@@ -129,11 +129,8 @@ def experience_of(folder, args, progress, records):
     if text_reward:
         text_reward.remember(prompts, records)
 
-    def learning(model):
-        return to_device(add_lora(model, args), args)
-
-    actor = learning(actor)
-    critic = learning(load_scalar_head(os.path.join(folder, "critic")))
+    critic = load_scalar_head(os.path.join(folder, "critic"))
+    actor, critic = (to_device(add_lora(model, args), args) for model in (actor, critic))
     trained = ppo.with_optimizers(args, actor=actor, critic=critic)
     set_lr(trained["actor"][1], args.lr, 0, 1, "linear")
     set_lr(trained["critic"][1], args.critic_lr, 0, 1, "linear")
@@ -194,7 +191,7 @@ def trained_scale(path, reward_model):
 def reliability(margins, accuracies, bins=5):
     """The model prefers one of two with probability sigmoid(|margin|); how often do people?
     `margins`, `accuracies` (number of pairs,) -> [(mean probability, share, number of pairs)] of
-    bins of equal width from 0.5 to 1, without empty ones."""
+    equal bins from 0.5 to 1, without empty ones."""
     predicted = torch.sigmoid(margins.abs())
     bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     return [(predicted[own].mean().item(), accuracies[own].mean().item(), int(own.sum()))
@@ -272,11 +269,12 @@ def main(argv=None):
         args = argparse.Namespace(**settings | dict(
             number=given.number, device=given.device, state=saved))
         if script is ppo and not data["inside"]:
-            args.prompts = given.prompts or find(args.eval_prompts or args.prompts, folder,
-                                                 "--prompts")
-            args.sft = given.sft or find(args.sft, folder, "--sft")
+            asked = args.eval_prompts or args.prompts
+            args.prompts = given.prompts or find(asked, folder, "--prompts")
+            local = state["inputs"]
+            args.sft = given.sft or find(args.sft, folder, "--sft", "sft" in local)
             args.reward = None if given.rm else args.reward
-            args.rm = given.rm or args.reward and args.rm or find(args.rm, folder, "--rm")
+            args.rm = given.rm or find(args.rm, folder, "--rm", "rm" in local)
             data["inside"] = inside(folder, args, progress)
         if script is train_rm and args.eval_data and not data["judge"]:
             args.eval_data = find(given.prompts or args.eval_data, folder, "--prompts")

@@ -227,7 +227,7 @@ def from_summaries(r):
 def from_tree(r):
     """OASST: the replies to each prompt of a tree; where people ranked them, the last of n scores
     0, the first n - 1."""
-    records = []
+    records, unused = [], []
 
     def walk(node, messages):
         messages = messages + [{"role": ROLES[node["role"]], "content": words(node["text"])}]
@@ -235,6 +235,8 @@ def from_tree(r):
                    if str(reply.get("deleted")).lower() not in ("true", "1")]
         if messages[-1]["role"] == "user" and replies:
             ranked = [reply for reply in replies if is_something(reply.get("rank"))]
+            unused.extend([reply for reply in replies if reply not in ranked]
+                          if len(ranked) > 1 else replies[1:])
             if len(ranked) > 1:
                 records.extend(scored(as_prompt(messages), [
                     (reply["text"].strip(), len(ranked) - 1 - number(reply["rank"]))
@@ -245,7 +247,7 @@ def from_tree(r):
         for reply in replies:
             walk(reply, messages)
     walk(r["prompt"], [])
-    return records
+    return records, len(unused)
 
 
 LAYOUTS = [

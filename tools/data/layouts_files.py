@@ -56,8 +56,12 @@ def read_file(path):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
         csv.field_size_limit(2**31 - 1)
-        return list(csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
-                                   restkey="cells beyond the header"))
+        rows = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
+                              restkey="cells beyond the header")
+        if twice := [field for field, n in Counter(rows.fieldnames or []).items() if n > 1]:
+            stop(f"{path}: its header names {', '.join(map(repr, twice))} twice: rename one of these "
+                 "columns")
+        return list(rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,6 +84,7 @@ class Found:
             print(f"  left out {len(records)}: {reason} (records {numbers})")
         if self.turns:
             why = ("without a score are not used" if any("score" in r for r in self.records) else
+                   "beside the first are not used" if what.endswith("OASST trees") else
                    "of earlier turns are not used: --all_turns takes them")
             print(f"  {self.turns} answers {why}")
         if self.kept:
@@ -104,7 +109,8 @@ def find_layout(path, objects, mapped, keep):
     if not mapped:
         for name, theirs, inner, convert in LAYOUTS:
             if theirs <= fields:
-                return name, theirs, inner, lambda r, all_turns: (convert(r), 0)
+                return (name, theirs, inner, lambda r, all_turns: (
+                    found if isinstance(found := convert(r), tuple) else (found, 0)))
     if not mapped and not {"chosen", "rejected"} <= parts.keys():
         asked = {part: parts[part] for part in ("system", "history", "messages", "prompt", "input")
                  if part in parts}

@@ -50,6 +50,8 @@ def sample(args):
             texts = write([tokens[i] for i in batch for _ in range(args.k)], seed, llama,
                           tokenizer, args)
             for n, i in enumerate(batch):
+                if keys[i] in journal.answers:  # of another batch: it may be scored by now
+                    continue
                 journal.add(keys[i], {"completions": texts[n * args.k:(n + 1) * args.k]})
         bar.update(len(batch))
     bar.close()
