@@ -373,7 +373,8 @@ def resume(args, tell):
 def tests(args, tell):
     """Reported test by test, since there may not be time for all."""
     files = [f"{ROOT}/test_ppo_math.py",
-             *sorted(glob.glob(f"{ROOT}/tests/test_decoding*.py")), f"{ROOT}/tests/test_resume.py"]
+             *sorted(glob.glob(f"{ROOT}/tests/test_decoding*.py")), f"{ROOT}/tests/test_kernels.py",
+             f"{ROOT}/tests/test_resume.py"]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files]
     hidden = {} if args.device.startswith("cuda") else {"CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command + (["-k", "gae or whiten"] if args.small else []), cwd=ROOT,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
-from lib.kernels import linear
+from lib.kernels import attention, linear
 from makers import assert_close
 
 
@@ -43,3 +44,31 @@ def test_linear_of_no_rows_and_in_bf16():
     assert linear(torch.zeros(40, 260).bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.zeros(40, 260), weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("T, masked", [(1, True), (20, True), (20, False)],
+                         ids=["a new token", "prompts", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")),
+])
+def test_attention_is_one_fused_kernel(T, masked, dtype, device):
+    """With the unfused path forbidden PyTorch ends in an error if no other takes these inputs."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 9, T, 64), (3, 3, 32, 64), (3, 3, 32, 64)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    mask = None
+    if masked:
+        mask = torch.zeros(3, 1, T, 32, device=device, dtype=dtype)
+        mask[1:, ..., 20:] = -1e30
+    else:
+        k, v = k[:, :, :T], v[:, :, :T]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        found = attention(q, k, v, mask)
+    scores = q.double() @ k.double().repeat_interleave(3, 1).mT / 8
+    scores += (torch.full((T, T), -torch.inf, device=device).triu(1) if mask is None
+               else mask.double())
+    expected = scores.softmax(-1) @ v.double().repeat_interleave(3, 1)
+    assert_close(found.double(), expected, 1e-4 if dtype == torch.float32 else 2e-2)
