@@ -383,7 +383,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of nan it found none; training will say so
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # with nan it finds none; ppo.py says so
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 
@@ -413,7 +413,7 @@ def decoding_copy(llama, dtype):
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
     """What `self_test` does in three lines with the whole text, here with a cache and fast. Yields,
-    after each token (on a GPU after 16, since asking which rows have ended waits for it), rows of
+    after each token (on a GPU every 16: to ask which rows have ended waits for it), rows of
     the batch (n,) and all that each has written: tokens and log probabilities (n, N so far). Rows
     that have ended are dropped many at a time, so what some wrote after their end is yielded too.
 

@@ -1,7 +1,7 @@
 """Memory as tools.budget predicts it, and as it is: peaks of random LLaMAs on this CPU (Linux).
 
     python bench/memory.py                      # the table
-    python bench/memory.py --stages ppo --sizes 21M --lora_rank=8    # also with options of the stage
+    python bench/memory.py --stages ppo --sizes 21M --lora_rank=8  # also with options of the stage
 
 Each row is measured in a process of its own, since the peak counts; and each size twice: with freed
 memory given back to the system, so that the peak is what was in use at one time, and kept, as the

@@ -138,8 +138,7 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         alone = theirs.pad_token is None
         if not alone:  # so that the model finds the last token
             model.config.pad_token_id = theirs.pad_token_id
-        if theirs.chat_template:  # a long text loses its beginning, and not the answer
-            theirs.truncation_side = "left"
+        theirs.truncation_side = "left"  # a long text loses its beginning, and not what counts
         # a tokenizer without a length states a huge one
         longest = min(theirs.model_max_length, getattr(config, "max_position_embeddings", 10**9))
 

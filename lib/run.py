@@ -71,7 +71,8 @@ class Run:
         self.last = os.path.join(args.out, "last")
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
-        holds = [name for name in ("metrics.csv", "config.json", "last", "tensorboard", *LOGS)
+        holds = [name for name in ("config.json", "critic/config.json", "curves.png", "last",
+                                   "tensorboard", *LOGS)
                  if os.path.exists(os.path.join(args.out, name))] + self.exports()
         if holds and not (args.resume or args.overwrite):
             stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "

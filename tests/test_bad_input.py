@@ -12,6 +12,7 @@ import pytest
 import ppo
 import sft
 import train_rm
+from lib.settings import parse
 from makers import error_line, read_rows, write_records
 
 STAGES = dict(sft=sft, train_rm=train_rm, ppo=ppo)
@@ -224,6 +225,12 @@ def test_numbers_out_of_range(argv_of, tmp_path, capsys, stage, option, value):
     said = f"argument --{option}: {value} is not a"
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["max_grad_norm", "target_kl", "kl_target"])
+def test_inf_switches_a_bound_off(option):
+    args, _ = parse("ppo.py", "", ppo.SETTINGS, [f"--{option}=inf"], [])
+    assert getattr(args, option) == math.inf
 
 
 @pytest.mark.parametrize("changes, said", [

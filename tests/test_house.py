@@ -118,7 +118,7 @@ def test_imports_go_one_way_and_in_no_circle():
     imports = imports_of(SOURCES)
     assert backward(imports) == []
     assert circle(imports) is None
-    # it does see them: those at the top, those of a function, and what the exceptions are for
+    # it does see them: those at the top, and those of a function, as some exceptions are
     assert ("ppo.py", "model.py") in imports and ("model.py", "lib/checkpoints.py") in imports
     assert ("tools/look.py", "ppo.py") in imports
     assert {("data_gen.py", "tools/data/import_.py"), ("ppo.py", "train_rm.py")} <= imports

@@ -306,6 +306,19 @@ def test_a_model_of_the_hub_is_looked_for_there(tmp_path, capsys):
     assert look.find("someone/sft", str(tmp_path), "--sft", local=False) == "someone/sft"
     with pytest.raises(SystemExit):
         look.find("someone/sft", str(tmp_path), "--sft")
+    assert "--sft says where it is now" in capsys.readouterr().err
+
+
+def test_which_models_of_a_run_were_the_hubs(home, tmp_path, monkeypatch):
+    run, seen = tmp_path / "runs" / "hub", []
+    shutil.copytree(home.ppo, run)
+    state = json.loads((run / "last" / "state.json").read_text("utf-8"))
+    state["settings"]["sft"], local = "someone/sft", state["inputs"].pop("sft")
+    assert local and state["inputs"]["rm"]
+    (run / "last" / "state.json").write_text(json.dumps(state), "utf-8")
+    monkeypatch.setattr(look, "inside", lambda folder, args, progress: seen.append(args))
+    look.main([str(run), "--out", str(tmp_path / "page.html")])
+    assert seen[0].sft == "someone/sft" and os.path.exists(seen[0].rm)
 
 
 def test_settings_changed_are_those_that_the_user_changed(pages):

@@ -390,13 +390,25 @@ def test_ctrl_c_before_the_first_step(argv, tmp_path):
     assert process.exitcode == 130 and log.read_text().splitlines()[-1] == "interrupted"
 
 
-@pytest.mark.parametrize("name", ["step-1", "tensorboard"])
+@pytest.mark.parametrize("name", ["step-1", "tensorboard", "critic", "."])
 def test_folders_that_a_run_would_replace_are_not_taken_for_empty(argv, tmp_path, capsys, name):
-    (tmp_path / "run" / name).mkdir(parents=True)
-    (tmp_path / "run" / name / "mine").write_text("mine")
+    mine = tmp_path / "run" / name / ("curves.png" if name == "." else "config.json")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
     line = error(capsys, "sft", argv["sft"] + ["--out", str(tmp_path / "run")])
-    assert "holds an earlier run" in line
-    assert (tmp_path / "run" / name / "mine").read_text() == "mine"
+    assert "holds an earlier run" in line and mine.read_text() == "mine"
+
+
+def test_curves_that_cannot_be_drawn_end_in_one_line(argv, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lib.run, "draw_curves", full)
+    with pytest.raises(SystemExit) as ended:
+        sft.main(argv["sft"] + ["--epochs", "1", "--out", str(tmp_path / "run")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 1 and len(lines) == 1 and lines[0].endswith("; the model is saved")
+    model.load_llama(str(tmp_path / "run"), model.load_tokenizer(str(tmp_path / "run")))
 
 
 def test_an_export_that_cannot_be_removed_stays(argv, tmp_path):

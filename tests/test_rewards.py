@@ -496,8 +496,14 @@ def test_an_encoder_gets_the_whole_dialogue(home, tmp_path):
     said = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"},
             {"role": "user", "content": "a"}]
     records = [{"user_input": said}, {"user_input": "b\n\nc\n\na"}, {"user_input": "a"}]
-    whole, joined, last = reward_of(tmp_path / "rm", home).function(records, ["b"] * 3, None)
+    reward = reward_of(tmp_path / "rm", home)
+    whole, joined, last = reward.function(records, ["b"] * 3, None)
     assert whole == joined != last
+    # where it is too long for 64 positions, what was asked last stays
+    long = [{"user_input": [{"role": "user", "content": "b " * 200}, {"role": "assistant",
+             "content": "c"}, {"role": "user", "content": text}]} for text in ("a", "b")]
+    first, second = reward.function(long, ["b"] * 2, None)
+    assert first != second
 
 
 def test_a_reward_model_with_fewer_rows_than_tokens_is_refused(

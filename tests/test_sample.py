@@ -6,12 +6,13 @@
 import json
 import re
 
+import pytest
 from data_commands import DIALOGUE, read, run, write
 
 import model
 from lib.data import left_pad
 from lib.dialogue import encode_prompt
-from tools.data import sets
+from tools.data import sample, sets
 
 
 def test_sample(tmp_path, checkpoint, capsys):
@@ -63,3 +64,18 @@ def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):
     run("sample", write(tmp_path / "x.json", [*prompts, {"user_input": "Hi"}]), **options)
     after = read(tmp_path / "a.json")
     assert [r for r in after if r["user_input"] != "Hi"] == before and len(after) > len(before)
+
+
+def test_a_model_that_diverged_writes_nothing(tmp_path, checkpoint, capsys, monkeypatch):
+    def diverged(*given):
+        llama = load(*given)
+        llama.model.norm.weight.data.fill_(float("nan"))
+        return llama
+
+    load = model.load_llama
+    monkeypatch.setattr(sample, "load_llama", diverged)
+    source = write(tmp_path / "x.json", [{"user_input": "Say 1."}])
+    with pytest.raises(SystemExit) as ended:
+        run("sample", source, model=checkpoint, k=2, out=tmp_path / "a.json")
+    assert ended.value.code == 1 and "its probabilities are nan" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()

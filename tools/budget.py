@@ -166,10 +166,12 @@ def settings(stage, options, **more):
 def table(options):
     """Print what ppo.py needs with its settings for a real model, on GPUs."""
     columns = {f"{n} process{'es' * (n > 1)}{kind}":
-               settings("ppo", options, lora_rank=rank, processes=n)
-               for rank, kind in ((0, ""), (8, ", LoRA")) for n in (1, 8, 64)}
-    for args in columns.values():
+               settings("ppo", options, lora_rank=8, processes=n)
+               for kind in ("", ", LoRA") for n in (1, 8, 64)}
+    for name, args in columns.items():
         args.device = "cuda"  # which this machine need not have
+        if not name.endswith("LoRA"):  # the options of LoRA are for its own columns
+            args.lora_rank, args.base_dtype = 0, "float32"
     print("| GiB per process |", " | ".join(columns), "| FLOP per update |\n" + "| --- " * 8 + "|")
     for name, size in SIZES.items():
         found = [budget("ppo", LlamaConfig(**size), args) for args in columns.values()]

@@ -83,7 +83,7 @@ def text_of(user_input):
 
 
 def find(path, folder, option, local=True):
-    """What a run calls `path`: the hub's, or `local`, and in moved runs beside this one."""
+    """Where `path` is now: there, or beside this run; a name of the hub, not `local`, stays."""
     for now in (path, os.path.join(folder, "..", os.path.basename(path))):
         if os.path.exists(now) or not local:
             return now

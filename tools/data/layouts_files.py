@@ -58,9 +58,10 @@ def read_file(path):
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
                               restkey="cells beyond the header")
-        if twice := [field for field, n in Counter(rows.fieldnames or []).items() if n > 1]:
-            stop(f"{path}: its header names {', '.join(map(repr, twice))} twice: rename one of these "
-                 "columns")
+        names = Counter(filter(None, rows.fieldnames or []))
+        if again := [field for field, n in names.items() if n > 1]:
+            stop(f"{path}: its header names {', '.join(map(repr, again))} more than once: rename "
+                 "these columns")
         return list(rows)
 
 
@@ -83,8 +84,9 @@ class Found:
             numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
             print(f"  left out {len(records)}: {reason} (records {numbers})")
         if self.turns:
-            why = ("without a score are not used" if any("score" in r for r in self.records) else
-                   "beside the first are not used" if what.endswith("OASST trees") else
+            why = ("beside the first, or the ranked ones, are not used"
+                   if what.endswith("OASST trees") else
+                   "without a score are not used" if any("score" in r for r in self.records) else
                    "of earlier turns are not used: --all_turns takes them")
             print(f"  {self.turns} answers {why}")
         if self.kept:

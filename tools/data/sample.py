@@ -50,7 +50,7 @@ def sample(args):
             texts = write([tokens[i] for i in batch for _ in range(args.k)], seed, llama,
                           tokenizer, args)
             for n, i in enumerate(batch):
-                if keys[i] in journal.answers:  # of another batch: it may be scored by now
+                if keys[i] in journal.answers:  # answered in another batch, and perhaps scored
                     continue
                 journal.add(keys[i], {"completions": texts[n * args.k:(n + 1) * args.k]})
         bar.update(len(batch))
@@ -69,6 +69,8 @@ def write(prompts, seed, llama, tokenizer, args):
     generator = torch.Generator(args.device).manual_seed(seed)
     out = generate(llama, input_ids, mask, args.max_new_tokens, tokenizer.end_ids,
                    args.temperature, args.top_k, args.top_p, generator)
+    if out.logprobs.isnan().any():
+        stop(f"{args.model}: its probabilities are nan: did its training diverge?", code=1)
     return [tokenizer.decode(row[used.bool()].tolist(), skip_special_tokens=True).strip()
             for row, used in zip(out.tokens, out.mask)]
 
