@@ -383,7 +383,7 @@ def sample(logits, temperature, top_k, top_p, uniform):
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # with nan it finds none; ppo.py says so
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # past it if all is nan; the loss then says so
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 

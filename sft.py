@@ -140,7 +140,7 @@ def main(argv=None):
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step - 1, steps)
         # Micro-batches (`part`) only bound the memory: every loss is divided by the tokens of the
-        # whole batch. (Divided by those of its micro-batch, a token of a short one would weigh
+        # whole batch. (Divided by those of its micro-batch, a token of a small one would weigh
         # more.) `weight` is 1, or 0 for a row that one of many processes repeats, having none left
         # (lib.distributed.my_parts).
         tokens = sum(len(train[i][1]) for i in batch)

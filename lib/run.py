@@ -25,6 +25,8 @@ from lib.distributed import RANK, largest, wait_for_all
 from lib.errors import explain, stop
 
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
+# files that a new run removes first, since they would say that the model is whole
+RESULTS = ["config.json", "critic/config.json", "curves.png", *LOGS]
 # the settings that name what a run reads
 INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
           "eval_prompts", "demonstrations", "gold"]
@@ -71,8 +73,7 @@ class Run:
         self.last = os.path.join(args.out, "last")
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
-        holds = [name for name in ("config.json", "critic/config.json", "curves.png", "last",
-                                   "tensorboard", *LOGS)
+        holds = [name for name in [*RESULTS, "last", "tensorboard"]
                  if os.path.exists(os.path.join(args.out, name))] + self.exports()
         if holds and not (args.resume or args.overwrite):
             stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
@@ -112,9 +113,8 @@ class Run:
         wait_for_all()  # until each process has seen what the folder held
         path = os.path.join(self.folder, "metrics.csv") if RANK == 0 else os.devnull
         with explain(f"{path}: cannot be written"):
-            if RANK == 0 and self.state is None:  # config.json would say that the model is whole
-                for name in ("config.json", "critic/config.json", "curves.png", "last/state.json",
-                             *LOGS):
+            if RANK == 0 and self.state is None:
+                for name in [*RESULTS, "last/state.json"]:
                     if os.path.exists(os.path.join(self.folder, name)):
                         os.remove(os.path.join(self.folder, name))
                 for name in [*self.exports(), self.last, os.path.join(self.folder, "tensorboard")]:

@@ -93,6 +93,21 @@ def test_llama_31_scales_the_slow_waves(tmp_path):
     ).abs().max() > 0.1  # so the scaling can be seen
 
 
+def config_of(folder, params):
+    """What `read_meta` makes of this params.json. The tensors are only as wide as it looks."""
+    write(folder / "params.json", params)
+    torch.save(
+        {
+            "layers.0.attention.wq.weight": torch.zeros(params["dim"], 1),
+            "layers.0.feed_forward.w1.weight": torch.zeros(7, 1),
+            "output.weight": torch.zeros(9, 1),
+            "tok_embeddings.weight": torch.zeros(9, 1),
+        },
+        folder / "consolidated.00.pth",
+    )
+    return read_meta(str(folder))[0]
+
+
 @pytest.mark.parametrize(
     "dim, more, factor",
     [
@@ -103,8 +118,7 @@ def test_llama_31_scales_the_slow_waves(tmp_path):
     ],
 )
 def test_llama_31_and_32_are_scaled_by_different_factors(tmp_path, dim, more, factor):
-    """8 for 3.1's 8B, 32 for 3.2's 1B and 3B, unless params.json says so. The tensors are only as
-    wide as read_meta looks."""
+    """8 for 3.1's 8B, 32 for 3.2's 1B and 3B, unless params.json says so."""
     params = {
         "dim": dim,
         "n_layers": 1,
@@ -114,17 +128,7 @@ def test_llama_31_and_32_are_scaled_by_different_factors(tmp_path, dim, more, fa
         "rope_theta": 5e5,
         "use_scaled_rope": True,
     }
-    write(tmp_path / "params.json", params | more)
-    torch.save(
-        {
-            "layers.0.attention.wq.weight": torch.zeros(dim, 1),
-            "layers.0.feed_forward.w1.weight": torch.zeros(7, 1),
-            "output.weight": torch.zeros(9, 1),
-            "tok_embeddings.weight": torch.zeros(9, 1),
-        },
-        tmp_path / "consolidated.00.pth",
-    )
-    config, _ = read_meta(str(tmp_path))
+    config = config_of(tmp_path, params | more)
     assert (
         config.rope_parameters["factor"] == factor and config.rope_parameters["rope_theta"] == 5e5
     )
@@ -139,17 +143,8 @@ def test_llama_31_and_32_are_scaled_by_different_factors(tmp_path, dim, more, fa
 def test_the_context_of_llama_1_and_2(tmp_path, dim, eps, kv_heads, length):
     """LLaMA 1's 65B is the one of its generation with LLaMA 2's norm_eps."""
     params = {"dim": dim, "n_layers": 1, "n_heads": 64, "norm_eps": eps}
-    write(tmp_path / "params.json", params | ({"n_kv_heads": kv_heads} if kv_heads else {}))
-    torch.save(
-        {
-            "layers.0.attention.wq.weight": torch.zeros(dim, 1),
-            "layers.0.feed_forward.w1.weight": torch.zeros(7, 1),
-            "output.weight": torch.zeros(9, 1),
-            "tok_embeddings.weight": torch.zeros(9, 1),
-        },
-        tmp_path / "consolidated.00.pth",
-    )
-    assert read_meta(str(tmp_path))[0].max_position_embeddings == length
+    config = config_of(tmp_path, params | ({"n_kv_heads": kv_heads} if kv_heads else {}))
+    assert config.max_position_embeddings == length
 
 
 def test_meta_weights_in_bfloat16(tmp_path, sentencepiece_model):

@@ -428,15 +428,12 @@ def test_what_json_cannot_hold_is_not_kept(tmp_path, capsys):
     assert "left out 1: its answers cannot be written as JSON" in capsys.readouterr().out
 
 
-def test_replies_that_nobody_ranked_are_counted(tmp_path, capsys):
-    unranked = [row("1", None, "Q", "prompter"), row("2", "1", "x"), row("3", "1", "y")]
-    assert imported(tmp_path, unranked) == [{"user_input": "Q", "completion": "x"}]
-    said = "1 answers beside the first, or the ranked ones, are not used"
-    assert said in capsys.readouterr().out
-    ranked = [row("4", None, "R", "prompter"), row("5", "4", "x", rank=1),
-              row("6", "4", "y", rank=0), row("7", "4", "z")]
-    assert len(imported(tmp_path, ranked)) == 2
-    assert said in capsys.readouterr().out
+def test_replies_that_nobody_ranked_are_demonstrations(tmp_path):
+    tree = [row("1", None, "Q", "prompter"), row("2", "1", "x"), row("3", "1", "y", rank=0)]
+    both = [{"user_input": "Q", "completion": text} for text in "xy"]  # one rank compares nothing
+    assert imported(tmp_path, tree) == both
+    assert imported(tmp_path, [*tree, row("4", "1", "z", rank=1)]) == [
+        *answers("y", 1, "z", 0), both[0]]
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path, capsys):

@@ -226,28 +226,28 @@ def from_summaries(r):
 
 def from_tree(r):
     """OASST: the replies to each prompt of a tree; where people ranked them, the last of n scores
-    0, the first n - 1."""
-    records, unused = [], []
+    0, the first n - 1. One that nobody ranked is a demonstration."""
+    records = []
 
     def walk(node, messages):
         messages = messages + [{"role": ROLES[node["role"]], "content": words(node["text"])}]
         replies = [reply for reply in node.get("replies") or []
                    if str(reply.get("deleted")).lower() not in ("true", "1")]
-        if messages[-1]["role"] == "user" and replies:
+        if messages[-1]["role"] == "user":
             ranked = [reply for reply in replies if is_something(reply.get("rank"))]
-            unused.extend([reply for reply in replies if reply not in ranked]
-                          if len(ranked) > 1 else replies[1:])
             if len(ranked) > 1:
                 records.extend(scored(as_prompt(messages), [
                     (reply["text"].strip(), len(ranked) - 1 - number(reply["rank"]))
                     for reply in ranked]))
-            else:
-                records.append({"user_input": as_prompt(messages),
-                                "completion": words(replies[0]["text"]).strip()})
+            else:  # it was compared with nothing
+                ranked = []
+            records.extend({"user_input": as_prompt(messages),
+                            "completion": words(reply["text"]).strip()}
+                           for reply in replies if reply not in ranked)
         for reply in replies:
             walk(reply, messages)
     walk(r["prompt"], [])
-    return records, len(unused)
+    return records
 
 
 LAYOUTS = [

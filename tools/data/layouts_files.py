@@ -84,9 +84,7 @@ class Found:
             numbers = ", ".join(map(str, records[:3])) + ", ..." * (len(records) > 3)
             print(f"  left out {len(records)}: {reason} (records {numbers})")
         if self.turns:
-            why = ("beside the first, or the ranked ones, are not used"
-                   if what.endswith("OASST trees") else
-                   "without a score are not used" if any("score" in r for r in self.records) else
+            why = ("without a score are not used" if any("score" in r for r in self.records) else
                    "of earlier turns are not used: --all_turns takes them")
             print(f"  {self.turns} answers {why}")
         if self.kept:
@@ -111,8 +109,7 @@ def find_layout(path, objects, mapped, keep):
     if not mapped:
         for name, theirs, inner, convert in LAYOUTS:
             if theirs <= fields:
-                return (name, theirs, inner, lambda r, all_turns: (
-                    found if isinstance(found := convert(r), tuple) else (found, 0)))
+                return name, theirs, inner, lambda r, all_turns: (convert(r), 0)
     if not mapped and not {"chosen", "rejected"} <= parts.keys():
         asked = {part: parts[part] for part in ("system", "history", "messages", "prompt", "input")
                  if part in parts}
