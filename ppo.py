@@ -421,8 +421,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
     # In float32 the log probabilities of the sampling are as good as those of a training pass. In
     # bf16 or TF32 they are not, nor are those of the same row in another batch: sums are rounded
-    # differently. So all three models are asked about the very micro-batches of the first training
-    # pass: before its first step all ratios are then 1, and the KL begins at 0.
+    # differently. So actor, reference and critic are asked about the very micro-batches of the
+    # first training pass: before its first step all ratios are then 1, and the KL begins at 0.
     sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
