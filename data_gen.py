@@ -22,6 +22,7 @@ helped. PPO itself sees only the reward model.
 """
 
 import argparse
+import functools
 import importlib
 import io
 import random
@@ -180,6 +181,7 @@ def solve(family, lang, slots):
     return [slots["name"]]
 
 
+@functools.cache  # each prompt is parsed for each of its completions
 def parse(user_input):
     """(family, language, slots) of a prompt of this world; ValueError for any other text."""
     for family, lang, pattern in PATTERNS:

@@ -192,7 +192,8 @@ def small_run(args):
         os.chdir(before)
         tokenizer = load_tokenizer(f"{folder}/data/tokenizer")
         torch.manual_seed(0)
-        policy = random_llama(LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL))
+        size = SIZE_SMALL if args.small else DEMO_MODEL
+        policy = random_llama(LlamaConfig(**size | dict(vocab_size=len(tokenizer))))
         save_checkpoint(policy, tokenizer, f"{folder}/runs/sft")
         save_checkpoint(ScalarHead(policy.model), tokenizer, f"{folder}/runs/rm")
     return folder
@@ -201,7 +202,7 @@ def small_run(args):
 def demonstrations(args):
     """A cut of the demo's demonstrations."""
     with open(f"{small_run(args)}/data/actor_training_data.json", encoding="utf-8") as file:
-        records = json.load(file)[:256]
+        records = json.load(file)[:64 if args.small else 256]
     with open(f"{args.out}/demos.json", "w", encoding="utf-8") as file:
         json.dump(records, file)
 

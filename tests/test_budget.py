@@ -4,7 +4,6 @@ autograd keeps."""
 import contextlib
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ import bench.memory as measuring
 import ppo
 import sft
 import train_rm
-from forked import fork
+from forked import fork, redirect
 from lib import flops, memory
 from model import Llama, generate
 from tools import budget
@@ -215,18 +214,20 @@ def test_a_configuration_that_is_not_there_ends_in_one_line(tmp_path, capsys):
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback():
+def table_into(pipe, errors):
+    redirect(errors)
+    sys.stdout = open(pipe, "w", buffering=1)  # a line at a time
+    budget.main([])
+
+
+def test_a_reader_that_has_seen_enough_ends_the_program_without_a_traceback(tmp_path):
     """As in `python -m tools.budget | head -1`."""
-    program = subprocess.Popen(
-        [sys.executable, "-m", "tools.budget"],
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout.readline().startswith("| GiB per process |")
-    program.stdout.close()
-    assert program.stderr.read() == "" and program.wait() == 1
+    os.mkfifo(tmp_path / "pipe")
+    program = fork(table_into, tmp_path / "pipe", tmp_path / "errors")
+    with open(tmp_path / "pipe") as pipe:
+        assert pipe.readline().startswith("| GiB per process |")
+    program.join(60)
+    assert program.exitcode == 1 and (tmp_path / "errors").read_text() == ""
 
 
 def measured(stage, said):

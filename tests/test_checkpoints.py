@@ -228,12 +228,11 @@ def test_hugging_face_directory_with_llama_31_scaling(tmp_path, tokenizer):
     assert_close(logits_of(load_llama(path, tokenizer), tokens), expected, 1e-4)
 
 
-@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
-def test_a_name_of_the_hub(tmp_path, tokenizer, variable):
-    """The files lie where the hub's client keeps its downloads; a program without network finds
-    them by the model's name."""
+def test_a_name_of_the_hub(tmp_path, tokenizer):
+    """The files lie where the hub's client keeps its downloads, in HF_HOME; a program without
+    network finds them by the model's name."""
     weights, tokens = random_weights(400), random_tokens(400, 40)
-    cache = tmp_path / "home" / ("hub" if variable == "HF_HOME" else "")
+    cache = tmp_path / "home" / "hub"
     snapshot = "0123456789abcdef0123456789abcdef01234567"
     write(cache / "models--some-lab--tiny-llama" / "refs" / "main", snapshot)
     write_hugging_face(
@@ -251,7 +250,7 @@ def test_a_name_of_the_hub(tmp_path, tokenizer, variable):
         for name, value in os.environ.items()
         if not name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_"))
     }
-    environment |= {variable: str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "tokens"), str(tmp_path / "logits")],
         cwd=ROOT,
