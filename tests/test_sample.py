@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from data_commands import DIALOGUE, read, run, write
+from data_commands import DIALOGUE, read, refused, run, write
 
 import model
 from lib.data import left_pad
@@ -64,6 +64,21 @@ def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):
     run("sample", write(tmp_path / "x.json", [*prompts, {"user_input": "Hi"}]), **options)
     after = read(tmp_path / "a.json")
     assert [r for r in after if r["user_input"] != "Hi"] == before and len(after) > len(before)
+
+
+@pytest.mark.parametrize("option, value", [("k", 3), ("seed", 1), ("temperature", 1.0),
+                                           ("top_k", 5), ("top_p", 0.5), ("max_new_tokens", 9)])
+def test_completions_sampled_in_another_way_do_not_take_their_place(
+    tmp_path, checkpoint, capsys, option, value
+):
+    source = write(tmp_path / "x.json", [{"user_input": "Say 1."}])
+    options = dict(model=checkpoint, k=2, max_new_tokens=8, temperature=1.5,
+                   out=tmp_path / "a.json")
+    run("sample", source, **options)
+    before = (tmp_path / "a.json").read_bytes()
+    line = refused(capsys, lambda: run("sample", source, **options | {option: value}))
+    assert f"was made with another {option}" in line
+    assert (tmp_path / "a.json").read_bytes() == before
 
 
 def test_a_model_that_diverged_writes_nothing(tmp_path, checkpoint, capsys, monkeypatch):

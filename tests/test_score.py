@@ -133,6 +133,10 @@ def test_neither_the_input_nor_the_scores_of_another_are_replaced(tmp_path, caps
     line = refused(capsys, lambda: run("score", other, out=tmp_path / "z.json", judge=judge))
     assert "was made of y_unscored.json" in line and (tmp_path / "z.json").read_bytes() == scored
     run("score", source, out=tmp_path / "z.json", judge=judge)  # again, of the same
+    strict = write(tmp_path / "strict.py", "def score(user_input, completion): return 0.5")
+    line = refused(capsys, lambda: run("score", source, out=tmp_path / "z.json", judge=strict))
+    assert "was made with another judge" in line
+    assert (tmp_path / "z.json").read_bytes() == scored
     run("score", other, "--overwrite", out=tmp_path / "z.json", judge=judge)
     assert len(read(tmp_path / "z.json")) == 2
     assert (tmp_path / "y_unscored.json").read_bytes() == before

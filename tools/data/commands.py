@@ -49,12 +49,12 @@ class Journal:
     """{digest of what was asked: answer, a dict} as JSON Lines. An answer is on disk when `add`
     returns.
 
-    The files in `outputs` are made of these answers and of the file `source`. If one is there
-    without a journal at `path`, or with that of another source, the program ends, unless it is to
-    `overwrite` them.
+    The files in `outputs` are made of these answers and of the file `source`; `how`, {option:
+    value}, is what else they depend on. If one is there without a journal at `path`, or was made of
+    another source or in another way, the program ends, unless it is to `overwrite` them.
     """
 
-    def __init__(self, path, outputs, source, overwrite):
+    def __init__(self, path, outputs, source, overwrite, how):
         there = [output for output in outputs if os.path.exists(output)]
         if there and not os.path.exists(path) and not overwrite:
             stop(f"{there[0]}: already exists; name another --out, or give --overwrite to "
@@ -69,11 +69,13 @@ class Journal:
                     whole += len(line)
                     self.read(line)
             self.file.truncate(whole)  # the last line may be half written
-        made_of = dict(path=os.path.relpath(source, os.path.dirname(path) or "."))
-        before = self.answers.get("source", made_of)
-        if there and before != made_of and not overwrite:
-            stop(f"{there[0]}: was made of {before['path']}; name another --out, or give "
-                 "--overwrite to replace it")
+        made_of = how | dict(path=os.path.relpath(source, os.path.dirname(path) or "."))
+        before = made_of | self.answers.get("source", {})
+        for name, value in made_of.items() if there and not overwrite else ():
+            if before[name] != value:
+                made = f"of {before[name]}" if name == "path" else f"with another {name}"
+                stop(f"{there[0]}: was made {made}; name another --out, or give --overwrite to "
+                     "replace it")
         if self.answers.get("source") != made_of:
             self.add("source", made_of)
 
@@ -92,8 +94,9 @@ class Journal:
             self.answers[key] = answer
 
 
-def journal_of(args, *more):
-    """The journal of a command that makes the file --out of another, and `more` beside it."""
+def journal_of(args, *more, **how):
+    """The journal of a command that makes the file --out of another, and `more` beside it. `how`:
+    the options on which the result depends."""
     if os.path.realpath(args.out) == os.path.realpath(args.file):
         stop(f"--out {args.out}: is the file that is read; name another")
-    return Journal(args.out + ".journal.jsonl", [args.out, *more], args.file, args.overwrite)
+    return Journal(args.out + ".journal.jsonl", [args.out, *more], args.file, args.overwrite, how)

@@ -33,12 +33,13 @@ def sample(args):
     if room < 1:
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
              f"context is {context} tokens")
-    journal = journal_of(args)
-    tokens = encode_prompts(prompts, tokenizer, room, args.file)
     # a model that was trained again under the same name is another model
-    trained = fingerprint(args.model) if os.path.exists(args.model) else ""
-    how = [args.model, trained, args.k, args.temperature, args.top_k, args.top_p,
-           args.max_new_tokens, args.seed]
+    weights = fingerprint(args.model) if os.path.exists(args.model) else ""
+    options = dict(
+        model=args.model, weights=weights, k=args.k, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    journal, how = journal_of(args, **options), list(options.values())
+    tokens = encode_prompts(prompts, tokenizer, room, args.file)
     keys = [digest("sample", how, prompt_key(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # little padding
     step = max(1, args.batch_size // args.k)

@@ -15,7 +15,8 @@ import unicodedata
 from lib.data import read_records, save, what_is_wrong
 from lib.errors import clean_exit, explain, stop
 from lib.judge import Judge, number
-from tools.data.commands import add_command, journal_of
+from lib.state import fingerprint
+from tools.data.commands import add_command, digest, journal_of
 from tools.data.llm import add_llm, ask
 from tools.data.sets import as_text
 from tools.data.templates import fill_in, template_of
@@ -82,7 +83,8 @@ def score(args):
             stop(f"{args.file}: record {n}: field 'score' {wrong}")
     judge = Judge("--judge", args.judge) if args.judge else None
     template = "" if judge else template_of("reward", args.reward_template or args.templates)
-    journal = journal_of(args, rest)
+    journal = journal_of(args, rest, model=args.model, template=digest(template),
+                         judge=judge and fingerprint(args.judge))
     if judge:
         judge.check(args.file, records)
         scores = []

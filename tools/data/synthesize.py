@@ -159,7 +159,7 @@ def new_data(args):
     outputs = [os.path.join(args.out, f"{name}_training_data{twin}.json")
                for name in args.make for twin in ("", "_eval")]
     journal = Journal(os.path.join(args.out, f"{args.command}.journal.jsonl"), outputs, args.file,
-                      args.overwrite)
+                      args.overwrite, dict(model=args.model, seed=args.seed))
     new = invent(args, journal, template, seeds)
     records = [{"user_input": text} for text in new]
     if "actor" in args.make:
