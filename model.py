@@ -333,7 +333,8 @@ def load_scalar_head(path, dtype=torch.float32):
 
 def fill(model, tensors, path, dtype):
     """Make these tensors, in `dtype`, the parameters of `model`, which is on the meta device; they
-    are not copied. A tensor without a parameter, or the reverse, ends the program."""
+    are not copied. A tensor without a parameter, or the reverse, ends the program, and so does one
+    that is not finite."""
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     names = {name for name, _ in model.named_parameters()}
@@ -341,6 +342,9 @@ def fill(model, tensors, path, dtype):
     for wrong, why in ((missing, "missing"), (unused, "of no use here")):
         if wrong:
             stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
+    for name, tensor in tensors.items():
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            stop(f"{path}: {name} holds nan or inf; did its training diverge?")
     with explain(f"{path}: its tensors do not match its configuration"):
         model.load_state_dict(tensors, strict=False, assign=True)
     for parameter in model.parameters():

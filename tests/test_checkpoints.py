@@ -2,6 +2,7 @@
 against `makers.plain_llama`; and what cannot be read ends with one line and exit code 2."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -412,6 +413,20 @@ def test_safetensors_with_missing_or_misshapen_tensors(hf, tokenizer, capfd):
         assert f"error: {hf}: " in line and "missing or of the wrong shape" in line and name in line
     (hf / "model.safetensors").unlink()
     assert f"error: {hf}: cannot be loaded" in refused(capfd, load_llama, str(hf), tokenizer)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(hf, tokenizer, reward_model, tmp_path, capfd, wrong):
+    """As of a run that diverged. A generator would write one token again and again."""
+    save_checkpoint(reward_model, tokenizer, str(tmp_path / "rm"))
+    for folder, load in ((hf, lambda path: load_llama(path, tokenizer)),
+                         (tmp_path / "rm", load_scalar_head)):
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name][3, 5] = wrong
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        line = refused(capfd, load, str(folder))
+        assert line.startswith(f"error: {folder}: {name} holds nan or inf")
 
 
 def test_a_missing_safetensors_shard(tmp_path, tokenizer, capfd):

@@ -12,7 +12,7 @@ from data_commands import DIALOGUE, read, refused, run, write
 import model
 from lib.data import left_pad
 from lib.dialogue import encode_prompt
-from tools.data import sample, sets
+from tools.data import sets
 
 
 def test_sample(tmp_path, checkpoint, capsys):
@@ -79,18 +79,3 @@ def test_completions_sampled_in_another_way_do_not_take_their_place(
     line = refused(capsys, lambda: run("sample", source, **options | {option: value}))
     assert f"was made with another {option}" in line
     assert (tmp_path / "a.json").read_bytes() == before
-
-
-def test_a_model_that_diverged_writes_nothing(tmp_path, checkpoint, capsys, monkeypatch):
-    def diverged(*given):
-        llama = load(*given)
-        llama.model.norm.weight.data.fill_(float("nan"))
-        return llama
-
-    load = model.load_llama
-    monkeypatch.setattr(sample, "load_llama", diverged)
-    source = write(tmp_path / "x.json", [{"user_input": "Say 1."}])
-    with pytest.raises(SystemExit) as ended:
-        run("sample", source, model=checkpoint, k=2, out=tmp_path / "a.json")
-    assert ended.value.code == 1 and "its probabilities are nan" in capsys.readouterr().err
-    assert not (tmp_path / "a.json").exists()
