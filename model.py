@@ -106,7 +106,7 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
     def forward(self, x):
-        # a quarter of what a layer would keep, and cheap to compute again
+        # saves a quarter of what a layer would keep, and is cheap to compute again
         return recomputed(self.down, self.gate_proj(x), self.up_proj(x))
 
 

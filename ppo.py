@@ -12,7 +12,7 @@ reward model and the reference (the SFT policy); the last two are frozen. The al
         make_experience:                                  # nothing learns here
             answer the prompts with the actor             (answer, model.generate)
             score the answers with the reward model       (score_responses)
-            evaluate actor, reference and critic at each token  (response_logprobs, response_values)
+            evaluate reference and critic at each token   (response_logprobs, response_values)
             rewards = score at the end - kl_coef KL       (kl_estimate, token_rewards)
             advantages, returns                           (gae, masked_whiten)
         ppo_epochs times, for each minibatch:             (train_minibatch)
@@ -102,8 +102,8 @@ SETTINGS = [
      whole),
     ("lr",                2e-4,     2.5e-5, "learning rate of the actor; decays linearly to 0"),
     ("critic_lr",         1e-3,     5e-5,   "learning rate of the critic, likewise"),
-    ("clip",              0.2,      0.2,    "how far the probability ratio may move, as a share"),
-    ("value_clip",        0.2,      0.2,    "how far the value may move, in score units"),
+    ("clip",              0.2,      0.2,    "no gain from a probability ratio beyond 1 +- this"),
+    ("value_clip",        0.2,      0.2,    "no gain from moving the value further, score units"),
     ("entropy_coef",      0.0,      0.0,    "weight of the entropy bonus"),
     ("ptx_coef",          0.1,      0.0,    "weight of the cross entropy on demonstrations"),
     ("target_kl",         None,     None,   "nats per token: end an update when the policy is this "
@@ -275,7 +275,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 def value_loss(values, old_values, returns, mask, clip):
     """Half the larger of two squared errors: of V, and of V kept within +-clip of what it was at
-    the rollout, so that one update cannot move it far from the values that gave the advantages.
+    the rollout. A value that is further towards G than that gets no gradient, so one update moves
+    it little from the values that gave the advantages.
 
         L = 1/2 mean  max((V - G)^2, (V_old + clamp(V - V_old, -clip, clip) - G)^2)
 
@@ -291,8 +292,8 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def ptx_loss(logits, labels):
-    """Next-token cross entropy on demonstration text, the pretraining term of InstructGPT's eq. 2
-    (PPO-ptx).
+    """Next-token cross entropy on demonstrations: the pretraining term of InstructGPT's eq. 2
+    (PPO-ptx), which is on pretraining text there.
 
     `logits` (B, T, V); `labels` (B, T): the tokens themselves, -100 where none is to be learned.
     The logits at t predict the label at t + 1 -> the mean over all labels that count, nats; 0 if
@@ -410,7 +411,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     and returns.
 
     `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
-    the experience, a dict of `texts`, their `lengths`, raw `scores` (B,), and `mask`,
+    the experience, a dict of `texts`, their `lengths`, `scores` (B,), and `mask`,
     `old_logprobs`, `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`, all
     (B, T); and statistics for the log.
     """

@@ -94,8 +94,8 @@ def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
 
 
 def evaluate(model, examples, args, pad_token_id):
-    """Mean loss over all completion tokens, nats. (In a mean of the batches' means, tokens of short
-    batches would weigh more.)"""
+    """Mean loss over all completion tokens, nats. `examples`: (prompt, completion, number of the
+    record), the texts as lists of tokens."""
     loss, tokens = 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
     with torch.no_grad():

@@ -184,7 +184,7 @@ def backward(reward_model, batch, examples, labels, args, pad_token_id):
         micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
         micro_loss.backward()
         loss += micro_loss.detach()
-        # where each completion is alone in its prompt, they are compared across prompts
+        # where each is the only completion of its prompt, they are compared across prompts
         for s, t in by_prompt if max(sizes) > 1 else [(scores, labels[rows])]:
             accuracy = pair_statistics(s.detach(), t)[0]
             right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
