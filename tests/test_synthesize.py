@@ -240,8 +240,9 @@ def test_what_other_seeds_made_is_not_replaced(tmp_path, llm, capsys):
     assert "was made of ../a.jsonl" in line
     assert (tmp_path / "o" / "rlhf_training_data.json").read_bytes() == before
     run("prompts", other, "--overwrite", **options)
-    line = refused(capsys, lambda: run("prompts", other, **options, seed=1))
-    assert "was made with another seed" in line
+    for changed in (dict(seed=1), dict(language="zh")):
+        line = refused(capsys, lambda: run("prompts", other, **options | changed))
+        assert f"was made with another {min(changed)}" in line
 
 
 def test_an_llm_that_invents_nothing(tmp_path, llm, capsys):

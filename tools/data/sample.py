@@ -38,7 +38,8 @@ def sample(args):
     options = dict(
         model=args.model, weights=weights, k=args.k, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed)
-    journal, how = journal_of(args, **options), list(options.values())
+    journal = journal_of(args, **options)
+    how = list(options.values())
     tokens = encode_prompts(prompts, tokenizer, room, args.file)
     keys = [digest("sample", how, prompt_key(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # little padding

@@ -18,7 +18,7 @@ from collections import Counter
 
 from lib.errors import clean_exit, stop
 from lib.settings import positive
-from tools.data.commands import EVAL_SHARE, OUT, Journal, add_command
+from tools.data.commands import EVAL_SHARE, OUT, Journal, add_command, digest
 from tools.data.import_ import convert
 from tools.data.llm import add_llm, ask
 from tools.data.sets import as_text, save_sets
@@ -159,7 +159,8 @@ def new_data(args):
     outputs = [os.path.join(args.out, f"{name}_training_data{twin}.json")
                for name in args.make for twin in ("", "_eval")]
     journal = Journal(os.path.join(args.out, f"{args.command}.journal.jsonl"), outputs, args.file,
-                      args.overwrite, dict(model=args.model, seed=args.seed))
+                      args.overwrite, dict(model=args.model, template=digest(template),
+                                           language=args.language, seed=args.seed))
     new = invent(args, journal, template, seeds)
     records = [{"user_input": text} for text in new]
     if "actor" in args.make:
