@@ -262,8 +262,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
         L = - mean  min(rho A, clamp(rho, 1 - clip, 1 + clip) A)
 
     All (B, T); the gradient flows through `logprobs` only -> loss, and clip_fraction: the share of
-    clipped tokens, which get no gradient: A > 0 and rho > 1 + clip, or A < 0 and rho < 1 - clip. A
-    token that moved the wrong way always keeps its gradient.
+    clipped tokens, which get no gradient: A > 0 and rho > 1 + clip, or A < 0 and rho < 1 - clip.
+    The min is the worse of the two: to go further gains nothing, but a token that moved the wrong
+    way keeps its gradient, which brings it back.
     """
     log_ratio = inside(logprobs, mask) - inside(old_logprobs, mask).detach()
     ratio = torch.exp(log_ratio.clamp(-LARGEST_LOG, LARGEST_LOG))
