@@ -367,9 +367,9 @@ def train_tokenizer(texts, vocab_size=1536):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(f"tools.data.{COMMANDS[argv[0]]}").main(argv)
+        return importlib.import_module(f"tools.data.{COMMANDS[argv[0]]}").main(argv[0], argv[1:])
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [--out OUT] [--seed SEED]\n"
+        usage="%(prog)s [-h] [--out OUT] [--seed SEED] [--overwrite]\n"
               f"       %(prog)s {{{','.join(COMMANDS)}}} ...",
         description="Write the built-in data sets of the three stages, and their tokenizer.",
         epilog="The commands get, make and judge other data; each has its own --help.")

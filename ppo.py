@@ -550,7 +550,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
                   for name in sums}
     for name in ("policy_loss", "value_loss", "ptx_loss", *norms):
-        health.finite((values | statistics)[name], name.replace("_", " "), args.out)
+        health.must_be_finite((values | statistics)[name], name.replace("_", " "), args.out)
     too_far = args.target_kl and statistics["approx_kl"] > args.target_kl
     for _, optimizer in trained.values():
         if not too_far:
@@ -694,7 +694,8 @@ def main(argv=None):
     # What --resume restores beside the models and their optimizers. `first`, `last`: mean scores of
     # the evaluation before training and of the latest; `history`: the rows of metrics.csv
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(
-        first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={}))
+        first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={},
+        warned={}))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
     normalize = rewards.RunningDeviation(args.normalize_reward, **kept["deviation"])
     held_out = eval_records, eval_prompts, gold, tokenizer, args
@@ -703,7 +704,6 @@ def main(argv=None):
         kept["first_texts"] = run.log_samples(0, samples)[:3]
         if samples:
             run.log(update=0, **kept["first"])  # where the curves begin
-    warned = health.Warned(kept["history"], kept["first"], args.updates)
 
     for update in range(run.step + 1, args.updates + 1):
         started = time.perf_counter()
@@ -717,7 +717,7 @@ def main(argv=None):
                   for _ in range(args.ppo_epochs)]
         experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],
                                           tokenizer, args, kl_control.coef, generator, normalize)
-        health.finite(row["score"], "the reward model's score", args.out)
+        health.must_be_finite(row["score"], "the reward model's score", args.out)
 
         found = []
         for rows in sum(passes, []):
@@ -740,7 +740,7 @@ def main(argv=None):
             save_checkpoint(critic, tokenizer, os.path.join(args.out, "critic"))
         run.log(update=update, **row)
         kept["history"].append(row)
-        warned.look(kept["history"])
+        health.warn(kept, args.updates)
         kept |= dict(kl_coef=kl_control.coef, deviation=normalize.state())
         run.end_step(health.in_short(row) + rewards.share(reward_model),
                      lambda folder: save_checkpoint(actor, tokenizer, folder))

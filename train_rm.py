@@ -107,7 +107,7 @@ def ranking_loss(scores, labels):
 
 def regression_loss(scores, labels):
     """The mean over completions of (s - label)^2. `scores`, `labels` (K,) -> a scalar."""
-    return (scores - on(scores.device, labels)).square().mean()
+    return (scores - on(scores.device, labels.float())).square().mean()
 
 
 def pair_statistics(scores, labels):
@@ -160,7 +160,7 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     scores = score_texts(reward_model, examples, args, pad_token_id).cpu()
     accuracy, margin, gap = map(torch.cat, zip(*(
         pair_statistics(scores[group], labels[group]) for group in with_pairs(groups, labels))))
-    edges = torch.linspace(0, 1, 5)[1:] * (gap.max() if len(gap) else 1)
+    edges = torch.linspace(0, 1, 5, dtype=gap.dtype)[1:] * (gap.max() if len(gap) else 1)
     bins = torch.bucketize(gap, edges)
     by_gap = [(edges[b].item(), accuracy[bins == b].mean().item(), int((bins == b).sum()))
               for b in range(4) if (bins == b).any()]

@@ -50,7 +50,7 @@ def refuse_others(path):
              "implemented here")
 
 
-def read(path, dtype=torch.float32, scalar=False):
+def read(path, dtype, scalar=False):
     """(LlamaConfig, {Hugging Face's name: tensor}, GenerationConfig or None) of
 
     - a Hugging Face directory, or the name of a model on the hub;
@@ -139,8 +139,9 @@ def read_hugging_face(path, dtype, scalar):
 
 
 def stated(path):
-    """{field: value} of what a Hugging Face checkpoint says of generation: generation_config.json,
-    without one config.json. Ends the program with one line if the former is no JSON object."""
+    """{field: value} of what a Hugging Face checkpoint says of generation: in
+    generation_config.json, or if there is none in config.json. Ends the program with one line if
+    the former is no JSON object."""
     with contextlib.suppress(Exception):  # the hub has none
         name, file = "generation_config.json", os.path.join(path, "generation_config.json")
         if not os.path.isdir(path):
@@ -241,7 +242,7 @@ def match_embedding(path, config, tensors, tokenizer, resize):
     config.vocab_size += more
 
 
-def write(folder, config, tensors, tokenizer, generation_config=None, scalar=False):
+def write(folder, config, tensors, tokenizer, generation_config, scalar):
     """A plain Hugging Face directory: every file whole or not there, config.json last.
 
     `tensors`: {Hugging Face's name: tensor}; `scalar`: as a `LlamaForSequenceClassification`.

@@ -27,8 +27,7 @@ def draw_curves(folder, metrics):
     for axis, (title, lines) in zip(axes.flat, panels):
         for label, column in lines.items():
             points = [(float(row[step]), float(row[column])) for row in rows if row[column]]
-            if points:
-                axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+            axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
         axis.set(title=title, xlabel=step)
         axis.grid(alpha=0.3)
         if len(lines) > 1:

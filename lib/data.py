@@ -108,8 +108,8 @@ def save(path, records):
 
 
 def half_character(text):
-    """JSON can hold half of a character that is written in two, such as "\\ud83d" of a cut
-    emoji."""
+    """What is wrong with a text that holds half of a character that JSON writes in two, such as
+    "\\ud83d" of a cut emoji; else None."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         return "holds half a character (a lone surrogate)"
     return None

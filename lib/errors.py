@@ -32,10 +32,9 @@ def explain(what, advice="", code=2):
     For files from outside: the libraries that read them raise anything for a damaged one."""
     try:
         yield
-    except OSError as error:
-        stop(f"{what} ({error.strerror or first_line(error)}){advice}", code)
     except Exception as error:
-        stop(f"{what} ({first_line(error)}){advice}", code)
+        said = getattr(error, "strerror", None) or first_line(error)  # an OSError has the former
+        stop(f"{what} ({said}){advice}", code)
 
 
 def clean_exit(main):
@@ -71,17 +70,22 @@ def clean_exit(main):
     return wrapped
 
 
-def write_whole(path, data):
-    """Write bytes to `path` so that the file appears whole or not at all: beside it, then
-    renamed."""
-    with explain(f"{path}: cannot be written"):
+@contextlib.contextmanager
+def whole(path, advice="", code=2):
+    """The name of a file to write beside `path`, which it then replaces: so `path` appears whole or
+    not at all."""
+    with explain(f"{path}: cannot be written", advice, code):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
-            with open(path + ".part", "wb") as file:
-                file.write(data)
-                file.flush()
+            yield path + ".part"
+            with open(path + ".part", "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(path + ".part", path)
         finally:
             with contextlib.suppress(OSError):
                 os.remove(path + ".part")
+
+
+def write_whole(path, data):
+    with whole(path) as part, open(part, "wb") as file:
+        file.write(data)

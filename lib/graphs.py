@@ -17,8 +17,8 @@ def can_be_captured(llama):
 
 def captured(step, state):
     """`step` as a CUDA graph: launched as a whole, where Python takes longer to launch its kernels
-    one by one than the GPU to compute them. `step` reads and changes tensors in place, those of
-    `state` so that it must not be repeated; capturing leaves these as they were."""
+    one by one than the GPU to compute them. `step` changes tensors in place. Capturing runs
+    it twice first; those of `state` are then put back."""
     before = [x.clone() for x in state]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

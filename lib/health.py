@@ -17,7 +17,7 @@ def check_finite(step, loss, grad_norm, path, records):
              f"{sorted(records)}: look at these, or lower --lr", code=1)
 
 
-def finite(value, name, folder):
+def must_be_finite(value, name, folder):
     """End a run of ppo.py at a value that is not finite, the last good checkpoint left as it is."""
     if not math.isfinite(value):
         stop(f"{name} is {value}; the last saved state in {folder} stays. Lower --lr or "
@@ -159,19 +159,12 @@ def unhealthy(rows, first, updates):
     return wrong
 
 
-class Warned:
-    """Says each of these warnings once, also over a --resume."""
-
-    def __init__(self, rows, first, updates):
-        self.first, self.updates = first, updates
-        self.said = {name for n in range(1, len(rows) + 1)
-                     for name in unhealthy(rows[:n], first, updates)}
-
-    def look(self, rows):
-        for name, text in unhealthy(rows, self.first, self.updates).items():
-            if name not in self.said:
-                tqdm.write(f"warning: update {len(rows)}: {text}")
-                self.said.add(name)
+def warn(kept, updates):
+    """Print these warnings, each once, also over a --resume: `kept` holds those that were."""
+    for name, text in unhealthy(kept["history"], kept["first"], updates).items():
+        if name not in kept["warned"]:
+            kept["warned"][name] = f"update {len(kept['history'])}: {text}"
+            tqdm.write(f"warning: {kept['warned'][name]}")
 
 
 def show(update, kept, records, completions):

@@ -59,7 +59,7 @@ def add_lora(model, args):
         for layer in model.model.layers:
             linear = layer.get_submodule(names[target])
             layer.set_submodule(names[target], LoRALinear(linear, args.lora_rank,
-                                                                args.lora_alpha))
+                                                          args.lora_alpha))
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     learns = sum(p.numel() for p in trainable(model))
     print(f"LoRA: {frozen / 1e6:.1f} MB of frozen weights; {learns} parameters are trained, "
@@ -88,7 +88,8 @@ def adapters_off(model):
 
 def merged(model, dtype=torch.float32, everywhere=False):
     """{name: tensor} of the same function as a plain model in `dtype`, with W + alpha / r B A in
-    place of each adapter. With many processes all take part, and only rank 0 gets it, or all do."""
+    place of each adapter. With many processes all take part, and rank 0 gets it, or with
+    `everywhere` each."""
     tensors = dict(named_wholes(model, everywhere))
     if RANK > 0 and not everywhere:
         return {}

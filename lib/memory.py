@@ -47,7 +47,8 @@ def activation_bytes(config, rows, length, projected, copies, args):
     one), 3 d after them; the weights that autocast casts to bf16; and the larger of
 
     - `copies` of the logits (projected, V) in float32,
-    - gradients that wait to be added: 3 I per token and a (d, I) matrix of an MLP, the embedding's.
+    - gradients that wait to be added: 3 I per token, and those of one (d, I) matrix and of the
+      embedding.
     """
     (d, i, q, k, v), n, tokens = widths(config), config.num_hidden_layers, rows * length
     layer, words, cast = layer_bytes(config, args), v * (projected > 0), args.dtype == "bfloat16"

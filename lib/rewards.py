@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lib.checkpoints import quiet
 from lib.data import collate
-from lib.dialogue import cut_left, encode_completion
+from lib.dialogue import as_messages, cut_left, encode_completion
 from lib.distributed import RANK
 from lib.errors import explain, stop
 from lib.judge import Judge
 from lib.tokenizer import load_tokenizer
 
 
+@torch.random.fork_rng(devices=[])  # these files may draw random numbers when they are loaded
 def judges(args, records, eval_records):
     """The functions --reward and --gold, None where there is none. Ends the program with one line
     if these records do not fit one of them."""
@@ -49,26 +50,11 @@ def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
     functions of model.py, which lib does not import."""
     if judge:
         reward = TextReward(judge.path, tokenizer, judge)
-    elif not (reward := other_model(args, tokenizer, load_scalar_head, last_token)):
+    elif not (reward := from_model(args.rm, tokenizer, args, load_scalar_head, last_token)):
         return None
     if vars(args).get("critic") == "rm":  # a fork may have no critic
         print(f"{reward.name} scores texts: the critic begins as the SFT model, with a new head")
     return reward
-
-
-def other_model(args, tokenizer, load_scalar_head, last_token):
-    """The reward model --rm, if its tokens or its chat template are not the policy's."""
-    with explain(f"{args.rm}: no reward model can be loaded from it"):
-        config = AutoConfig.from_pretrained(args.rm)
-    if config.model_type == "llama":
-        theirs = load_tokenizer(args.rm)
-        if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
-            stop(f"{args.rm}: its tokenizer has the token {most}, where its embedding has "
-                 f"{config.vocab_size} rows: train it with --resize_embedding")
-        if (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
-                                                          tokenizer.chat_template):
-            return None
-    return from_model(args.rm, tokenizer, args, load_scalar_head, last_token)
 
 
 class TextReward:
@@ -106,13 +92,20 @@ def share(reward):
 
 
 def from_model(path, tokenizer, args, load_scalar_head, last_token):
-    """The reward of a model whose tokens are not the policy's: LLaMA as our own `ScalarHead`, any
-    other as transformers has it."""
+    """The reward of a model whose tokens or chat template are not the policy's, else None: LLaMA as
+    our own `ScalarHead`, any other as transformers has it."""
     with explain(f"{path}: no reward model can be loaded from it"):
         config = AutoConfig.from_pretrained(path)
     alone = False  # a text at a time
     if config.model_type == "llama":
-        theirs, model = load_tokenizer(path), load_scalar_head(path).to(args.device)
+        theirs = load_tokenizer(path)
+        if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
+            stop(f"{path}: its tokenizer has the token {most}, where its embedding has "
+                 f"{config.vocab_size} rows: train it with --resize_embedding")
+        if (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
+                                                          tokenizer.chat_template):
+            return None
+        model = load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings
 
         def score(asked, completions):
@@ -145,14 +138,14 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         def score(asked, completions):
             if theirs.chat_template:
                 texts = [theirs.apply_chat_template(
-                    [*([{"role": "user", "content": said}] if isinstance(said, str) else said),
-                     {"role": "assistant", "content": completion}], tokenize=False)
+                    [*as_messages(said), {"role": "assistant", "content": completion}],
+                    tokenize=False)
                     for said, completion in zip(asked, completions)]
                 batch = theirs(texts, add_special_tokens=False, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             else:  # as encoders are trained: two segments, question and answer
-                texts = [said if isinstance(said, str) else
-                         "\n\n".join(message["content"] for message in said) for said in asked]
+                texts = ["\n\n".join(message["content"] for message in as_messages(said))
+                         for said in asked]
                 batch = theirs(texts, completions, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             return model(**batch.to(args.device)).logits[:, 0].float()

@@ -135,7 +135,7 @@ class Run:
             self.file.flush()
         self.kept = kept
         if self.state:
-            self.kept = state.restore(self.state, self.last, trained, generators, self.args)
+            self.kept = kept | state.restore(self.state, self.last, trained, generators)
         self.step, self.steps = self.kept.pop("step", 0), steps
         self.board = None
         if self.args.tensorboard and RANK == 0:

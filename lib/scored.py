@@ -25,7 +25,8 @@ def read_scored(path, tokenizer, max_length, args):
     records = read_records(path, "user_input", "completion", "score")
     examples = encode_records(records, tokenizer, max_length, path)
     groups = group_by_prompt(records, examples)
-    labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples])
+    labels = torch.tensor([float(records[number - 1]["score"]) for _, _, number in examples],
+                          dtype=torch.float64)  # any number that JSON can hold
     warn_of_labels(path, records, examples)
     if len(set(labels.tolist())) == 1:
         stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")

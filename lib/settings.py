@@ -35,7 +35,7 @@ def any_whole(text):
     return int(text)
 
 
-def number(what, fits):
+def number_type(what, fits):
     """argparse type: a number for which `fits` is true, in words `what`."""
     def read(text):
         with contextlib.suppress(ValueError):
@@ -45,10 +45,10 @@ def number(what, fits):
     return read
 
 
-at_least_0 = number("a number of at least 0", lambda x: x >= 0)  # also inf
-above_0 = number("a number above 0", lambda x: x > 0)  # also inf
-finite_above_0 = number("a finite number above 0", lambda x: 0 < x < math.inf)
-finite = number("a finite number", math.isfinite)
+at_least_0 = number_type("a number of at least 0", lambda x: x >= 0)  # also inf
+above_0 = number_type("a number above 0", lambda x: x > 0)  # also inf
+finite_above_0 = number_type("a finite number above 0", lambda x: 0 < x < math.inf)
+finite = number_type("a finite number", math.isfinite)
 
 
 def usable_device(text):

@@ -3,7 +3,6 @@
 A state is a file of tensors, and state.json, which names it.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.distributed import as_held, in_one_piece, named_wholes
-from lib.errors import explain, stop, write_whole
+from lib.errors import explain, stop, whole, write_whole
 
 # What --resume may change: how a run goes on, not what it is
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size",
@@ -59,16 +58,8 @@ def write(folder, tensors, state):
     """The tensors go into a new file, then state.json, which names it, takes the place of the old
     one: at every moment one of the two states is whole. `state`: a dict for state.json."""
     file = os.path.join(folder, f"state-{state['progress']['step']}.safetensors")
-    with explain(f"{folder}: cannot be written", "; what was saved before stays", code=1):
-        os.makedirs(folder, exist_ok=True)
-        try:
-            save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, file + ".part")
-            with open(file + ".part", "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(file + ".part", file)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(file + ".part")
+    with whole(file, "; what was saved before stays", code=1) as part:
+        save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, part)
     name = os.path.basename(file)
     write_whole(os.path.join(folder, "state.json"), json.dumps(state | dict(file=name)).encode())
     for other in os.listdir(folder):
@@ -102,7 +93,7 @@ def read(folder, args):
     return state
 
 
-def restore(state, folder, trained, generators, args):
+def restore(state, folder, trained, generators):
     """Put the tensors of a state that was `read` back where they came from -> the progress."""
     tensors = state.pop("tensors")
     with explain(f"{folder}: not a state of this run", "; another --out starts a new run"):
@@ -125,7 +116,7 @@ def restore(state, folder, trained, generators, args):
             if generator.device.type == device:
                 generator.set_state(tensors[f"random.{name}"])
             else:
-                generator.manual_seed(args.seed + state["progress"]["step"])
+                generator.manual_seed(state["settings"]["seed"] + state["progress"]["step"])
                 print(f"saved on {device}: on {generator.device.type} the random numbers of "
                       f"{name} are different")
         torch.set_rng_state(tensors["random.torch"])

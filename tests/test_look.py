@@ -241,6 +241,21 @@ def test_reward_model_after_each_token(pages, home):
     assert any("window.pwned" in text for text in texts)
 
 
+def test_a_ranking_model_is_judged_on_the_pairs_of_each_prompt(home, tmp_path):
+    """Also where most prompts have ties only."""
+    records = [dict(user_input=text, completion=other, score=float(n if i == 0 else 3))
+               for i, text in enumerate(NASTY) for n, other in enumerate(NASTY[:3])]
+    (tmp_path / "scored.json").write_text(json.dumps(records))
+    args = SimpleNamespace(eval_data=str(tmp_path / "scored.json"), max_length=2000, number=8,
+                           loss="ranking", device="cpu", dtype="float32", micro_batch_size=4,
+                           gradient_checkpointing=False,
+                           state=next((home.folder / "rm" / "last").glob("*.safetensors")))
+    found = look.judge(home.rm, args)
+    assert [(card["prompt"], card["label"].split(",")[0]) for card in found["cards"]] == [
+        (NASTY[0], "good: label 2"), (NASTY[0], "bad: label 0")]
+    assert "% of 3 pairs" in found["about"]
+
+
 def test_reliability_by_hand():
     margins = torch.tensor([0.1, -0.1, 3.0, 3.0, 3.0, -3.0, 0.0])
     right = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.5])

@@ -338,7 +338,7 @@ def test_too_long_a_text_for_a_llama_reward_model(home, tmp_path):
     other_llama(tmp_path / "rm", [record["user_input"] for record in home.records["scored"]])
     tokenizer, scalar = load_tokenizer(folder), load_scalar_head(folder)
     args = SimpleNamespace(device="cpu", micro_batch_size=2)
-    reward = rewards.from_model(folder, tokenizer, args, load_scalar_head, last_token)
+    reward = rewards.from_model(folder, home.tokenizer, args, load_scalar_head, last_token)
     long = "2 + 3 = " * 60
     prompt, completion = encode_completion(tokenizer, long, "5.")
     one, other = (encode_prompt(tokenizer, text) for text in "ab")
@@ -403,6 +403,16 @@ def test_random_numbers_of_a_judge_move_nothing_of_the_run(judge):
     draws = judge("import torch\ndef score(user_input, completion): return torch.rand(1).item()")
     first, second = draws(RECORDS, ANSWERS, ENDED)
     assert first != second and torch.equal(torch.rand(3), expected)
+
+
+def test_nor_do_those_it_draws_when_it_is_loaded_and_tried(tmp_path):
+    (tmp_path / "own.py").write_text("import torch\ntorch.manual_seed(5)\ntorch.rand(9)\n"
+                                     "def score(user_input, completion): return torch.rand(1).item()")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    args = SimpleNamespace(reward=None, gold=str(tmp_path / "own.py"), eval_prompts="prompts.json")
+    assert rewards.judges(args, [], RECORDS)[1] and torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("number", [2])

@@ -43,6 +43,8 @@ from tools.data.score import read_score
         ("", None),
         ("Between 3 and 4", None),
         ("十分好", None),
+        ("4分，回答十分清楚。", 4),
+        ("十分准确，得五分", 5),
         ("第一，正确；第二，简洁。", None),
         ("4,5", 4.5),
         ("Note: 4,5/5", 4.5),

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import model
 import train_rm
 from lib.data import collate
-from lib.scored import group_by_prompt
+from lib.scored import group_by_prompt, read_scored
 from makers import (
     PlainDescent, clipped, distance, error_line, examples_of, gradient, in_file_order,
     plain_scores, read_rows, slow_values, write_records,
@@ -310,6 +310,18 @@ def test_pairs_across_prompts_against_a_loop(monkeypatch):
     assert error == pytest.approx(
         math.sqrt(sum((a - b) ** 2 for a, b in zip(scores.tolist(), labels.tolist())) / 5)
     )
+
+
+def test_scores_keep_their_order_however_large_they_are(home, tmp_path):
+    """As float32, the first two would be equal, and so would the others."""
+    numbers = [1700000001, 1700000002, 1e39, 2e39]
+    data = write_records(tmp_path / "data.json", [
+        {"user_input": "Count.", "completion": str(n), "score": x} for n, x in enumerate(numbers)])
+    args = SimpleNamespace(loss="ranking")
+    _, groups, labels = read_scored(str(data), home.tokenizer, 64, args)
+    better, worse = train_rm.pairs(labels[groups[0]])
+    assert sorted(zip(better.tolist(), worse.tolist())) == [
+        (i, j) for i in range(4) for j in range(i)]
 
 
 def test_rm_warns_of_data_that_cannot_be_learned(rm_argv, tmp_path, capsys):

@@ -332,7 +332,7 @@ def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
     )
     rows = list(csv.reader(io.StringIO(out.read_bytes().decode())))
     assert rows[0] == ["prompt", *(head for path in paths for head in [path, f"score of {path}"])]
-    assert [row[0] for row in rows[1:]] == [*PROMPTS[:-1], "system: be brief\nuser: it is"]
+    assert [row[0] for row in rows[1:]] == [*PROMPTS[:-1], "System: be brief\n\nUser: it is"]
     expected = []
     for row, prompt in zip(rows[1:], PROMPTS):
         for column, path in zip([1, 3, 5], paths):

@@ -121,11 +121,9 @@ def predict(stage, options):
     args, _ = parse(f"tools.budget {stage}", script.__doc__, [*script.SETTINGS, PROCESSES], options,
                     real_if)
     path = getattr(args, MODEL[stage])
-    if path in ("runs/sft", "runs/rm") and not os.path.isdir(path):
-        path = None  # the demo's, not yet trained
-    if path is None:
-        tokenizer = load_tokenizer(getattr(args, "tokenizer", None) or "data/tokenizer")
-        config = LlamaConfig(vocab_size=len(tokenizer), **DEMO_MODEL)
+    if path is None or path == "runs/sft" and not os.path.isdir(path):  # the demo's, not trained
+        tokenizer = load_tokenizer(args.tokenizer or "data/tokenizer")
+        config = LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, **DEMO_MODEL)
     else:
         config = read_config(path)
     for part, number in parameters(networks(stage, config, args)[0]).items():

@@ -28,6 +28,7 @@ from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
+from tools.data.sets import as_text
 from tools.quantize import quantize, weight_bytes
 
 
@@ -255,9 +256,7 @@ def write_table(prompts, answers, scores, args):
     for path in args.models:
         rows[0] += [path] + ([f"score of {path}"] if scores else [])
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-        rows.append([prompt])
+        rows.append([as_text(prompt)])
         for n, column in enumerate(answers):
             rows[-1] += [column[i][0]] + ([f"{scores[n][i]:.3f}"] if scores else [])
     summary = markdown_table(summary_rows(args.models, answers, scores))

@@ -21,16 +21,17 @@ from safetensors import safe_open
 import ppo
 import sft
 import train_rm
-from lib import health, rewards
-from lib.data import collate, encode_prompts, encode_records, longest_prompt, read_records
+from lib import rewards
+from lib.data import collate, encode_prompts, longest_prompt, read_records
 from lib.distributed import to_device
 from lib.errors import clean_exit, explain, stop, write_whole
 from lib.lora import add_lora
-from lib.scored import group_by_prompt, with_pairs
+from lib.scored import read_scored, with_pairs
 from lib.settings import COMMON, DEVICE, positive, usable_device
 from lib.state import FREE
 from lib.training import autocast, set_lr
 from model import last_token, load_llama, load_scalar_head, load_tokenizer, states_of, tokens_of
+from tools.data.sets import as_text
 
 TEMPLATE = os.path.splitext(__file__)[0] + ".html"
 COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
@@ -54,11 +55,7 @@ def about_run(folder, settings, progress, table):
     run["columns"] = {name: points for name, points in columns.items() if points and name != x}
     if table is not ppo.SETTINGS:
         return run
-    found, history = {}, progress["history"]
-    for n in range(1, len(history) + 1):
-        now = health.unhealthy(history[:n], progress["first"], settings["updates"])
-        found |= {name: f"update {n}: {text}" for name, text in now.items() if name not in found}
-    run["warnings"] = list(found.values())
+    run["warnings"] = list(progress.get("warned", {}).values())
 
     path, prompts = os.path.join(folder, "samples.jsonl"), {}
     if not os.path.exists(path):
@@ -67,19 +64,12 @@ def about_run(folder, settings, progress, table):
     rows = read_records(path, "user_input", "completion")
     with explain(f"{path}: not as ppo.py writes it, with every prompt at each evaluation"):
         for row in rows:
-            answers = prompts.setdefault(row["number"], (text_of(row.pop("user_input")), {}))[1]
+            answers = prompts.setdefault(row["number"], (as_text(row.pop("user_input")), {}))[1]
             answers[row["update"]] = row
         run["updates"] = sorted({row["update"] for row in rows})
         run["answers"] = [dict(prompt=prompt, evals=[answers[u] for u in run["updates"]])
                           for prompt, answers in prompts.values()]
     return run
-
-
-def text_of(user_input):
-    """A prompt, or a dialogue, as one text."""
-    if isinstance(user_input, str):
-        return user_input
-    return "\n".join(f"{message['role']}: {message['content']}" for message in user_input)
 
 
 def find(path, folder, option, local=True):
@@ -171,7 +161,7 @@ def inside(folder, args, progress):
         for t, token in enumerate(tokens):
             token |= {name: digits(row[i][t]) for name, row in rows.items()}
             token |= {name: experience[name][i][t] for name in ("policy", "reference")}
-        cards.append(dict(prompt=text_of(records[i]["user_input"]), tokens=tokens, score=score,
+        cards.append(dict(prompt=as_text(records[i]["user_input"]), tokens=tokens, score=score,
                           label=f"score {score:.3f}; expected {rows['value'][i][0]:.3f}"))
     about = (f"Sampled, on {args.prompts}. Choose a colour; point at a token for its numbers. The "
              "line is the value, before the token; the dot, the score that came. The ratio is that "
@@ -188,12 +178,12 @@ def trained_scale(path, reward_model):
     return (head.norm() / reward_model.score.weight.norm().cpu()).item()
 
 
-def reliability(margins, accuracies, bins=5):
+def reliability(margins, accuracies):
     """The model prefers one of two with probability sigmoid(|margin|); how often do people?
     `margins`, `accuracies` (number of pairs,) -> [(mean probability, share, number of pairs)] of
-    equal bins from 0.5 to 1, without empty ones."""
+    five bins of 0.1, from 0.5 to 1, without empty ones."""
     predicted = torch.sigmoid(margins.abs())
-    bin_of = ((predicted - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    bin_of = ((predicted - 0.5) * 10).long().clamp(max=4)
     return [(predicted[own].mean().item(), accuracies[own].mean().item(), int(own.sum()))
             for own in (bin_of == b for b in bin_of.unique())]
 
@@ -202,10 +192,10 @@ def judge(folder, args):
     """The value after each token of good and bad held-out completions; the reliability."""
     tokenizer = load_tokenizer(folder)
     reward_model = to_device(load_scalar_head(folder), args)
-    records = read_records(args.eval_data, "user_input", "completion", "score")
-    examples = encode_records(records, tokenizer, args.max_length, args.eval_data)
-    labels = torch.tensor([float(records[n - 1]["score"]) for *_, n in examples])
-    groups = with_pairs(group_by_prompt(records, examples), labels)
+    records = read_records(args.eval_data, "user_input")
+    max_length = min(args.max_length, reward_model.config.max_position_embeddings)
+    examples, groups, labels = read_scored(args.eval_data, tokenizer, max_length, args)
+    groups = with_pairs(groups, labels)
     scores = train_rm.score_texts(reward_model, examples, args, tokenizer.pad_token_id).cpu()
     accuracy, margin, _ = map(torch.cat, zip(*(
         train_rm.pair_statistics(scores[group], labels[group]) for group in groups)))
@@ -223,7 +213,7 @@ def judge(folder, args):
             for t, token in enumerate(tokens):
                 token["value"] = digits(values[t])
                 token["change"] = digits(values[t] - values[t - 1]) if t else None
-            cards.append(dict(prompt=text_of(records[n - 1]["user_input"]), tokens=tokens,
+            cards.append(dict(prompt=as_text(records[n - 1]["user_input"]), tokens=tokens,
                               label=f"{name}: label {labels[group[i]]:g}, score {values[-1]:.3f}"))
     about = (f"What it says of {args.eval_data} after each token; only the last counts. It prefers "
              f"the better one in {accuracy.mean():.1%} of {len(accuracy)} pairs; on the dashed "
@@ -250,7 +240,8 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="run", help="directories of ppo.py, train_rm.py "
                         "or sft.py; the tokens are of the first of each kind")
     parser.add_argument("--out", help="the page (default: look.html in the first run)")
-    parser.add_argument("--prompts", help="prompts to answer (default: the run's held-out ones)")
+    parser.add_argument("--prompts", help="prompts to answer; for a run of train_rm.py scored "
+                        "completions (default: the run's held-out ones)")
     parser.add_argument("--number", type=positive, default=8, help="of these (default 8)")
     parser.add_argument("--sft", help="the reference (default: the run's)")
     parser.add_argument("--rm", help="the reward model (default: the run's)")

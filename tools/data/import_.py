@@ -2,14 +2,13 @@
 
     python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out data/alpaca
 
-(or python -m tools.data.import_ import ...). layouts*.py hold the layouts that are known.
+layouts*.py hold the layouts that are known.
 """
 
-import argparse
 import json
 
-from lib.errors import clean_exit, stop
-from tools.data.commands import EVAL_SHARE, OUT, add_command
+from lib.errors import stop
+from tools.data.commands import EVAL_SHARE, OUT, parser_of
 from tools.data.layouts import PARTS
 from tools.data.layouts_files import KEPT, convert_file
 from tools.data.sets import add_make, prompt_key, save_sets
@@ -48,13 +47,9 @@ def import_files(args):
     save_sets(records, args, args.make, args.overwrite)
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = add_command(
-        commands, "import", import_files,
-        "Converts files in common layouts to our data sets; the layout is recognized, and "
+def main(name, argv):
+    command = parser_of(
+        name, "Converts files in common layouts to our data sets; the layout is recognized, and "
         "reported.",
         "python data_gen.py import alpaca_data.json more.jsonl.gz --eval_share 0.02 --out "
         "data/alpaca",
@@ -69,9 +64,4 @@ def main(argv=None):
     command.add_argument("--all_turns", action="store_true", help="every answer of a dialogue "
                          "demonstrates, not only the last")
     add_make(command)
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+    import_files(command.parse_args(argv))

@@ -7,8 +7,8 @@ these names, layouts_compared.py has what needs more than names, layouts_files.p
 
 import re
 
-# Part: the names of the field that plays it, in small or capital letters. The first that a file has
-# counts, but all of `input`.
+# Part: the names of the field that plays it, in small or capital letters. Of several in one file
+# the first counts; of `input`, all.
 PARTS = {
     "system": ["system", "system_prompt"],
     "history": ["history"],            # earlier turns: [[question, answer], ...]

@@ -122,7 +122,8 @@ def answer_in(messages, i):
 
 
 def from_pair(before, chosen, rejected, better=1.0):
-    """Of a prompt, each side may be a list of texts too: several answers, as in RewardBench 2."""
+    """Where there is a prompt, `before`, a side may also be a list of texts: several answers, as in
+    RewardBench 2."""
     answers = [(answer, score) for side, score in ((chosen, better), (rejected, 0.0)) for answer in
                (side if before and isinstance(side, list) and isinstance(side[0], str) else [side])]
     return from_sides(before, *zip(*answers))

@@ -2,17 +2,16 @@
 
     python data_gen.py rank samples.json --out ranked.json
 
-(or python -m tools.data.rank rank ...). What is typed is on disk at once, in a journal beside the
-output: the same command continues where it stopped.
+What is typed is on disk at once, in a journal beside the output: the same command continues where
+it stopped.
 """
 
-import argparse
 import random
 import unicodedata
 
 from lib.data import read_records, save
-from lib.errors import clean_exit, stop
-from tools.data.commands import add_command, digest, journal_of
+from lib.errors import stop
+from tools.data.commands import digest, journal_of, parser_of
 from tools.data.sets import as_text, prompt_key
 
 
@@ -92,20 +91,12 @@ def rank(args):
                         for text, value in zip(texts, scores)])
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = add_command(
-        commands, "rank", rank,
+def main(name, argv):
+    command = parser_of(
+        name,
         "Shows each prompt with its completions; you type the order. Saved after every answer.",
         "python data_gen.py rank samples.json --out ranked.json")
     command.add_argument("file", metavar="FILE", help="records with user_input and completion, "
                          "several per prompt")
     command.add_argument("--out", required=True, help="file to write")
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+    rank(command.parse_args(argv))

@@ -46,13 +46,12 @@ def fetch():
              ":all:", "--dest", folder, "--requirement", wanted], capture_output=True, text=True)
         if done.returncode:
             stop(f"{SDIST}: cannot be downloaded ({done.stderr.strip().splitlines()[-1]})", code=1)
-        with explain(f"{SDIST}: not what it should hold"):
-            with zipfile.ZipFile(os.path.join(folder, SDIST)) as sdist:
-                inner = io.BytesIO(sdist.read(ARCHIVE))
-            with tarfile.open(fileobj=inner) as archive:
-                return [archive.extractfile(f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt")
-                        .read().decode("utf-8-sig", "replace")
-                        for name in ("anonDataRatings", "GroundTruth")]
+        with zipfile.ZipFile(os.path.join(folder, SDIST)) as sdist:
+            inner = io.BytesIO(sdist.read(ARCHIVE))
+        with tarfile.open(fileobj=inner) as archive:
+            return [archive.extractfile(f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt")
+                    .read().decode("utf-8-sig", "replace")
+                    for name in ("anonDataRatings", "GroundTruth")]
 
 
 def read_reviews(ratings, sentences):

@@ -2,22 +2,21 @@
 
     python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out samples.json
 
-(or python -m tools.data.sample sample ...). What is written is on disk at once, in a journal beside
-the output: the same command continues where it stopped.
+What is written is on disk at once, in a journal beside the output: the same command continues where
+it stopped.
 """
 
-import argparse
 import os
 
 import torch
 from tqdm import tqdm
 
 from lib.data import encode_prompts, left_pad, read_records, save
-from lib.errors import clean_exit, stop
+from lib.errors import stop
 from lib.state import fingerprint
 from lib.settings import DEVICE, above_0, positive, usable_device, whole
 from model import generate, load_llama, load_tokenizer
-from tools.data.commands import add_command, digest, journal_of, not_negative
+from tools.data.commands import digest, journal_of, not_negative, parser_of
 from tools.data.sets import prompt_key
 
 
@@ -75,12 +74,9 @@ def write(prompts, seed, llama, tokenizer, args):
             for row, used in zip(out.tokens, out.mask)]
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = add_command(
-        commands, "sample", sample, "K completions per prompt from a checkpoint.",
+def main(name, argv):
+    command = parser_of(
+        name, "K completions per prompt from a checkpoint.",
         "python data_gen.py sample data/rlhf_training_data.json --model runs/sft --k 4 --out "
         "samples.json",
         ("model", "runs/sft", "checkpoint, as sft.py takes it", str),
@@ -94,9 +90,4 @@ def main(argv=None):
         ("device", DEVICE, "where to compute", usable_device))
     command.add_argument("file", metavar="FILE", help="records with user_input")
     command.add_argument("--out", required=True, help="file to write")
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+    sample(command.parse_args(argv))

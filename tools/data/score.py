@@ -2,21 +2,20 @@
 
     python data_gen.py score samples.json --model llama --out scored.json
 
-(or python -m tools.data.score score ...). The LLM is any server with OpenAI's chat API, at
---api_base. Every answer is on disk the moment it arrives, in a journal beside the output: the same
-command continues where it stopped, and asks nothing twice.
+The LLM is any server with OpenAI's chat API, at --api_base. Every answer is on disk the moment it
+arrives, in a journal beside the output: the same command continues where it stopped, and asks
+nothing twice.
 """
 
-import argparse
 import os
 import re
 import unicodedata
 
 from lib.data import read_records, save, what_is_wrong
-from lib.errors import clean_exit, explain, stop
+from lib.errors import explain, stop
 from lib.judge import Judge, number
 from lib.state import fingerprint
-from tools.data.commands import add_command, digest, journal_of
+from tools.data.commands import digest, journal_of, parser_of
 from tools.data.llm import add_llm, ask
 from tools.data.sets import as_text
 from tools.data.templates import fill_in, template_of
@@ -46,9 +45,11 @@ def read_score(text):
     else a number that is the only one.
     """
     text = unicodedata.normalize("NFKC", text).replace("负", "-")
-    # Chinese numerals where a score can stand: with 点, before 分, or at the end. (第一 is no score)
+    # Chinese numerals where a score can stand: with 点, before 分, or at the end. (第一 is no score,
+    # and 十分 is "very")
     text = re.sub(f"{NUMERAL}点{NUMERAL}", lambda m: f"{DIGITS[m[1]]}.{DIGITS[m[2]]}", text)
-    text = re.sub(rf"{NUMERAL}(?=\s*(?:分|/)|\s*[。.!]?\s*$)", lambda m: str(DIGITS[m[1]]), text)
+    text = re.sub(rf"(?!十分){NUMERAL}(?=\s*(?:分|/)|\s*[。.!]?\s*$)",
+                  lambda m: str(DIGITS[m[1]]), text)
     text = re.sub(r"(\d)\s*分半", r"\1.5分", text)
     text = re.sub(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)
     text = re.sub(SCALE, " ", text)
@@ -111,13 +112,9 @@ def score(args):
         os.remove(rest)
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = add_command(
-        commands, "score", score,
-        "Scores every record of FILE that has no score yet, by an LLM or a Python file.",
+def main(name, argv):
+    command = parser_of(
+        name, "Scores every record of FILE that has no score yet, by an LLM or a Python file.",
         "OPENAI_API_KEY=... python data_gen.py score samples.json --model gpt-4o-mini --out "
         "scored.json\n"
         "  python data_gen.py score samples.json --judge data_gen.py --out scored.json",
@@ -127,9 +124,4 @@ def main(argv=None):
     command.add_argument("file", metavar="FILE", help="records with user_input and completion")
     command.add_argument("--out", required=True, help="file to write")
     add_llm(command, 0.1, 1024)
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+    score(command.parse_args(argv))

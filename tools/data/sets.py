@@ -21,8 +21,8 @@ def as_text(user_input):
 
 
 def sets_of(records, make):
-    """{name: records} of the data sets `make`, or if that is empty, of those that the records are.
-    Made are demonstrations of the best of scored completions, and PPO's prompts of all."""
+    """{name: records} of the data sets `make`: the best of a prompt's scored completions becomes a
+    demonstration, and every prompt one of PPO's. With an empty `make` a record stays what it is."""
     prompts, others = {}, 0
     for r in records:
         if make or "completion" not in r:

@@ -15,15 +15,14 @@ of it: 47 + 81 has nothing to carry. SFT learns the mistakes with the rest. A re
 answers can undo that.
 """
 
-import argparse
 import math
 import random
 
 from data_gen import PHRASINGS, SENTENCES, solve, train_tokenizer
 from lib.data import save_all
-from lib.errors import clean_exit, explain, stop
+from lib.errors import explain, stop
 from lib.settings import positive
-from tools.data.commands import add_command, share
+from tools.data.commands import parser_of, share
 
 
 def draw(rng, digits, number):
@@ -83,16 +82,13 @@ def make(args):
     save_all(files | {f"{args.out}/tokenizer/tokenizer.model": tokenizer}, args.overwrite)
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data_gen.py")
-    commands = parser.add_subparsers(required=True)
-    add_command(commands, "sums", make, "sums and comparisons whose answers can be checked",
-                "python data_gen.py sums --digits 2",
-                ("out", "data/sums", "folder to write the files to", str),
-                ("digits", 2, "digits of each number", positive),
-                ("demonstrations", 4000, "demonstrations for SFT", positive),
-                ("mistakes", 0.6, "share of them whose author slips", share),
-                ("prompts", 2000, "tasks for PPO", positive))
-    args = parser.parse_args(argv)
-    args.function(args)
+def main(name, argv):
+    command = parser_of(
+        name, "sums and comparisons whose answers can be checked",
+        "python data_gen.py sums --digits 2",
+        ("out", "data/sums", "folder to write the files to", str),
+        ("digits", 2, "digits of each number", positive),
+        ("demonstrations", 4000, "demonstrations for SFT", positive),
+        ("mistakes", 0.6, "share of them whose author slips", share),
+        ("prompts", 2000, "tasks for PPO", positive))
+    make(command.parse_args(argv))

@@ -4,21 +4,20 @@
     python data_gen.py self-instruct seed_tasks.jsonl --number 1000 --model llama --out data/new
     python data_gen.py prompts seed_tasks.jsonl --number 1000 --model llama --out data/more
 
-(or python -m tools.data.synthesize prompts ...). The LLM is any server with OpenAI's chat API, at
---api_base. Every answer is on disk the moment it arrives, in a journal beside the output: the same
-command continues where it stopped, and asks nothing twice.
+The LLM is any server with OpenAI's chat API, at --api_base. Every answer is on disk the moment it
+arrives, in a journal beside the output: the same command continues where it stopped, and asks
+nothing twice.
 """
 
-import argparse
 import math
 import os
 import random
 import re
 from collections import Counter
 
-from lib.errors import clean_exit, stop
+from lib.errors import stop
 from lib.settings import positive
-from tools.data.commands import EVAL_SHARE, OUT, Journal, add_command, digest
+from tools.data.commands import EVAL_SHARE, OUT, Journal, digest, parser_of
 from tools.data.import_ import convert
 from tools.data.llm import add_llm, ask
 from tools.data.sets import as_text, save_sets
@@ -174,33 +173,26 @@ def new_data(args):
     save_sets(records, args, args.make, overwrite=True)  # what is there comes from this journal
 
 
-@clean_exit
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, template, make, summary in (
-            ("self-instruct", "actor", ["actor", "rlhf"], "New instructions from the seed tasks in "
-             "FILE, and answers to them, by an LLM: demonstrations and prompts."),
-            ("prompts", "rlhf", ["rlhf"], "More prompts for PPO, by an LLM, from the examples in "
-             "FILE.")):
-        command = add_command(
-            commands, name, new_data, summary,
-            f"python data_gen.py {name} seed_tasks.jsonl --number 1000 --language both --api_base "
-            "http://localhost:8000/v1 --model llama --out data/new",
-            ("number", 100, "new instructions", positive),
-            ("per_request", 8, "instructions per answer", positive),
-            ("forbidden_words", None, "comma-separated; no instruction may contain one (default: "
-             "words for what text cannot show)", str),
-            OUT, EVAL_SHARE)
-        command.set_defaults(template=template, make=make)
-        command.add_argument("file", metavar="FILE", help="a few instructions, in any layout that "
-                             "import knows")
-        command.add_argument("--language", choices=["en", "zh", "both"], default="en",
-                             help="of the new instructions (default: en)")
-        add_llm(command, 0.7, 2048)
-    args = parser.parse_args(argv)
-    args.function(args)
-
-
-if __name__ == "__main__":
-    main()
+def main(name, argv):
+    template, make, summary = {
+        "self-instruct": ("actor", ["actor", "rlhf"], "New instructions from the seed tasks in "
+                          "FILE, and answers to them, by an LLM: demonstrations and prompts."),
+        "prompts": ("rlhf", ["rlhf"], "More prompts for PPO, by an LLM, from the examples in "
+                    "FILE."),
+    }[name]
+    command = parser_of(
+        name, summary,
+        f"python data_gen.py {name} seed_tasks.jsonl --number 1000 --language both --api_base "
+        "http://localhost:8000/v1 --model llama --out data/new",
+        ("number", 100, "new instructions", positive),
+        ("per_request", 8, "instructions per answer", positive),
+        ("forbidden_words", None, "comma-separated; no instruction may contain one (default: "
+         "words for what text cannot show)", str),
+        OUT, EVAL_SHARE)
+    command.set_defaults(command=name, template=template, make=make)
+    command.add_argument("file", metavar="FILE", help="a few instructions, in any layout that "
+                         "import knows")
+    command.add_argument("--language", choices=["en", "zh", "both"], default="en",
+                         help="of the new instructions (default: en)")
+    add_llm(command, 0.7, 2048)
+    new_data(command.parse_args(argv))
