@@ -693,9 +693,8 @@ def main(argv=None):
     shown_order = deal(len(demonstrations), args.updates * B_shown, args.seed)
     # What --resume restores beside the models and their optimizers. `first`, `last`: mean scores of
     # the evaluation before training and of the latest; `history`: the rows of metrics.csv
-    kept = run.begin(args.updates, trained, {"sampling": generator}, dict(
-        first={}, first_texts=[], last={}, history=[], kl_coef=args.kl_coef, deviation={},
-        warned={}))
+    kept = run.begin(args.updates, trained, {"sampling": generator}, dict(first={}, last={},
+        first_texts=[], history=[], warned={}, deviation={}, kl_coef=args.kl_coef))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
     normalize = rewards.RunningDeviation(args.normalize_reward, **kept["deviation"])
     held_out = eval_records, eval_prompts, gold, tokenizer, args
@@ -713,10 +712,12 @@ def main(argv=None):
         next_shown = iter(shown_order[(update - 1) * B_shown:])
         # The rows of each minibatch, in each pass over the experience. (make_experience gets those
         # of the first pass, so that in bf16 both round alike.)
-        passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
-                  for _ in range(args.ppo_epochs)]
-        experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],
-                                          tokenizer, args, kl_control.coef, generator, normalize)
+        with run.saved_if_it_ends():  # a judge that fails loses nothing
+            passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
+                      for _ in range(args.ppo_epochs)]
+            experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],
+                                              tokenizer, args, kl_control.coef, generator,
+                                              normalize)
         health.must_be_finite(row["score"], "the reward model's score", args.out)
 
         found = []
@@ -726,11 +727,10 @@ def main(argv=None):
             # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
             if args.target_kl and found[-1]["approx_kl"] > args.target_kl:
                 break
-        row |= averaged(found)
+        seconds = time.perf_counter() - started
+        row |= averaged(found) | dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
         if args.kl_target:
             kl_control.update(row["kl"], B)
-        seconds = time.perf_counter() - started
-        row |= dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
 
         if update % args.eval_every == 0 or update == args.updates:
             samples, kept["last"] = evaluate(actor, reward_model, *held_out)

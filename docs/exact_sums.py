@@ -33,4 +33,7 @@ def main(source, out):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print("usage: python docs/exact_sums.py DATA OUT, two folders", file=sys.stderr)
+        raise SystemExit(2)
     main(*sys.argv[1:])

@@ -279,6 +279,8 @@ def write(folder, config, tensors, tokenizer, generation_config, scalar):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, "tokenizer.model"))
             for name in sorted(os.listdir(part), key=lambda name: name == "config.json"):
+                # safetensors lets only their owner read its files
+                shutil.copymode(os.path.join(part, "config.json"), os.path.join(part, name))
                 os.replace(os.path.join(part, name), os.path.join(folder, name))
     finally:
         shutil.rmtree(part, ignore_errors=True)

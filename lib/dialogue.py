@@ -5,6 +5,10 @@ import re
 
 from lib.errors import first_line
 
+# LLaMA 3.1's and 3.2's templates write a date, the latter today's if they are given none. But a run
+# that is resumed tomorrow, and the next stage, are to see the same prompts: so always 3.1's.
+DATE = dict(date_string="26 Jul 2024")
+
 
 def encode_text(tokenizer, text):
     """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
@@ -46,7 +50,7 @@ def encode_dialogue(tokenizer, messages):
     The template writes control tokens around what people said. The same characters inside what they
     said stay text: a mark, which exists only while the template is filled in, tells them apart.
     Each answer of the assistant has the tokens that it has when it is written after its prompt.
-    Raises ValueError if the template refuses the dialogue.
+    Raises ValueError if the template refuses the dialogue, or leaves out what a message says.
     """
     control = control_pattern(tokenizer)
     mark = next(chr(c) for c in range(0xE000, 0xF900)
@@ -57,12 +61,19 @@ def encode_dialogue(tokenizer, messages):
     def render(number, is_prompt):
         try:
             return tokenizer.apply_chat_template(marked[:number], tokenize=False,
-                                                 add_generation_prompt=is_prompt)
+                                                 add_generation_prompt=is_prompt, **DATE)
         except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
             raise ValueError("the checkpoint's chat template refuses this dialogue: "
                              f"{first_line(error)}") from error
 
     text = render(len(messages), messages[-1]["role"] != "assistant")
+    for i, message in enumerate(marked):
+        if (said := message["content"].strip()) not in text:  # it may stand there in other words
+            marked[i] = {**message, "content": said + "x"}
+            if render(len(messages), messages[-1]["role"] != "assistant") == text:
+                raise ValueError("the checkpoint's chat template leaves out what message "
+                                 f"{i + 1}, of the {message['role']}, says")
+            marked[i] = message
     borders = {}  # place in the text: the answer that begins there
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and text.startswith(before := render(i, True)):
@@ -82,6 +93,22 @@ def encode_dialogue(tokenizer, messages):
             tokens += encode_after(tokenizer, before, part)
             before += part
     return tokens, answers
+
+
+def check_template(tokenizer):
+    """Raises ValueError if the template writes into an answer what belongs into the prompt for it:
+    where nothing marks the assistant's turn, or with control tokens, which would end the answer."""
+    def render(*contents, **options):
+        messages = [dict(role=role, content=content)
+                    for role, content in zip(("user", "assistant"), contents)]
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **DATE)
+
+    prompt, text = render("a", add_generation_prompt=True), render("a", "\ue000")
+    before = text.removeprefix(prompt).partition("\ue000")[0].strip()
+    if text.startswith(prompt) and before and (
+            render("a") == prompt or control_pattern(tokenizer).search(before)):
+        raise ValueError(f"its chat template writes {before!r} before an answer: with "
+                         "add_generation_prompt it must write that into the prompt")
 
 
 def encode_prompt(tokenizer, user_input):

@@ -20,7 +20,7 @@ def check_finite(step, loss, grad_norm, path, records):
 def must_be_finite(value, name, folder):
     """End a run of ppo.py at a value that is not finite, the last good checkpoint left as it is."""
     if not math.isfinite(value):
-        stop(f"{name} is {value}; the last saved state in {folder} stays. Lower --lr or "
+        stop(f"{name} is {value}; what is saved in {folder} stays. Lower --lr or "
              "--critic_lr, or look at the score and the KL in metrics.csv", code=1)
 
 

@@ -112,7 +112,7 @@ class Judge:
                          if os.path.realpath(frame.filename) == os.path.realpath(self.path)]
                 where = f"line {lines[-1]}: {type(error).__name__}: " if lines else ""
                 stop(f"{self.path}: {where}{first_line(error)}, on a response to "
-                     f"{str(asked)[:100]!r}; --resume continues from the last saved state", code=1)
+                     f"{str(asked)[:100]!r}; --resume continues from what is saved", code=1)
         return scores
 
 

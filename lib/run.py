@@ -5,6 +5,7 @@
     runs/sft/last/         the state to resume from     runs/sft/*            the exported model
 """
 
+import contextlib
 import csv
 import errno
 import glob
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from lib import kernels, state
 from lib.curves import draw_curves
-from lib.distributed import RANK, largest, wait_for_all
+from lib.distributed import RANK, WORLD, largest, wait_for_all
 from lib.errors import explain, stop
 
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
@@ -96,6 +97,8 @@ class Run:
         elif args.resume and "config.json" in holds:
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
+        elif args.resume and holds:
+            print(f"{self.last}: nothing was saved there, so this run starts again")
 
     def begin(self, steps, trained, generators, kept):
         """Open metrics.csv, and put back what was saved -> `kept`, as it was saved or else as it is
@@ -150,7 +153,7 @@ class Run:
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
         with explain(f"{self.file.name}: cannot be written",
-                     "; --resume continues from the last saved state", code=1):
+                     "; --resume continues from what is saved in last/", code=1):
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
@@ -169,7 +172,7 @@ class Run:
             return answers
         path = os.path.join(self.folder, "samples.jsonl")
         with explain(f"{path}: cannot be written",
-                     "; --resume continues from the last saved state", code=1):
+                     "; --resume continues from what is saved in last/", code=1):
             with open(path, "a", encoding="utf-8") as file:
                 for number, sample in enumerate(samples, 1):
                     row = dict(update=step, number=number, **sample)
@@ -199,6 +202,22 @@ class Run:
                 self.save()
         if self.signals.caught:
             self.signals.leave(self.folder)
+
+    @contextlib.contextmanager
+    def saved_if_it_ends(self):
+        """Around what draws random numbers and learns nothing, but may end the program, as a judge
+        that fails does: the state before it is then saved. (Not with many processes: the others
+        would wait.)"""
+        states = torch.get_rng_state(), *(g.get_state() for g in self.generators.values())
+        try:
+            yield
+        except SystemExit:
+            if WORLD == 1 and self.step:
+                torch.set_rng_state(states[0])
+                for generator, before in zip(self.generators.values(), states[1:]):
+                    generator.set_state(before)
+                self.save()
+            raise
 
     def finish(self):
         """The end of the last step: `curves.png`."""

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.checkpoints import quiet, refuse_others, stated
-from lib.dialogue import encode_completion
+from lib.dialogue import check_template, encode_completion
 from lib.errors import explain, stop
 from lib.formats import is_meta, open_gguf, said_in
 from lib.sentencepieces import is_markup, read_sentencepiece, sentencepiece_model
@@ -160,6 +160,10 @@ def load_tokenizer(path, model=None):
         stop(f"{path}: the tokenizer has no end-of-sequence token")
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
+    template = str(tokenizer.chat_template)
+    if "strftime_now" in template and "date_string" not in template:
+        print(f"{path}: its chat template writes the time, so prompts depend on it; a run that is "
+              "resumed on another day may differ")
     # a token that the template writes is a control token, even where it is not flagged as one
     unflagged = [token.content for token in tokenizer.added_tokens_decoder.values()
                  if not token.special and is_markup(token.content, tokenizer.chat_template)]
@@ -170,6 +174,7 @@ def load_tokenizer(path, model=None):
         vocab_size, its_own = rows_and_ends(model)
         ends += [end for end in its_own if end < len(tokenizer)]
     with explain(path):
+        check_template(tokenizer)
         end = encode_completion(tokenizer, "a", "b")[1][-1]
     tokenizer.end_ids = list(dict.fromkeys([end, tokenizer.eos_token_id, *ends]))
     tokenizer.pad_token = padding_token(tokenizer, vocab_size, path)

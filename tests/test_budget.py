@@ -190,7 +190,8 @@ def test_dry_run_says_where_it_went(script, capsys):
 @pytest.mark.parametrize("stage, name", [("sft", "--model"), ("rm", "--model"), ("ppo", "--sft")])
 def test_budget_of_a_run_prints_and_writes_nothing(stage, name, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "llama"
-    config(num_key_value_heads=4).save_pretrained(checkpoint)  # no weights: none are read
+    # no weights: none are read
+    config(num_key_value_heads=4, max_position_embeddings=256).save_pretrained(checkpoint)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     budget.main([stage, name, str(checkpoint), "--processes", "8"])
@@ -212,6 +213,28 @@ def test_a_configuration_that_is_not_there_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         budget.main(["sft", "--model", str(tmp_path)])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--processes", "4"], "ppo --processes 4"),
+        (["--lora_rank=0"], "ppo --lora_rank 0"),
+        (["sfx"], "sfx: not a stage; name sft, rm or ppo"),
+        (["ppo", "--sft", "llama", "--max_new_tokens", "65"], "leaves no room for a prompt"),
+        (["ppo", "--sft", "reward"], "--sft reward: a reward model"),
+        (["rm", "--model", "reward"], "--model reward: a reward model"),
+    ],
+)
+def test_what_no_run_can_be_ends_in_one_line(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config().save_pretrained("llama")
+    config(architectures=["LlamaForSequenceClassification"]).save_pretrained("reward")
+    with pytest.raises(SystemExit) as end:
+        budget.main(argv)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and err.count("\n") == 1 and said in err
+    assert "GiB" not in out and "parameters, " not in out
 
 
 def table_into(pipe, errors):

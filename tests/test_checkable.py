@@ -1,9 +1,11 @@
-"""bench/checkable.py and its reward:
+"""bench/checkable.py and its reward; what sums and docs/exact_sums.py refuse:
 
     pytest tests/test_checkable.py
 """
 
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -81,6 +83,22 @@ def folder(tmp_path_factory):
 
 def tasks_of(folder):
     return json.loads((folder / "data" / "rlhf_training_data_eval.json").read_text("utf-8"))
+
+
+def test_sums_of_numbers_that_python_does_not_read(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        data_gen.main(["sums", "--out", str(tmp_path), "--digits", "5000"])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line == "error: --digits 5000: at most 100\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sums_of_the_demo_need_two_folders(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["exact_sums.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(f"{checkable.ROOT}/docs/exact_sums.py", run_name="__main__")
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.startswith("usage: ") and line.count("\n") == 1
 
 
 def test_a_run_of_a_fork_is_made_once(folder, monkeypatch, capsys):

@@ -71,6 +71,8 @@ def test_the_demo_model_is_saved_with_its_tied_embedding(tmp_path, tokenizer):
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert "lm_head.weight" not in load_file(os.path.join(out, "model.safetensors"))
+    modes = {os.stat(os.path.join(out, name)).st_mode for name in os.listdir(out)}
+    assert len(modes) == 1  # who may read one file may read all
 
 
 def test_a_failed_export_leaves_the_earlier_one_whole(tmp_path, tokenizer, reward_model, capfd):

@@ -269,7 +269,7 @@ def test_neighbours_of_one_role_become_one_message():
             '[{"title": "x"}]',
             "none of the fields title is known as a prompt: say which plays which part, as in --map",
         ),
-        ('[7, 8]', "none of the fields"),
+        ("[7, 8]", "x.json: holds no record that can be used: not a JSON object"),
         ('[{"instruction": "x", "output": 3}]', "no record is left"),
         ('[{"instruction": "x", "output": "\\ud83d"}]', "no record is left"),
         ('[{"instruction": " "}]', "no record is left"),
@@ -624,10 +624,43 @@ def test_import_maps_fields_by_hand(tmp_path, capsys):
         "title as prompt, body as completion" in (said := capsys.readouterr().out)
         and "not used: prompt (in 1 records)" in said
     )
-    for wrong in ("prompt", "promt=title", "prompt="):
+    for wrong in ("prompt", "promt=title", "prompt=", "prompt=title,prompt=body"):
         assert f"--map {wrong}: " in refused(
             capsys, lambda: run("import", source, out=tmp_path / "y", map=wrong)
         )
+
+
+@pytest.mark.parametrize("part", ["prompt", "system"])
+def test_a_mapped_field_that_no_record_has_is_refused(tmp_path, capsys, part):
+    source = write(tmp_path / "x.json", [{"question": EN, "answer": "A crow."}])
+    line = refused(capsys, lambda: run("import", source, out=tmp_path, map=f"{part}=zzz"))
+    assert f"--map {part}=zzz: no record of {source} has it; they have answer, question" in line
+
+
+def test_what_stands_beside_the_records_is_named(tmp_path, capsys):
+    file = {"data": ANSWERS, "rows": [{"question": ZH}], "version": "1.1", "split": ""}
+    run("import", source := write(tmp_path / "x.json", json.dumps(file)), out=tmp_path)
+    said = capsys.readouterr().out
+    assert f"{source}: its records are those in data; not used: rows, version\n" in said
+
+
+def test_an_empty_completion_is_no_demonstration(tmp_path, capsys):
+    scored = [
+        {"user_input": EN, "completion": "", "score": 4},
+        {"user_input": EN, "completion": "A crow.", "score": 3},
+        {"user_input": ZH, "completion": "An owl.", "score": 1},
+    ]
+    source = write(tmp_path / "x.json", scored)
+    run("import", source, "--make", "actor", "reward", out=tmp_path, eval_share=0)
+    assert read(tmp_path / "actor_training_data.json") == [
+        {"user_input": ZH, "completion": "An owl."}
+    ]
+    assert read(tmp_path / "reward_training_data.json") == scored
+    assert "1 empty completions, unscored or the best of" in capsys.readouterr().out
+    replies = [{"text": text, "role": "assistant"} for text in ("A crow.", " ")]
+    tree = {"message_tree_id": "t", "prompt": {"text": EN, "role": "prompter", "replies": replies}}
+    run("import", write(tmp_path / "y.json", [tree]), out=tmp_path / "y", eval_share=0)
+    assert read(tmp_path / "y/actor_training_data.json") == ANSWERS
 
 
 def test_import_all_turns(tmp_path, capsys):

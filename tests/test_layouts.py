@@ -11,6 +11,10 @@ import data_gen
 from tools.data.import_ import convert
 
 
+def system(text):
+    return {"role": "system", "content": text}
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -282,6 +286,43 @@ def test_a_message_a_row_by_conversation(tmp_path):
         {"user_input": "S", "completion": "z"}]
 
 
+def talk(name, turn, role, text, **more):
+    return {"conversation_id": name, "turn": turn, "role": role, "content": text, **more}
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+def test_fields_of_later_rows_are_reported(tmp_path, capsys, ending):
+    rows = [talk(1, 0, "user", "Q", source="a", rating=None),
+            talk(1, 1, "assistant", "x", source="a", rating=5)]
+    assert imported(tmp_path, rows, f"x.{ending}") == [{"user_input": "Q", "completion": "x"}]
+    said = capsys.readouterr().out
+    assert "not used: messages: rating (in 1 records), source (in 1 records)\n" in said
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_rows_of_no_dialogue_are_left_out(tmp_path, capsys, name):
+    rows = [talk(name, 0, "user", "R"), talk(name, 1, "assistant", "y")]
+    good = [talk("c", 0, "user", "Q"), talk("c", 1, "assistant", "x")]
+    assert imported(tmp_path, rows + good) == [{"user_input": "Q", "completion": "x"}]
+    assert "left out 2: it has no conversation_id (records 1, 2)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        imported(tmp_path, rows)
+    assert "no record that can be used: it has no conversation_id\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", [None, "", "first", "nan"])
+def test_turns_are_sorted_by_number(tmp_path, capsys, odd):
+    rows = [talk("c", "10.0", "user", "R"), talk("c", "1.0", "assistant", "x"),
+            talk("d", "0.0", "user", "S"), talk("c", "0.0", "user", "Q"),
+            talk("c", 11, "assistant", "y"), talk("d", odd, "assistant", "z")]
+    assert imported(tmp_path, rows) == [
+        {"user_input": [user("Q"), assistant("x"), user("R")], "completion": "y"}]
+    said = capsys.readouterr().out
+    assert "left out 2: a message of its dialogue has no number as its turn (records 3, 6)" in said
+    plain = [row | {"turn": odd} for row in (talk("d", 0, "user", "S"), rows[-1])]
+    assert imported(tmp_path, plain) == [{"user_input": "S", "completion": "z"}]
+
+
 def task(*selected, to_name="answer1,answer2", **annotation):
     return {"id": 1, "data": {"prompt": "Q", "answer1": "x", "answer2": "y"}, "predictions": [],
             "annotations": [{"was_cancelled": False, "result": [
@@ -330,6 +371,34 @@ def test_json_in_a_string_that_is_a_text_stays_a_text(tmp_path):
 ])
 def test_the_same_demonstration(tmp_path, records):
     assert imported(tmp_path, records) == [{"user_input": "Q", "completion": "it's"}]
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "S\n\nHuman: Q", "completion": "x"},
+    {"prompt": "S\n\nHuman: Q", "messages": [system("S"), user("Q"), assistant("x")]},
+    {"text": "S\n\nHuman: Q\n\nAssistant: x"},
+])
+def test_what_stands_before_the_first_turn_is_the_system_message(tmp_path, record):
+    assert imported(tmp_path, [record]) == [
+        {"user_input": [system("S"), user("Q")], "completion": "x"}]
+
+
+@pytest.mark.parametrize("more", ["STRAY\n", "<|im_start|>user name=Bob\nR<|im_end|>\n"])
+def test_text_between_the_messages_of_chatml(tmp_path, capsys, more):
+    text = "<|im_start|>user\nQ<|im_end|>\n{}<|im_start|>assistant\nit's"  # cut: it has no end
+    whole = text.format("") + "<|im_end|>\n</s>"  # the end of the text says nothing
+    assert imported(tmp_path, [{"text": whole}, {"text": text.format(more)}]) == [
+        {"user_input": "Q", "completion": "it's"}]
+    assert imported(tmp_path, [{"text": text.format("")}]) == [
+        {"user_input": "Q", "completion": "it's"}]
+    said = capsys.readouterr().out
+    assert "left out 1: there is text outside its messages (records 2)" in said
+
+
+def test_llama_2_text_before_the_system_message_stays(tmp_path):
+    text = "[INST] Q [/INST] x [INST] <<SYS>>S<</SYS>> R [/INST] y"
+    assert imported(tmp_path, [{"text": text}]) == [{"user_input": [
+        user("Q"), assistant("x"), user("<<SYS>>S<</SYS>> R")], "completion": "y"}]
 
 
 def test_llama_2_text_with_a_system_message(tmp_path):
@@ -392,6 +461,15 @@ def test_what_is_kept_unasked(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "kept in prompts (--make rlhf): reward_model (in 1 records)" in said
     assert "not used: ability (in 2 records)" in said
+
+
+def test_demonstrations_that_differ_in_what_is_kept_are_one(tmp_path, capsys):
+    records = [{"prompt": "Q", "completion": "x", "answer": answer} for answer in "12"]
+    sets = kept(tmp_path, records, "--make", "actor", "rlhf")
+    assert sets == {"actor": [{"user_input": "Q", "completion": "x"}],
+                    "rlhf": [{"user_input": "Q", "answer": "1"}]}
+    said = capsys.readouterr().out
+    assert "1 duplicates dropped, that differed only in the fields that prompts keep" in said
 
 
 def test_an_answer_that_is_the_completion_is_kept_when_asked(tmp_path):

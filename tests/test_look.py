@@ -336,6 +336,24 @@ def test_which_models_of_a_run_were_the_hubs(home, tmp_path, monkeypatch):
     assert seen[0].sft == "someone/sft" and os.path.exists(seen[0].rm)
 
 
+def test_a_run_with_a_reward_file_that_moved(home, tmp_path, capsys):
+    """The file is beside the run, or where --reward says. The critic is the saved one, and no
+    notice says otherwise."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    shutil.copy(home.gold, before / "judge.py")
+    run_ppo(home, before / "run", "--reward", str(before / "judge.py"), "--rm", "runs/rm")
+    before.rename(now)
+    capsys.readouterr()
+    look.main([str(now / "run"), "--number", "1"])
+    assert "the critic begins" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        (now / "judge.py").rename(tmp_path / "judge.py")
+        look.main([str(now / "run"), "--number", "1"])
+    assert "--reward says where it is now" in capsys.readouterr().err
+    look.main([str(now / "run"), "--number", "1", "--reward", str(tmp_path / "judge.py")])
+
+
 def test_settings_changed_are_those_that_the_user_changed(pages):
     changed = pages.data["runs"][0]["changed"].split(", ")
     assert {"updates 3", "eval_every 1"} <= set(changed)

@@ -96,6 +96,7 @@ def test_rank_at_a_terminal(tmp_path):
     argv = write(tmp_path / "x.json", records), "--out", str(tmp_path / "y.json")
     first = Terminal(*argv)
     screen = first.screen()
+    assert "of 6 prompts, 1 left out, with one completion" in screen
     assert "1 of 5" in screen and "Question 0?" in screen
     first.type(order_of(screen, ["0b"], ["0a", "0c"]))
     assert "Question 1?" in (screen := first.screen())
@@ -135,6 +136,33 @@ def test_rank_at_a_terminal(tmp_path):
         r["completion"]: r["score"]
         for r in read_records(str(tmp_path / "y.json"), "user_input", "completion", "score")
     } == scores
+
+
+def test_a_ranking_that_was_taken_back_does_not_stay(tmp_path, monkeypatch, capsys):
+    records = [{"user_input": "Why?", "completion": letter} for letter in "ab"]
+    source, out = write(tmp_path / "x.json", records), tmp_path / "y.json"
+
+    def typed(*lines):
+        lines = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+        run("rank", source, out=out)
+        return capsys.readouterr().out
+
+    typed("1>2")
+    before = out.read_bytes()
+    typed()  # looked at again
+    assert out.read_bytes() == before
+    write(tmp_path / "x.json", [*records, *[r | {"user_input": "How?"} for r in records]])
+    said = typed("b", "s", "q")
+    assert "0 prompts ranked, 1 skipped" in said and f"{out}: removed" in said
+    assert not out.exists()
+    typed("b", "1>2", "q")
+    assert out.exists()
+    before = out.read_bytes()
+    other = write(tmp_path / "z.json", [r | {"user_input": "Who?"} for r in records])
+    monkeypatch.setattr("builtins.input", lambda _: "q")
+    run("rank", other, "--overwrite", out=out)  # nothing was typed: nothing is replaced
+    assert out.read_bytes() == before
 
 
 def test_where_a_completion_stands_does_not_tell_which_it_is(tmp_path, monkeypatch, capsys):

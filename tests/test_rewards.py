@@ -215,9 +215,9 @@ def test_a_reward_that_fails_is_told_in_one_line(
         assert "a response to '" in line
 
 
-def test_a_failing_reward_leaves_the_last_state(ppo_argv, tmp_path, capsys):
-    """It may fail late: what was saved before is whole, and once it is mended, the run goes on as
-    if nothing had happened. --normalize_reward has a state, too."""
+def test_a_failing_reward_loses_no_update(ppo_argv, tmp_path, capsys):
+    """It may fail late, when nothing had been saved: once it is mended, the run goes on as if
+    nothing had happened. --normalize_reward has a state, too."""
     code = (
         SPOKEN
         + "calls = []\nspoken = score\ndef score(*given):\n    calls.append(1)\n    assert len(calls) < 22\n    return spoken(*given)\n"
@@ -227,7 +227,7 @@ def test_a_failing_reward_leaves_the_last_state(ppo_argv, tmp_path, capsys):
         rm=None,
         reward=tmp_path / "own.py",
         normalize_reward=True,
-        save_every=1,
+        save_every=100,
         eval_prompts=None,
         gold=None,
         out=tmp_path / "out",
@@ -242,6 +242,8 @@ def test_a_failing_reward_leaves_the_last_state(ppo_argv, tmp_path, capsys):
     ppo.main([*argv, "--out", str(tmp_path / "once")])
     assert without_speed(read_rows(tmp_path / "out")) == without_speed(read_rows(tmp_path / "once"))
     assert len(read_rows(tmp_path / "out")) == 3
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "once")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_reward_and_rm_at_once(ppo_argv, tmp_path, capsys):

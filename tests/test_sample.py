@@ -66,6 +66,33 @@ def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):
     assert [r for r in after if r["user_input"] != "Hi"] == before and len(after) > len(before)
 
 
+def test_the_fields_of_a_prompt_stay_with_its_samples(tmp_path, checkpoint, capsys):
+    """A judge may ask for them."""
+    prompts = [
+        {"user_input": "Say 1.", "answer": "5", "completion": "Old.", "score": 2.0},
+        {"user_input": "Say 2.", "answer": "6", "completion": "Old."},
+        {"user_input": "Say 1.", "answer": "five"},
+        {"user_input": "Say 2.", "answer": "6", "score": 1.0},  # nothing else is new
+        {"user_input": "Say 1.", "answer": "V"},
+    ]
+    source = write(tmp_path / "x.json", prompts)
+    options = dict(model=checkpoint, k=3, max_new_tokens=8, batch_size=3, temperature=1.5)
+    run("sample", source, out=tmp_path / "a.json", **options)
+    assert f"{source}: 1 prompts came again with other fields" in capsys.readouterr().out
+    records = read(tmp_path / "a.json")
+    assert {r["user_input"]: r["answer"] for r in records} == {"Say 1.": "5", "Say 2.": "6"}
+    assert all(list(r) == ["user_input", "answer", "completion"] for r in records)
+    assert len(records) > 2 and "Old." not in {r["completion"] for r in records}
+    journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "b.json.journal.jsonl").write_bytes(b"\n".join(journal[:2]) + b"\n{")
+    run("sample", source, out=tmp_path / "b.json", **options)
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    judge = write(tmp_path / "judge.py",
+                  "def score(user_input, completion, answer): return float(answer)")
+    run("score", tmp_path / "a.json", out=tmp_path / "c.json", judge=judge)
+    assert [r["score"] for r in read(tmp_path / "c.json")] == [float(r["answer"]) for r in records]
+
+
 @pytest.mark.parametrize("option, value", [("k", 3), ("seed", 1), ("temperature", 1.0),
                                            ("top_k", 5), ("top_p", 0.5), ("max_new_tokens", 9)])
 def test_completions_sampled_in_another_way_do_not_take_their_place(

@@ -98,6 +98,7 @@ def test_judge_in_place_of_an_llm(tmp_path, capsys):
     "argv, said",
     [
         (["score", "x.json", "--out", "y.json"], "needs --model or --judge"),
+        (["score", "x.json", "--out", "y.json", "--model", "m", "--judge", "j.py"], "not both"),
         (["score", "x.json", "--out", "x.json", "--model", "m"], "is the file that is read"),
         (["score", "x.json", "--out", "z.json", "--model", "m"], "already exists"),
         (

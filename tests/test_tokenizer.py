@@ -428,7 +428,7 @@ def test_a_template_that_refuses_a_dialogue(tokenizer, tmp_path, capfd):
     twice = [{"role": "user", "content": "one\ntwo"}, {"role": "user", "content": "three"}]
     with pytest.raises(ValueError, match="chat template refuses .* roles must"):
         encode_prompt(strict, twice)
-    strict.chat_template = "{% if messages[1:] %}{{ raise_exception('roles must\nalternate') }}{% endif %}{{ bos_token }}"
+    strict.chat_template = "{% if messages[1:] %}{{ raise_exception('roles must\nalternate') }}{% endif %}{{ messages[0].content }}"
     line = refused(capfd, encode_prompts, ["good", twice], strict, 9, "prompts.json")
     assert (
         line.startswith("error: prompts.json: record 2 (")
@@ -439,6 +439,50 @@ def test_a_template_that_refuses_a_dialogue(tokenizer, tmp_path, capfd):
     assert "demos.json: record 1" in refused(
         capfd, encode_records, records, strict, 9, "demos.json"
     )
+
+
+HEADS = "{% for m in messages %}{{ HEAD + m.role + '\n' + m.content + END }}{% endfor %}"
+
+
+@pytest.mark.parametrize("head, end, said", [
+    ("'<|im_start|>'", "'<|im_end|>\n'", "writes '<|im_start|>assistant' before an answer"),
+    ("'### '", "eos_token", "writes '### assistant' before an answer"),
+])
+def test_a_template_without_a_generation_prompt(chatml_tokenizer, tmp_path, capfd, head, end, said):
+    """Its answers would begin with their header, and end at its first control token."""
+    chatml_tokenizer.save_pretrained(tmp_path)
+    template = HEADS.replace("HEAD", head).replace("END", end)
+    write(tmp_path / "chat_template.jinja", template)
+    assert said in refused(capfd, load_tokenizer, str(tmp_path))
+    mended = template + "{% if add_generation_prompt %}{{ " + head + " + 'assistant\n' }}{% endif %}"
+    write(tmp_path / "chat_template.jinja", mended)
+    assert load_tokenizer(str(tmp_path)).chat_template == mended
+
+
+def test_a_template_that_leaves_out_what_was_said(tokenizer, tmp_path, capfd):
+    tokenizer.save_pretrained(tmp_path)
+    t = load_tokenizer(str(tmp_path))
+    t.chat_template = ("{% for m in messages if m.role != 'system' %}{{ m.content.split('!')[-1] }}"
+                       "{% endfor %}")
+    dialogue = [{"role": "user", "content": "Quick! Hi."}]
+    assert t.decode(encode_prompt(t, dialogue)).strip() == "Hi."  # changed, but not left out
+    dialogue = [{"role": "system", "content": "Be brief."}, *dialogue]
+    line = refused(capfd, encode_prompts, ["good", dialogue], t, 9, "prompts.json")
+    assert line.startswith("error: prompts.json: record 2 (") and "leaves out what message 1" in line
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_tomorrow(tokenizer, tmp_path, capsys):
+    """Else a run that is resumed on another day would differ. Where it cannot be told the date, a
+    line says so."""
+    tokenizer.save_pretrained(tmp_path)
+    for name, warns in (("date_string", False), ("today", True)):
+        write(tmp_path / "chat_template.jinja", f"{{% if {name} is not defined %}}{{% set {name} = "
+              f"strftime_now('%d %b %Y') %}}{{% endif %}}{{{{ {name} }}}}: {{{{ messages[0].content }}}}"
+              "{{ messages[1].content if messages[1:] }}")
+        t = load_tokenizer(str(tmp_path))
+        assert ("writes the time" in capsys.readouterr().out) == warns
+        text = t.decode(encode_prompt(t, "Hi.")).strip()
+        assert text.endswith(": Hi.") and text.startswith("26 Jul 2024") != warns
 
 
 def test_padding_is_never_the_end_of_sequence(

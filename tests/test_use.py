@@ -204,11 +204,11 @@ def asked(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("piped", [True, False], ids=["piped", "--prompt"])
+@pytest.mark.parametrize("piped", ["utf-8", "utf-8-sig", None], ids=["piped", "BOM", "--prompt"])
 def test_one_prompt_is_answered_without_decoration(home, capfd, monkeypatch, piped):
     argv = [home.ppo, "--max_new_tokens", "12"]
     if piped:
-        bytes_in = io.BytesIO("what is 2 plus 3? 你好\n".encode())
+        bytes_in = io.BytesIO("what is 2 plus 3? 你好\n".encode(piped))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(bytes_in, "ascii"))
     else:
         argv += ["--prompt", "what is 2 plus 3? 你好"]
@@ -271,13 +271,14 @@ def test_chat_that_outgrows_the_context_forgets_its_oldest_turns(home, terminal,
     terminal(*[f"{n} plus {n}" for n in range(9)], "long " * 99, "it is 4")
     chat.main([home.ppo, "--max_new_tokens", "16"])
     out = capfd.readouterr().out
-    assert out.count("oldest turns are forgotten") == 1 and "there is room for 112" in out
+    assert out.count("oldest turns are forgotten") == 1 and "where 112 fit: it is dropped" in out
     assert len(asked.prompts) == 10 and max(map(len, asked.prompts)) <= 112  # 128 - 16
     texts = [text_of(home.tokenizer, prompt) for prompt in asked.prompts]
     assert "0 plus 0" in texts[1] and "0 plus 0" not in texts[8] and "8 plus 8" in texts[8]
     assert all(text.lstrip().startswith("User:") for text in texts)
     assert all(text.count("User:") >= text.count("Assistant:") for text in texts)
-    assert asked.prompts[9] == encode_prompt(home.tokenizer, "it is 4")
+    # what is too long is dropped, and nothing else for it
+    assert "8 plus 8" in texts[9] and "long" not in texts[9]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -428,9 +429,13 @@ def test_bad_input_of_several_kinds(home, capfd, terminal, monkeypatch, tmp_path
     path.write_text(json.dumps([{"user_input": "x"}, {"user_input": "it is " * 90}]))
     line = refused(capfd, home.ppo, "--prompts", str(path), "--out", str(out))
     assert f"{path}: record 2" in line and not out.exists()
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    line = refused(capfd, home.ppo, "--prompt", "x", "--quantize", "4bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # it is missed before a model is loaded
+    missing = str(tmp_path / "missing")
+    line = refused(capfd, missing, "--prompt", "x", "--quantize", "4bit")
     assert "pip install bitsandbytes" in line
+    with pytest.raises(SystemExit):
+        quantization.main([missing])
+    assert "pip install bitsandbytes" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig
 
 from lib.checkpoints import read_config
-from lib.errors import clean_exit
+from lib.data import longest_prompt
+from lib.errors import clean_exit, stop
 from lib.flops import training_flops, update_flops
 from lib.lora import add_lora, trainable
 from lib.memory import LAPTOP, rollout_bytes, step_bytes
@@ -87,7 +88,7 @@ def budget(stage, config, args):
     activations = step_bytes(stage, config, rows, args)
     if stage == "ppo":
         response = args.max_new_tokens
-        prompt = min(args.max_prompt_length, context - response)
+        prompt = longest_prompt(config, args)
         length = prompt + response
         flops = update_flops(config, batch * [(prompt, response)], args)
         if args.ptx_coef:
@@ -126,9 +127,11 @@ def predict(stage, options):
         config = LlamaConfig(vocab_size=max(tokenizer.get_vocab().values()) + 1, **DEMO_MODEL)
     else:
         config = read_config(path)
+        if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+            stop(f"--{MODEL[stage]} {path}: a reward model, where a language model is wanted")
+    found = budget(stage, config, args)
     for part, number in parameters(networks(stage, config, args)[0]).items():
         print(f"parameters, {part}: {number:,}")
-    found = budget(stage, config, args)
     flops = found.pop("flops")
     for name, value in found.items():
         print(f"{name}: {value / 2**30:.3f} GiB per process")
@@ -182,9 +185,17 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in MODEL:
         return predict(argv[0], argv[1:])
+    if argv and not argv[0].startswith("-"):
+        stop(f"{argv[0]}: not a stage; name sft, rm or ppo, or none for the table")
     parser = argparse.ArgumentParser(prog="python -m tools.budget", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    _, options = parser.parse_known_args(argv)
+    for name in ("processes", "lora_rank"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    given, options = parser.parse_known_args(argv)
+    for name, value in vars(given).items():
+        if value is not None:
+            stop(f"--{name} {value}: the table has columns of its own for that; name a stage: "
+                 f"python -m tools.budget ppo --{name} {value}")
     table(options)
 
 

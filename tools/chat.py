@@ -29,7 +29,7 @@ from lib.errors import clean_exit, explain, stop, write_whole
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.data.sets import as_text
-from tools.quantize import quantize, weight_bytes
+from tools.quantize import need_bitsandbytes, quantize, weight_bytes
 
 
 def parse_args(argv):
@@ -81,6 +81,8 @@ def parse_args(argv):
 def load(path, args):
     """The tokenizer, the model, and how many tokens an answer and a prompt may have. Standard
     output is for answers: notices about the checkpoint go to standard error."""
+    if args.quantize:
+        need_bitsandbytes()
     with contextlib.redirect_stdout(sys.stderr):
         tokenizer = load_tokenizer(args.tokenizer or path, path)
         llama = load_llama(path, tokenizer, getattr(torch, args.dtype))
@@ -169,17 +171,17 @@ def chat(args):
         if wrong := half_character(said):
             print(f"(your message {wrong}: is the terminal set to UTF-8?)")
             continue
-        history.append({"role": "user", "content": said})
-        while len(prompt := encode_whole(tokenizer, history)) > room and len(history) > 1:
+        said = {"role": "user", "content": said}
+        if (length := len(encode_whole(tokenizer, [said]))) > room:
+            print(f"(your message has {length} tokens, where {room} fit: it is dropped)")
+            continue
+        history.append(said)
+        while len(prompt := encode_whole(tokenizer, history)) > room:
             history = history[2:]
             if not told:
                 print("(the conversation outgrows the context: its oldest turns are forgotten "
                       "from now on)")
                 told = True
-        if len(prompt) > room:
-            print(f"(your message has {len(prompt)} tokens; there is room for {room})")
-            history = []
-            continue
         answer, _ = stream(tokenizer, llama, prompt, limit, args, how)
         history.append({"role": "assistant", "content": answer})
 
@@ -303,7 +305,7 @@ def main(argv=None):
                         read_records(args.prompts, "user_input")], args)
     if args.prompt is None and not sys.stdin.isatty():
         with explain("standard input: not UTF-8"):
-            args.prompt = sys.stdin.buffer.read().decode()
+            args.prompt = sys.stdin.buffer.read().decode("utf-8-sig")
     if args.prompt is None and (len(args.models) > 1 or args.reward):
         stop("several checkpoints, or --reward, need a --prompt or --prompts to compare the "
              "answers to")

@@ -110,7 +110,7 @@ def experience_of(folder, args, progress, records):
     `reference` for each token. The ratio is that after one step of `ppo.train_minibatch` on all
     answers: the run's first learning rates, a new Adam, no PTX term."""
     tokenizer = load_tokenizer(folder)
-    args.gold = None  # samples.jsonl has its scores
+    args.gold = args.critic = None  # samples.jsonl has its scores; the critic is the saved one
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
@@ -245,6 +245,7 @@ def main(argv=None):
     parser.add_argument("--number", type=positive, default=8, help="of these (default 8)")
     parser.add_argument("--sft", help="the reference (default: the run's)")
     parser.add_argument("--rm", help="the reward model (default: the run's)")
+    parser.add_argument("--reward", help="the reward file (default: the run's)")
     parser.add_argument("--device", default=DEVICE, type=usable_device)
     given = parser.parse_args(argv)
     data = dict(runs=[], inside=None, judge=None)
@@ -264,7 +265,8 @@ def main(argv=None):
             args.prompts = given.prompts or find(asked, folder, "--prompts")
             local = state["inputs"]
             args.sft = given.sft or find(args.sft, folder, "--sft", "sft" in local)
-            args.reward = None if given.rm else args.reward
+            args.reward = given.reward or (None if given.rm or not args.reward else
+                                           find(args.reward, folder, "--reward"))
             args.rm = given.rm or find(args.rm, folder, "--rm", "rm" in local)
             data["inside"] = inside(folder, args, progress)
         if script is train_rm and args.eval_data and not data["judge"]:

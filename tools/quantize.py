@@ -52,16 +52,22 @@ Tell me a joke about computers.""".split("\n")
 LINEAR_7B, REST_7B = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
 
 
+def need_bitsandbytes():
+    """End the program with one line if it is missing: call this before a model is loaded."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
+    try:
+        import bitsandbytes.nn  # noqa: F401
+    except ImportError:
+        stop("8 and 4 bits need a package: pip install bitsandbytes")
+
+
 def quantize(llama, bits, device="cpu"):
     """Give the linear maps of a `Llama`'s layers 8-bit weights (LLM.int8, Dettmers et al. 2022) or
     4-bit ones (NF4 with double quantization, Dettmers et al. 2023), and move it to `device`, both
     in place -> bytes of its weights. The embedding, the head and the norms keep their type. Ends
     the program with one line if bitsandbytes is missing, or cannot do this on `device`."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product
-    try:
-        from bitsandbytes.nn import Int8Params, Linear8bitLt, LinearNF4, Params4bit
-    except ImportError:
-        stop("8 and 4 bits need a package: pip install bitsandbytes")
+    need_bitsandbytes()
+    from bitsandbytes.nn import Int8Params, Linear8bitLt, LinearNF4, Params4bit
     with explain(f"{bits}: this model cannot be quantized on {device}"):
         for layer in llama.model.layers:
             for name, linear in list(layer.named_modules()):
@@ -117,6 +123,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of what is not quantized (default float32)")
     args = parser.parse_args(argv)
+    need_bitsandbytes()
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     full = load_llama(args.model, tokenizer, getattr(torch, args.dtype))
     prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]

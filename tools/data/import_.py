@@ -31,11 +31,15 @@ def convert(paths, number=None, mapped={}, all_turns=False, keep=()):
 
 
 def import_files(args):
-    mapped = dict(pair.partition("=")[::2] for pair in args.map.split(",")) if args.map else {}
-    for part, field in mapped.items():
+    mapped = {}
+    for pair in args.map.split(",") if args.map else []:
+        part, _, field = pair.partition("=")
         if part not in PARTS or not field:
             stop(f"--map {args.map}: must be part=field pairs, with commas between; the "
                  f"parts are {', '.join(PARTS)}")
+        if part in mapped:
+            stop(f"--map {args.map}: names {part} more than once: one field can play it")
+        mapped[part] = field
     keep = args.keep.split(",") if args.keep else []
     if not all(keep) or "user_input" in keep:
         stop(f"--keep {args.keep}: must be fields of the files, with commas between; a prompt "

@@ -47,12 +47,16 @@ def named_in(fields, names):
 def turns_of(text):
     """Chat messages from a text: turns after "### Human:" (guanaco), after "Human:" at the
     beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML or
-    in [INST] of LLaMA 2; else one message of the user."""
+    in [INST] of LLaMA 2; else one message of the user. What stands before the first turn of a
+    transcript is the system message."""
     if text.lstrip().startswith("<|im_start|>"):
-        found = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", text, re.S)
-        return [(role, said.strip()) for role, said in found]
+        message = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.S)
+        if re.sub(r"</s>|<\|end_?of_?text\|>", "", message.sub("", text)).strip():
+            raise LeftOut("there is text outside its messages")
+        return [(role, said.strip()) for role, said in message.findall(text)]
     if re.match(r"\s*(<s>)?\s*\[INST\]", text):
-        system, rest = re.fullmatch(r"(?:.*?<<SYS>>\s*(.*?)\s*<</SYS>>)?(.*)", text, re.S).groups()
+        system, rest = re.fullmatch(r"(?:(?:<s>|\[INST\]|\s)*<<SYS>>\s*(.*?)\s*<</SYS>>)?(.*)",
+                                    text, re.S).groups()
         turns = re.split(r"\[/?INST\]|</s>|<s>", rest)
         said = [turn.strip() for turn in turns if turn.strip()]
         return [("system", system)] * bool(system) + [
@@ -62,8 +66,11 @@ def turns_of(text):
         mark = r"### (Human|Assistant):"
     elif text.startswith("Human:"):
         mark = r"(?:^|\n+)(Human|Assistant):"
-    _, *parts = re.split(mark, text)
-    return [(role, said.strip()) for role, said in zip(parts[::2], parts[1::2])] or [("user", text)]
+    before, *parts = re.split(mark, text)
+    if not parts:
+        return [("user", text)]
+    turns = [(role, said.strip()) for role, said in zip(parts[::2], parts[1::2])]
+    return [("system", before.strip())] * bool(before.strip()) + turns
 
 
 def text_of(content):

@@ -41,8 +41,14 @@ def read_file(path):
     if not name.endswith((".csv", ".tsv")):
         values = read_values(path, whole=True)
         if isinstance(values, dict):
-            for inner in (values.get("data"), values.get("rows")):  # rows: of the hub's viewer
+            for outer in ("data", "rows"):  # rows: of the hub's viewer
+                inner = values.get(outer)
                 if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+                    beside = [field for field, value in values.items()
+                              if field != outer and is_something(value)]
+                    if beside:
+                        print(f"{path}: its records are those in {outer}; not used: "
+                              f"{', '.join(beside)}")
                     return [item.get("row", item) if isinstance(item, dict) else item
                             for item in inner]
             if all(isinstance(column, dict) and "0" in column for column in values.values()):
@@ -195,6 +201,8 @@ def rows_in(path, number, found):
     rows, lost = rows_joined([(n, r) for (n, _), r in zip(rows, read)])
     for n, reason in lost:
         found.leave_out(n, reason)
+    if not rows:
+        stop(f"{path}: holds no record that can be used: {'; '.join(found.left_out)}")
     what = f"{path}: {len(values)} records, " + "Label Studio's tasks: " * are_tasks
     return [(n, r, original[n]) for n, r in rows], what
 
@@ -205,12 +213,13 @@ def convert_file(path, number, mapped, all_turns, keep=()):
     found, made = Found(), []
     rows, heading = rows_in(path, number, found)
     objects = [theirs for _, theirs, _ in rows]
-    what, used, inner, convert = find_layout(path, objects, mapped, keep)
     fields = set().union(*objects)
-    for field in keep:
+    asked = [(f"--keep {field}", field) for field in keep]
+    asked += [(f"--map {part}={field}", field) for part, field in mapped.items()]
+    for option, field in asked:
         if field not in fields:
-            stop(f"--keep {field}: no record of {path} has it; they have "
-                 f"{', '.join(sorted(fields))}")
+            stop(f"{option}: no record of {path} has it; they have {', '.join(sorted(fields))}")
+    what, used, inner, convert = find_layout(path, objects, mapped, keep)
     kept = keep or [field for field in named_in(fields, KEPT) if field not in used]
     for n, theirs, original in rows:
         try:

@@ -72,7 +72,7 @@ def asked_in(record, parts):
     asked = [] if prompt is None else dialogue(prompt)
     # no_robots has both a dialogue and its first message
     said = [message for message in messages if message["role"] != "system"]
-    is_said = bool(said) and said[:len(asked)] == asked
+    is_said = bool(said) and asked in (said[:len(asked)], messages[:len(asked)])
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LeftOut("its history is not a list of pairs")

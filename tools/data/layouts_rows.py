@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 
 from tools.data.layouts import PARTS, named_in
 from tools.data.layouts_compared import is_something, sides_in
@@ -56,6 +57,15 @@ def read_strings(objects):
 # ------------------------------------------------------------------------------------------------
 # One message a row, and Label Studio's tasks
 
+def number_in(value):
+    """The number that a cell holds; None if it holds none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def rows_joined(rows):
     """[(number, row)] of a file with one message per row -> [(number of the first row, record)]:
     trees by parent_id (OASST), or dialogues by conversation_id; and [(number, why)] of the rows
@@ -70,15 +80,26 @@ def rows_joined(rows):
         return trees_of(rows, role, text, name)
     if not role or not text or not talk:
         return rows, []
-    if order and all(str(row.get(order)).isdigit() for _, row in rows):
-        rows = sorted(rows, key=lambda numbered: int(numbered[1][order]))
+    lost = [(n, f"it has no {talk}") for n, row in rows if not is_something(row.get(talk))]
+    rows = [(n, row) for n, row in rows if is_something(row.get(talk))]
+    places = {n: number_in(row.get(order)) for n, row in rows}
+    if set(places.values()) == {None}:
+        order = None  # the file's order is all there is
+    else:  # a dialogue that lacks a turn is another dialogue
+        broken = {str(row[talk]) for n, row in rows if places[n] is None}
+        lost += [(n, f"a message of its dialogue has no number as its {order}")
+                 for n, row in rows if str(row[talk]) in broken]
+        rows = sorted(((n, row) for n, row in rows if str(row[talk]) not in broken),
+                      key=lambda numbered: places[numbered[0]])
     talks = {}
     for n, row in rows:
         rest = {field: value for field, value in row.items()
-                if field not in (role, text, talk, order)}
-        _, record = talks.setdefault(str(row.get(talk)), (n, rest | {"messages": []}))
-        record["messages"].append({"role": row.get(role), "content": row.get(text)})
-    return list(talks.values()), []
+                if field not in (role, text, talk, order) and is_something(value)}
+        _, record = talks.setdefault(str(row[talk]), (n, rest | {"messages": []}))
+        # what only a later row has is no field of the dialogue: its message has it, to be reported
+        later = {field: value for field, value in rest.items() if record.get(field) != value}
+        record["messages"].append(later | {"role": row.get(role), "content": row.get(text)})
+    return list(talks.values()), lost
 
 
 def trees_of(rows, role, text, name):

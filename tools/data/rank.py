@@ -6,6 +6,7 @@ What is typed is on disk at once, in a journal beside the output: the same comma
 it stopped.
 """
 
+import os
 import random
 import unicodedata
 
@@ -43,6 +44,8 @@ def rank(args):
               if len(texts) > 1]
     if not groups:
         stop(f"{args.file}: no prompt has two different completions, so there is nothing to rank")
+    if alone := len(completions) - len(groups):
+        print(f"{args.file}: of {len(completions)} prompts, {alone} left out, with one completion")
     journal = journal_of(args)
     keys = [digest("rank", prompt_key(user_input), texts) for user_input, texts in groups]
     print("Type the order of the completions, the best first, such as 2>1=3; or s to skip, b to go "
@@ -89,6 +92,9 @@ def rank(args):
         save(args.out, [{"user_input": user_input, "completion": text, "score": value}
                         for user_input, texts, scores in ranked
                         for text, value in zip(texts, scores)])
+    elif done and os.path.exists(args.out):  # its last ranking was taken back
+        os.remove(args.out)
+        print(f"{args.out}: removed")
 
 
 def main(name, argv):

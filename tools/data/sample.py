@@ -21,10 +21,20 @@ from tools.data.sets import prompt_key
 
 
 def sample(args):
-    """K completions per prompt. Each batch has its own random numbers, so a run that was stopped
-    and continued gives the same result."""
-    records = read_records(args.file, "user_input")
-    prompts = list({prompt_key(r["user_input"]): r["user_input"] for r in records}.values())
+    """K completions per prompt, each with the fields of the prompt's record, which a judge may ask
+    for. Each batch has its own random numbers, so a run that was stopped and continued gives the
+    same result."""
+    records, again = {}, set()
+    for record in read_records(args.file, "user_input"):
+        # what was said to it before, and its score, are not those of a sample
+        record = {k: value for k, value in record.items() if k not in ("completion", "score")}
+        key = prompt_key(record["user_input"])
+        if records.setdefault(key, record) != record:
+            again.add(key)
+    if again:
+        print(f"{args.file}: {len(again)} prompts came again with other fields; their first "
+              "records are taken")
+    prompts = [record["user_input"] for record in records.values()]
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     llama = load_llama(args.model, tokenizer).to(args.device)
     context = llama.config.max_position_embeddings
@@ -60,8 +70,9 @@ def sample(args):
     same = sum(len(texts) - len(set(texts)) for texts in written)
     print(f"{len(prompts)} prompts, {args.k} completions each; {same} that repeat another of the "
           "same prompt are left out")
-    save(args.out, [{"user_input": prompt, "completion": text}
-                    for prompt, texts in zip(prompts, written) for text in dict.fromkeys(texts)])
+    save(args.out, [record | {"completion": text}
+                    for record, texts in zip(records.values(), written)
+                    for text in dict.fromkeys(texts)])
 
 
 def write(prompts, seed, llama, tokenizer, args):

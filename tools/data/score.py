@@ -2,9 +2,9 @@
 
     python data_gen.py score samples.json --model llama --out scored.json
 
-The LLM is any server with OpenAI's chat API, at --api_base. Every answer is on disk the moment it
-arrives, in a journal beside the output: the same command continues where it stopped, and asks
-nothing twice.
+The LLM is any server with OpenAI's chat API, at --api_base. Every answer of an LLM is on disk the
+moment it arrives, in a journal beside the output: the same command continues where it stopped, and
+asks it nothing twice. A Python file is asked again.
 """
 
 import os
@@ -67,8 +67,8 @@ def read_score(text):
 def score(args):
     """Scores every record without a score. What stays without one goes to `..._unscored`, so that
     train_rm.py takes the rest."""
-    if not (args.model or args.judge):
-        stop("score needs --model or --judge")
+    if bool(args.model) == bool(args.judge):
+        stop("score needs --model or --judge, and not both")
     folder, name = os.path.split(args.out)
     stem, dot, ending = name.partition(".")
     rest = os.path.join(folder, f"{stem}_unscored{dot}{ending}")

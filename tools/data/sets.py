@@ -31,19 +31,28 @@ def sets_of(records, make):
     if others and (not make or "rlhf" in make):
         print(f"{others} prompts come again with other values in the fields that are kept: the "
               "first is taken")
-    records = [{field: r[field] for field in r if field != "kept"} for r in records]
+    answered = [{field: r[field] for field in r if field != "kept"}
+                for r in records if "completion" in r]
+    records = list({json.dumps(r, sort_keys=True): r for r in answered}.values())
+    if len(records) < len(answered) and make != ["rlhf"]:
+        print(f"{len(answered) - len(records)} duplicates dropped, that differed only in the "
+              "fields that prompts keep")
     scored = [r for r in records if "score" in r]
-    unscored = [r for r in records if "completion" in r and "score" not in r]
-    if not make:
-        return {"actor": unscored, "reward": scored, "rlhf": list(prompts.values())}
+    demonstrations = [r for r in records if "score" not in r]
     best = {}
-    for r in scored:
+    for r in scored if make else []:
         now = best.setdefault(prompt_key(r["user_input"]), r)
         if r["score"] > now["score"]:
             best[prompt_key(r["user_input"])] = r
-    demonstrations = [{"user_input": r["user_input"], "completion": r["completion"]}
-                      for r in best.values()]
-    sets = {"actor": unscored + demonstrations, "reward": scored, "rlhf": list(prompts.values())}
+    demonstrations += [{"user_input": r["user_input"], "completion": r["completion"]}
+                       for r in best.values()]
+    shown = [r for r in demonstrations if r["completion"].strip()]
+    if len(shown) < len(demonstrations) and (not make or "actor" in make):
+        print(f"{len(demonstrations) - len(shown)} empty completions, unscored or the best of "
+              "their prompt, are not demonstrations")
+    sets = {"actor": shown, "reward": scored, "rlhf": list(prompts.values())}
+    if not make:
+        return sets
     for name in make:
         if not sets[name]:
             what = {"actor": "completions", "reward": "scored completions", "rlhf": "prompts"}

@@ -63,6 +63,8 @@ def make(args):
     rng = random.Random(args.seed)
     numbers = {"actor_training_data": args.demonstrations, "actor_training_data_eval": 200,
                "rlhf_training_data": args.prompts, "rlhf_training_data_eval": 400}
+    if args.digits > 100:  # Python reads no number of more than 4300
+        stop(f"--digits {args.digits}: at most 100")
     wanted, least = sum(numbers.values()), 10 ** (args.digits - 1)
     there = 2 * math.comb(9 * least, 2)  # pairs of numbers, for sums and for comparisons
     if wanted > there:
