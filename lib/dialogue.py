@@ -66,11 +66,12 @@ def encode_dialogue(tokenizer, messages):
             raise ValueError("the checkpoint's chat template refuses this dialogue: "
                              f"{first_line(error)}") from error
 
-    text = render(len(messages), messages[-1]["role"] != "assistant")
+    given = len(messages), messages[-1]["role"] != "assistant"
+    text = render(*given)
     for i, message in enumerate(marked):
         if (said := message["content"].strip()) not in text:  # it may stand there in other words
             marked[i] = {**message, "content": said + "x"}
-            if render(len(messages), messages[-1]["role"] != "assistant") == text:
+            if render(*given) == text:
                 raise ValueError("the checkpoint's chat template leaves out what message "
                                  f"{i + 1}, of the {message['role']}, says")
             marked[i] = message
