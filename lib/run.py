@@ -98,7 +98,7 @@ class Run:
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
         elif args.resume and holds:
-            print(f"{self.last}: nothing was saved there, so this run starts again")
+            print(f"{self.last}: nothing was saved there: the run starts from the beginning")
 
     def begin(self, steps, trained, generators, kept):
         """Open metrics.csv, and put back what was saved -> `kept`, as it was saved or else as it is

@@ -469,7 +469,7 @@ def test_demonstrations_that_differ_in_what_is_kept_are_one(tmp_path, capsys):
     assert sets == {"actor": [{"user_input": "Q", "completion": "x"}],
                     "rlhf": [{"user_input": "Q", "answer": "1"}]}
     said = capsys.readouterr().out
-    assert "1 duplicates dropped, that differed only in the fields that prompts keep" in said
+    assert "1 duplicates dropped: they differed only in the fields that prompts keep" in said
 
 
 def test_an_answer_that_is_the_completion_is_kept_when_asked(tmp_path):

@@ -271,7 +271,7 @@ def test_chat_that_outgrows_the_context_forgets_its_oldest_turns(home, terminal,
     terminal(*[f"{n} plus {n}" for n in range(9)], "long " * 99, "it is 4")
     chat.main([home.ppo, "--max_new_tokens", "16"])
     out = capfd.readouterr().out
-    assert out.count("oldest turns are forgotten") == 1 and "where 112 fit: it is dropped" in out
+    assert out.count("oldest turns are forgotten") == 1 and "and 112 fit: it is dropped" in out
     assert len(asked.prompts) == 10 and max(map(len, asked.prompts)) <= 112  # 128 - 16
     texts = [text_of(home.tokenizer, prompt) for prompt in asked.prompts]
     assert "0 plus 0" in texts[1] and "0 plus 0" not in texts[8] and "8 plus 8" in texts[8]

@@ -173,7 +173,7 @@ def chat(args):
             continue
         said = {"role": "user", "content": said}
         if (length := len(encode_whole(tokenizer, [said]))) > room:
-            print(f"(your message has {length} tokens, where {room} fit: it is dropped)")
+            print(f"(your message has {length} tokens, and {room} fit: it is dropped)")
             continue
         history.append(said)
         while len(prompt := encode_whole(tokenizer, history)) > room:

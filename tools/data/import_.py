@@ -38,7 +38,7 @@ def import_files(args):
             stop(f"--map {args.map}: must be part=field pairs, with commas between; the "
                  f"parts are {', '.join(PARTS)}")
         if part in mapped:
-            stop(f"--map {args.map}: names {part} more than once: one field can play it")
+            stop(f"--map {args.map}: names {part} more than once; give it one field")
         mapped[part] = field
     keep = args.keep.split(",") if args.keep else []
     if not all(keep) or "user_input" in keep:

@@ -35,7 +35,7 @@ def sets_of(records, make):
                 for r in records if "completion" in r]
     records = list({json.dumps(r, sort_keys=True): r for r in answered}.values())
     if len(records) < len(answered) and make != ["rlhf"]:
-        print(f"{len(answered) - len(records)} duplicates dropped, that differed only in the "
+        print(f"{len(answered) - len(records)} duplicates dropped: they differed only in the "
               "fields that prompts keep")
     scored = [r for r in records if "score" in r]
     demonstrations = [r for r in records if "score" not in r]
