@@ -712,7 +712,7 @@ def main(argv=None):
         next_shown = iter(shown_order[(update - 1) * B_shown:])
         # The rows of each minibatch, in each pass over the experience. (make_experience gets those
         # of the first pass, so that in bf16 both round alike.)
-        with run.saved_if_it_ends():  # a judge that fails loses nothing
+        with run.saved_if_it_ends():  # a judge that fails here loses nothing
             passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
                       for _ in range(args.ppo_epochs)]
             experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],

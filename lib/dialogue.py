@@ -5,10 +5,6 @@ import re
 
 from lib.errors import first_line
 
-# LLaMA 3.1's and 3.2's templates write a date, the latter today's if they are given none. But a run
-# that is resumed tomorrow, and the next stage, are to see the same prompts: so always 3.1's.
-DATE = dict(date_string="26 Jul 2024")
-
 
 def encode_text(tokenizer, text):
     """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
@@ -39,6 +35,14 @@ def control_pattern(tokenizer):
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
+def in_template(tokenizer, messages, is_prompt=False):
+    """Chat messages as text, in the tokenizer's template; a prompt ends where an answer begins."""
+    # LLaMA 3.1's and 3.2's templates write a date, the latter today's if they are given none. But a
+    # run that is resumed tomorrow, and the next stage, are to see the same prompts: so always 3.1's
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt,
+                                         date_string="26 Jul 2024")
+
+
 def as_messages(user_input):
     return [{"role": "user", "content": user_input}] if isinstance(user_input, str) else user_input
 
@@ -60,8 +64,7 @@ def encode_dialogue(tokenizer, messages):
 
     def render(number, is_prompt):
         try:
-            return tokenizer.apply_chat_template(marked[:number], tokenize=False,
-                                                 add_generation_prompt=is_prompt, **DATE)
+            return in_template(tokenizer, marked[:number], is_prompt)
         except Exception as error:  # a template may refuse a dialogue, of two users in a row, say
             raise ValueError("the checkpoint's chat template refuses this dialogue: "
                              f"{first_line(error)}") from error
@@ -99,15 +102,14 @@ def encode_dialogue(tokenizer, messages):
 def check_template(tokenizer):
     """Raises ValueError if the template writes into an answer what belongs into the prompt for it:
     where nothing marks the assistant's turn, or with control tokens, which would end the answer."""
-    def render(*contents, **options):
-        messages = [dict(role=role, content=content)
-                    for role, content in zip(("user", "assistant"), contents)]
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **DATE)
-
-    prompt, text = render("a", add_generation_prompt=True), render("a", "\ue000")
+    asked = as_messages("a")
+    prompt = in_template(tokenizer, asked, is_prompt=True)
+    # a character that no template writes stands for the answer
+    text = in_template(tokenizer, [*asked, {"role": "assistant", "content": "\ue000"}])
     before = text.removeprefix(prompt).partition("\ue000")[0].strip()
+    unmarked = in_template(tokenizer, asked) == prompt
     if text.startswith(prompt) and before and (
-            render("a") == prompt or control_pattern(tokenizer).search(before)):
+            unmarked or control_pattern(tokenizer).search(before)):
         raise ValueError(f"its chat template writes {before!r} before an answer: with "
                          "add_generation_prompt it must write that into the prompt")
 

@@ -71,7 +71,7 @@ def clean_exit(main):
 
 
 @contextlib.contextmanager
-def whole(path, advice="", code=2):
+def replacing(path, advice="", code=2):
     """The name of a file to write beside `path`, which it then replaces: so `path` appears whole or
     not at all."""
     with explain(f"{path}: cannot be written", advice, code):
@@ -87,5 +87,6 @@ def whole(path, advice="", code=2):
 
 
 def write_whole(path, data):
-    with whole(path) as part, open(part, "wb") as file:
+    """Write bytes to `path`: the file appears whole or not at all."""
+    with replacing(path) as part, open(part, "wb") as file:
         file.write(data)

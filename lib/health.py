@@ -160,7 +160,8 @@ def unhealthy(rows, first, updates):
 
 
 def warn(kept, updates):
-    """Print these warnings, each once, also over a --resume: `kept` holds those that were."""
+    """Print each of these warnings once in a run, also over a --resume: those that were printed are
+    in kept["warned"]."""
     for name, text in unhealthy(kept["history"], kept["first"], updates).items():
         if name not in kept["warned"]:
             kept["warned"][name] = f"update {len(kept['history'])}: {text}"

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lib.checkpoints import quiet
 from lib.data import collate
-from lib.dialogue import DATE, as_messages, cut_left, encode_completion
+from lib.dialogue import as_messages, cut_left, encode_completion, in_template
 from lib.distributed import RANK
 from lib.errors import explain, stop
 from lib.judge import Judge
@@ -137,10 +137,9 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
 
         def score(asked, completions):
             if theirs.chat_template:
-                texts = [theirs.apply_chat_template(
-                    [*as_messages(said), {"role": "assistant", "content": completion}],
-                    tokenize=False, **DATE)
-                    for said, completion in zip(asked, completions)]
+                texts = [in_template(theirs, [*as_messages(said), {"role": "assistant",
+                                                                   "content": completion}])
+                         for said, completion in zip(asked, completions)]
                 batch = theirs(texts, add_special_tokens=False, padding=not alone, truncation=True,
                                max_length=longest, return_tensors="pt")
             else:  # as encoders are trained: two segments, question and answer

@@ -137,7 +137,7 @@ class Run:
             self.writer.writeheader()
             self.file.flush()
         self.kept = kept
-        if self.state:
+        if self.state:  # a state of earlier code may lack a field
             self.kept = kept | state.restore(self.state, self.last, trained, generators)
         self.step, self.steps = self.kept.pop("step", 0), steps
         self.board = None
@@ -205,9 +205,9 @@ class Run:
 
     @contextlib.contextmanager
     def saved_if_it_ends(self):
-        """Around what draws random numbers and learns nothing, but may end the program, as a judge
-        that fails does: the state before it is then saved. (Not with many processes: the others
-        would wait.)"""
+        """For code that learns nothing, but draws random numbers and may end the program, as a
+        judge that fails does: the state before it is then saved. (Not with many processes, which
+        would have to save together.)"""
         states = torch.get_rng_state(), *(g.get_state() for g in self.generators.values())
         try:
             yield
