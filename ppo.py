@@ -42,7 +42,7 @@ from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, 
                              my_parts, own_stream, start_processes, to_device, total, wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
-from lib.memory import micro_batch
+from lib.memory import PIECE, micro_batch
 from lib.run import Run
 from lib.settings import above_0, finite, finite_above_0, parse, whole
 from lib.training import autocast, numbers, set_lr
@@ -529,6 +529,9 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
+    def ptx_nats(logits, labels):  # the sum of which ptx_loss is the mean, (1,)
+        return ptx_loss(logits, labels)[None] * (labels[:, 1:] != -100).sum()
+
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
     lengths = text_lengths(demonstrations)
     for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size):
@@ -537,9 +540,11 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         start = min(len(prompt) for prompt, _, _ in examples) - 1  # no row has a target before it
         labels = torch.full_like(input_ids, -100)
         labels[places.row, places.column] = tokens_of(input_ids, places)
-        with autocast(args):
-            logits = actor.lm_head(actor(input_ids)[:, start:])
-        loss = ptx_loss(logits, labels[:, start:]) * weight * len(places.row) / all_targets
+        labels = labels[:, start:]
+        with autocast(args):  # the vocabulary, for few rows at a time
+            nats = over_vocabulary(actor, actor(input_ids)[:, start:], labels, ptx_nats,
+                                   piece=max(1, PIECE // labels.shape[1]))
+        loss = nats.sum() * weight / all_targets
         (args.ptx_coef * loss).backward()
         sums["ptx_loss"] = sums["ptx_loss"] + loss.detach()
 

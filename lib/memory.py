@@ -70,7 +70,8 @@ def step_bytes(stage, config, rows, args, texts=4):
         length = min(args.max_prompt_length, context - response) + response
         # logits, a piece at a time, and their log softmax, and for the entropy four more
         needed = activation_bytes(config, rows, length, min(PIECE, rows * response), 6, args)
-        ptx = activation_bytes(config, rows, length, rows * length, 4, args)
+        ptx = activation_bytes(config, rows, length, min(max(PIECE, length), rows * length), 4,
+                               args)
         return max(needed, ptx) if args.ptx_coef else needed
     length = min(args.max_length, context)
     if stage == "rm":

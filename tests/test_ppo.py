@@ -279,6 +279,7 @@ def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
 def test_minibatch_step_is_the_slow_gradient_however_it_is_cut(
     home, ppo_args, four_models, ptx_coef, empty, monkeypatch
 ):
+    monkeypatch.setattr(ppo, "PIECE", 40)  # tokens: the logits of a row or two at a time
     if empty:
         every_second_says_nothing(monkeypatch, home.tokenizer.eos_token_id)
     args = ppo_args(
@@ -377,6 +378,26 @@ def test_ptx_inputs_labels_and_mask_come_from_the_same_records(
     )
     assert sorted((p, c) for p, c, _ in seen) == sorted((p, c) for p, c, _ in demonstrations)
     assert all(token == home.tokenizer.pad_token_id for _, _, rest in seen for token in rest)
+
+
+def test_ptx_logits_are_made_for_few_rows_at_a_time(home, ppo_args, four_models, monkeypatch):
+    args = ppo_args(micro_batch_size=8)
+    experience, _ = make_experience(four_models, home, args)
+    demonstrations = examples_of(home.demos, home.tokenizer)[:8]
+    modules, sizes = [copy.deepcopy(m) for m in (four_models.actor, four_models.critic)], []
+    optimizers = [PlainDescent(module.parameters(), 1e-3) for module in modules]
+    ptx_loss = ppo.ptx_loss
+
+    def spy(logits, labels):
+        sizes.append(logits[..., 0].numel())
+        return ptx_loss(logits, labels)
+
+    monkeypatch.setattr(ppo, "PIECE", 60)
+    monkeypatch.setattr(ppo, "ptx_loss", spy)
+    ppo.train_minibatch(
+        trained(*modules, *optimizers), experience, [0, 1], demonstrations, home.tokenizer, args
+    )
+    assert len(sizes) > 1 and max(sizes) <= 60 < sum(sizes) / 2  # each piece twice: once backward
 
 
 @pytest.mark.parametrize("size, n", [(10, 3), (5, 5), (7, 20), (1, 4)])
