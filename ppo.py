@@ -388,8 +388,12 @@ def score_responses(reward_model, texts, tokenizer, args):
         # rank 0 asks it, and the others add zeros
         return total(on(args.device, reward_model.scores(texts, ends))), ended
 
+    # Where several tokens end a text, the reward model is asked about the one that it knows.
+    known = [(prompt, response[:-1] + tokenizer.end_ids[:1] if end else response)
+             for (prompt, response), end in zip(texts, ends)]
+
     def read(rows):
-        input_ids, places = collate([texts[i] for i in rows], tokenizer.pad_token_id, args.device)
+        input_ids, places = collate([known[i] for i in rows], tokenizer.pad_token_id, args.device)
         with autocast(args), adapters_off(reward_model):
             return [last_token(reward_model(input_ids), places)]
 

@@ -415,6 +415,20 @@ def test_each_index_is_dealt_once_a_round(size, n):
         assert len(set(map(tuple, rounds))) > 1 and cards != other
 
 
+def test_the_reward_model_is_asked_about_the_end_that_it_knows(home, ppo_args, four_models):
+    """LLaMA 3 has three tokens that end a text; its reward model was trained on one."""
+    eos, other = home.tokenizer.eos_token_id, 9
+    two_ends = SimpleNamespace(end_ids=[eos, other], pad_token_id=home.tokenizer.pad_token_id)
+    texts = [(prompt, [11, 12, end]) for prompt in four_models.prompts[:3] for end in (eos, other, 13)]
+    scores, ended = ppo.score_responses(four_models.reward_model, texts, two_ends, ppo_args())
+    assert ended.tolist() == 3 * [True, True, False]
+    for start, (prompt, response) in enumerate(texts[::3]):
+        own = slow_values(four_models.reward_model, prompt + response)[-1].item()
+        cut = slow_values(four_models.reward_model, prompt + response[:-1] + [13])[-1].item()
+        assert scores[3 * start:3 * start + 3].tolist() == pytest.approx([own, own, cut], abs=1e-5)
+        assert abs(own - cut) > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------
 # The run
 
