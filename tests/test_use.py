@@ -38,7 +38,7 @@ import data_gen
 from lib.data import left_pad
 from lib.dialogue import encode_prompt, encode_text
 from model import ScalarHead, generate, load_llama, load_tokenizer, random_llama, save_checkpoint
-from tools import chat
+from tools import chat, tables
 from tools import quantize as quantization
 from tools.chat import text_of, text_pieces
 
@@ -357,7 +357,7 @@ def test_a_file_of_prompts_as_csv(home, prompts, tmp_path, capfd):
 
 def test_win_rate_counts_a_tie_half():
     answers = [[("x", True)] * 4, [("y", True), ("y", False), ("y", True), ("y", True)]]
-    rows = chat.summary_rows(["a", "b"], answers, [[1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 0.0, 1.5]])
+    rows = tables.summary_rows(["a", "b"], answers, [[1.0, 2.0, 3.0, 4.0], [1.5, 2.0, 0.0, 1.5]])
     assert rows[1:] == [["a", 4, 0, "2.500", "-"], ["b", 4, 1, "1.250", "0.375"]]
 
 

@@ -14,10 +14,7 @@ counting half.
 
 import argparse
 import contextlib
-import csv
-import io
 import math
-import re
 import sys
 
 import torch
@@ -25,11 +22,11 @@ from tqdm import tqdm
 
 from lib.data import half_character, left_pad, read_records
 from lib.dialogue import cut_left, encode_completion, encode_prompt
-from lib.errors import clean_exit, explain, stop, write_whole
+from lib.errors import clean_exit, explain, stop
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
-from tools.data.sets import as_text
 from tools.quantize import need_bitsandbytes, quantize, weight_bytes
+from tools.tables import write_table
 
 
 def parse_args(argv):
@@ -246,55 +243,10 @@ def compare(prompts, args):
     answers = [answer_all(path, prompts, args) for path in args.models]
     scores = score_all(prompts, answers, args) if args.reward else []
     if args.prompts:
-        return write_table(prompts, answers, scores, args)
+        return write_table(args.out, args.models, prompts, answers, scores)
     for n, (path, [(text, _)]) in enumerate(zip(args.models, answers)):
         score = f", score {scores[n][0]:.3f}" if scores else ""
         print(f"{path}{score}\n{text or '(empty)'}\n")
-
-
-def write_table(prompts, answers, scores, args):
-    """A row per prompt, printed or in --out; and always printed, a row per checkpoint."""
-    rows = [["prompt"]]
-    for path in args.models:
-        rows[0] += [path] + ([f"score of {path}"] if scores else [])
-    for i, prompt in enumerate(prompts):
-        rows.append([as_text(prompt)])
-        for n, column in enumerate(answers):
-            rows[-1] += [column[i][0]] + ([f"{scores[n][i]:.3f}"] if scores else [])
-    summary = markdown_table(summary_rows(args.models, answers, scores))
-    if args.out and args.out.endswith(".csv"):
-        file = io.StringIO()
-        csv.writer(file).writerows(rows)
-        write_whole(args.out, file.getvalue().encode())
-    elif args.out:
-        write_whole(args.out, (summary + "\n" + markdown_table(rows)).encode())
-    else:
-        print(markdown_table(rows))
-    print(summary + (f"saved {args.out}" if args.out else ""))
-
-
-def summary_rows(paths, answers, scores):
-    """A row per checkpoint: mean score and win rate."""
-    rows = [["checkpoint", "answers", "cut at the limit"]]
-    rows[0] += ["mean score", f"win rate against {paths[0]}"] if scores else []
-    for n, (path, column) in enumerate(zip(paths, answers)):
-        rows.append([path, len(column), sum(not ended for _, ended in column)])
-        if scores:
-            wins = sum((s > first) + (s == first) / 2 for s, first in zip(scores[n], scores[0]))
-            rows[-1] += [f"{sum(scores[n]) / len(column):.3f}",
-                         f"{wins / len(column):.3f}" if n else "-"]
-    return rows
-
-
-def markdown_table(rows):
-    lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"
-
-
-def markdown_cell(value):
-    """One cell of a table: what would be read as markup is escaped, a line break is <br>."""
-    lines = str(value).strip().splitlines() or ["(empty)"]
-    return "<br>".join(re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", line) for line in lines)
 
 
 @clean_exit
