@@ -32,6 +32,7 @@ make_experience, train_minibatch and the loop of main.
 import contextlib
 import os
 import time
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ METRICS = [
     ("entropy",           "of the policy", "entropy (nats per token)", "entropy"),
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
-    ("ptx_loss",          "cross entropy on demonstrations, nats per token"),
+    ("ptx_loss",          "cross entropy on demonstrations, nats per token, if it is learned"),
     ("clip_fraction",     "where the policy gets no gradient", "share of tokens clipped", "policy"),
     ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
     ("approx_kl",         "KL(policy that sampled || policy now), nats per token"),
@@ -496,10 +497,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     critic, _ = trained["critic"]
     all_tokens = experience["mask"][on(args.device, rows)].sum()
     # The sums stay on the device until the step's end: asking for a number waits for it. To add a
-    # statistic: its name here, its value in `found`, its column in METRICS.
-    zero = torch.zeros((), device=args.device)
-    sums = dict.fromkeys(["policy_loss", "value_loss", "ptx_loss", "entropy", "clip_fraction",
-                          "value_clip_fraction", "approx_kl", "largest_ratio"], zero)
+    # statistic: its value in `found`, its column in METRICS.
+    sums = defaultdict(lambda: torch.zeros((), device=args.device))
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         at = on(args.device, part)
         input_ids, places = collate([experience["texts"][i] for i in part], tokenizer.pad_token_id,
@@ -528,7 +527,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
                      approx_kl=approx_kl)
         found |= dict(value_loss=v_loss, value_clip_fraction=value_clip_fraction)
         for name, value in found.items():
-            sums[name] = sums[name] + value.detach() * share
+            sums[name] += value.detach() * share
         largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp()
         sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
@@ -550,7 +549,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
                                    piece=max(1, PIECE // labels.shape[1]))
         loss = nats.sum() * weight / all_targets
         (args.ptx_coef * loss).backward()
-        sums["ptx_loss"] = sums["ptx_loss"] + loss.detach()
+        sums["ptx_loss"] += loss.detach()
 
     # each model's gradient is scaled down as a whole (Huang et al. 2022, global gradient clipping)
     norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
@@ -558,8 +557,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     values = numbers(sums | norms)
     statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
                   for name in sums}
-    for name in ("policy_loss", "value_loss", "ptx_loss", *norms):
-        health.must_be_finite((values | statistics)[name], name.replace("_", " "), args.out)
+    for name, value in (values | statistics).items():
+        health.must_be_finite(value, name.replace("_", " "), args.out)
     too_far = args.target_kl and statistics["approx_kl"] > args.target_kl
     for _, optimizer in trained.values():
         if not too_far:
