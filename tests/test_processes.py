@@ -138,7 +138,7 @@ def short(argv, stage):  # noqa: F811
     """24 records in batches of 5, so that the last has 4, and micro-batches of 2: one process of
     two runs out of rows."""
     options, epochs = list(argv[stage]), "--updates" if stage == "ppo" else "--epochs"
-    for name, value in ((epochs, "3"), ("--save_every", "100"), ("--lr", "0.001")):
+    for name, value in ((epochs, "2"), ("--save_every", "100"), ("--lr", "0.001")):
         options[options.index(name) + 1] = value
     demos = options[options.index("--prompts" if stage == "ppo" else "--data") + 1]
     evaluated = {
@@ -174,7 +174,7 @@ def test_resume_with_another_number_of_processes(
     argv, tmp_path, tmp_path_factory, stage, first, second
 ):  # noqa: F811
     options, out = short(argv, stage), tmp_path / "run"
-    saved, dies = ("2", "3") if stage == "ppo" else ("7", "9")
+    saved, dies = ("1", "2") if stage == "ppo" else ("7", "9")
     begun = stage, options, out, "--save_every", saved, "--die_at", dies
     half = torchrun(*begun) if (stage, first) == ("sft", 2) else launch(first, *begun)
     # not a hang

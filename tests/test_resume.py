@@ -78,7 +78,7 @@ def argv(tmp_path_factory):
         "train_rm": f"--model {llama} --data {scored} --demonstrations {demos} --epochs 12 --batch_size 5 --lr 0.01 --save_every 1".split(),
         "ppo": (
             f"--sft {llama} --rm {folder / 'rm'} --prompts {demos} --eval_prompts {demos} --demonstrations {demos} --ptx_coef 0.1 "
-            "--updates 16 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
+            "--updates 12 --batch_size 5 --minibatch_size 3 --max_new_tokens 6 --eval_every 2 --kl_target 1 --kl_horizon 50 "
             "--ppo_epochs 2 --lr 0.001 --critic_lr 0.01 --save_every 1"
         ).split(),
     }
