@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lib import checkpoints, kernels
 from lib.data import left_pad
 from lib.distributed import RANK, is_sharded, total, wait_for_all
-from lib.errors import explain, stop
+from lib.errors import explain, refuse_nan, stop
 from lib.graphs import can_be_captured, captured
 from lib.lora import merged
 from lib.memory import PIECE
@@ -342,9 +342,7 @@ def fill(model, tensors, path, dtype):
     for wrong, why in ((missing, "missing"), (unused, "of no use here")):
         if wrong:
             stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
-    for name, tensor in tensors.items():
-        if not tensor.sum(dtype=torch.float32).isfinite():
-            stop(f"{path}: {name} holds nan or inf; did its training diverge?")
+    refuse_nan(path, tensors)
     with explain(f"{path}: its tensors do not match its configuration"):
         model.load_state_dict(tensors, strict=False, assign=True)
     for parameter in model.parameters():

@@ -131,7 +131,7 @@ METRICS = [
     ("kl",                "to the reference, k1", "KL to the SFT policy (nats per response)", "KL"),
     ("kl_error",          "standard error of that mean; 0: unknown"),
     ("kl_coef",           "score units per nat"),
-    ("objective",         "score - kl_coef KL, the latter by --kl_kind"),
+    ("objective",         "score, normalized if it is, - kl_coef KL by --kl_kind"),
     ("entropy",           "of the policy", "entropy (nats per token)", "entropy"),
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
@@ -450,7 +450,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     old_logprobs, ref_logprobs, values = gather_rows(ask, parts, len(texts))
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
-    rewards = token_rewards(normalize(scores), kl, mask, kl_coef)
+    normalized = normalize(scores)
+    rewards = token_rewards(normalized, kl, mask, kl_coef)
     if args.whiten_rewards:
         # about their mean, which stays: moving it would pay for long or for short responses
         # (lm-human-preferences; Huang et al. 2024)
@@ -473,7 +474,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         kl=kl_of_responses.mean(),
         kl_error=kl_of_responses.var(unbiased=len(texts) > 1).div(len(texts)).sqrt(),
         explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8),
-        objective=(scores - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
+        objective=(normalized - kl_coef * inside(kl, mask).sum(1)).mean())) | dict(kl_coef=kl_coef)
     if statistics["ended"] == 0:
         statistics["score_ended"] = None
     if statistics["ended"] == 1:
@@ -690,7 +691,7 @@ def main(argv=None):
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor, critic, ref, reward_model = four_models(args, tokenizer, text_reward)
     prompts, eval_prompts, demonstrations = encode_inputs(
-        records, eval_records, actor.config, tokenizer, args)
+        records, eval_records, [actor, reward_model], tokenizer, args)
     if text_reward:
         text_reward.remember(prompts + eval_prompts, records + eval_records)
 

@@ -15,7 +15,7 @@ from transformers import (AutoConfig, GenerationConfig, LlamaConfig, LlamaForCau
                           LlamaForSequenceClassification)
 from transformers.utils import logging
 
-from lib.errors import explain, first_line, stop
+from lib.errors import explain, first_line, refuse_nan, stop
 from lib.formats import gguf_config, is_meta, open_gguf, read_gguf, read_meta, unwrapped
 
 
@@ -82,8 +82,13 @@ def read_config(path):
     if config.model_type != "llama":
         stop(f"{path}: a '{config.model_type}' model; only LLaMA's architecture is implemented "
              "here")
-    if config.rope_parameters["rope_type"] == "default" and "factor" in config.rope_parameters:
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default" and "factor" in rope:
         stop(f"{path}: its rope_scaling has a factor, and no type that uses it")
+    if rope["rope_type"] == "longrope":  # whose angles change while a text grows
+        stop(f"{path}: rope_scaling of type longrope is not implemented")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        stop(f"{path}: a partial_rotary_factor other than 1 is not implemented")
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         print(f"{path}: pad_token_id {config.pad_token_id} has no row in the embedding: ignored, "
               "the tokenizer's counts")
@@ -247,6 +252,7 @@ def write(folder, config, tensors, tokenizer, generation_config, scalar):
 
     `tensors`: {Hugging Face's name: tensor}; `scalar`: as a `LlamaForSequenceClassification`.
     """
+    refuse_nan(f"{folder}: not written", tensors, code=1)
     part = os.path.join(folder, "export.part")
     ends = tokenizer.end_ids if len(tokenizer.end_ids) > 1 else tokenizer.end_ids[0]
     for described in (config, generation_config):
@@ -266,7 +272,7 @@ def write(folder, config, tensors, tokenizer, generation_config, scalar):
     if not scalar and config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     try:
-        with explain(f"{folder}: the checkpoint cannot be written"), quiet():
+        with explain(f"{folder}: the checkpoint cannot be written", code=1), quiet():
             os.makedirs(folder, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)
             plain.save_pretrained(part, state_dict=tensors)

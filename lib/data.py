@@ -192,18 +192,21 @@ def encode_records(records, tokenizer, max_length, name):
     return examples
 
 
-def longest_prompt(config, args):
-    """The most tokens that a prompt of ppo.py may have."""
-    limit = min(args.max_prompt_length, config.max_position_embeddings - args.max_new_tokens)
+def longest_prompt(configs, args):
+    """The most tokens that a prompt of ppo.py may have, so that it fits all models with an answer;
+    `configs` are theirs."""
+    context = min(config.max_position_embeddings for config in configs)
+    limit = min(args.max_prompt_length, context - args.max_new_tokens)
     if limit < 1:
-        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model's "
-             f"context is {config.max_position_embeddings} tokens")
+        stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context of "
+             f"the model, or of the reward model, is {context} tokens")
     return limit
 
 
-def encode_inputs(records, eval_records, config, tokenizer, args):
-    """What ppo.py reads, as tokens: prompts, held-out prompts, demonstrations for the PTX term."""
-    limit = longest_prompt(config, args)
+def encode_inputs(records, eval_records, models, tokenizer, args):
+    """What ppo.py reads, as tokens: prompts, held-out prompts, demonstrations for the PTX term.
+    `models`: those that read these tokens. (What scores texts has no configuration.)"""
+    limit = longest_prompt([model.config for model in models if hasattr(model, "config")], args)
     prompts, eval_prompts = (
         encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
         for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))

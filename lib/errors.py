@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 
+import torch
 from tqdm import tqdm
 
 from lib.distributed import end_processes, leave, started
@@ -37,6 +38,17 @@ def explain(what, advice="", code=2):
         stop(f"{what} ({said}){advice}", code)
 
 
+def refuse_nan(what, tensors, code=2):
+    """End the program with one line if one of {name: tensor} is not finite."""
+    # One nan or inf makes a sum nan or inf. They are looked at together: that waits for a GPU.
+    sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
+            if x.is_floating_point()}
+    device = next(iter(sums.values())).device
+    if not torch.stack([x.to(device) for x in sums.values()]).isfinite().all():
+        name = next(name for name, x in sums.items() if not x.isfinite())
+        stop(f"{what}: {name} holds nan or inf; did its training diverge?", code)
+
+
 def clean_exit(main):
     """Around a script's `main`: Ctrl-C outside a step ends in one line too. With many processes the
     group is destroyed at the end; a process that fails does not wait for the others."""
@@ -54,6 +66,9 @@ def clean_exit(main):
             code = end.code
         except BrokenPipeError:  # the reader of our output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except OSError as error:  # such as a full disk where the output goes
+            tqdm.write(f"error: {error}", file=sys.stderr)
             code = 1
         except Exception:
             if not started():

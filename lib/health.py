@@ -170,6 +170,8 @@ def warn(kept, updates):
 
 def show(update, kept, records, completions):
     """Print an evaluation beside that of the SFT model, and three of its answers."""
+    if not kept["last"]:
+        return  # no prompts are held out
     tqdm.write(f"update {update}: " + ", ".join(
         f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {kept['first'][name]:.3f})"
         for name, value in kept["last"].items()))

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lib.checkpoints import quiet
 from lib.data import collate
-from lib.dialogue import as_messages, cut_left, encode_completion, in_template
+from lib.dialogue import (as_messages, cut_left, encode_completion, encode_dialogue,
+                          in_template)
 from lib.distributed import RANK
 from lib.errors import explain, stop
 from lib.judge import Judge
@@ -91,9 +92,26 @@ def share(reward):
     return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
+def encoded(tokenizer, config, user_input, completion):
+    """(prompt, completion) in the tokens of a LLaMA reward model, up to the one at which it is
+    read. One of train_rm.py, whose `config` has a score_mean, is read at the token that ends the
+    answer. One from elsewhere is read as in transformers, where the whole template is filled in: at
+    the last token that is not config.pad_token_id."""
+    prompt, answer = encode_completion(tokenizer, user_input, completion)
+    if hasattr(config, "score_mean"):
+        return prompt, answer
+    said = [*as_messages(user_input), {"role": "assistant", "content": completion}]
+    whole, _ = encode_dialogue(tokenizer, said)
+    while whole[-1] == config.pad_token_id:
+        whole.pop()
+    start = len(prompt) if whole[:len(prompt)] == prompt else 0
+    return whole[:start], whole[start:]
+
+
 def from_model(path, tokenizer, args, load_scalar_head, last_token):
-    """The reward of a model whose tokens or chat template are not the policy's, else None: LLaMA as
-    our own `ScalarHead`, any other as transformers has it."""
+    """The reward of a model whose tokens or chat template are not the policy's, or which is read
+    elsewhere than at the end of an answer; else None. LLaMA as our own `ScalarHead`, any other as
+    transformers has it."""
     with explain(f"{path}: no reward model can be loaded from it"):
         config = AutoConfig.from_pretrained(path)
     alone = False  # a text at a time
@@ -102,8 +120,10 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
             stop(f"{path}: its tokenizer has the token {most}, where its embedding has "
                  f"{config.vocab_size} rows: train it with --resize_embedding")
-        if (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
-                                                          tokenizer.chat_template):
+        end = [sum(of, []) for of in (encoded(theirs, config, "a", "b"),
+                                      encode_completion(theirs, "a", "b"))]
+        if end[0] == end[1] and (theirs.get_vocab(), theirs.chat_template) == (
+                tokenizer.get_vocab(), tokenizer.chat_template):
             return None
         model = load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings
@@ -111,7 +131,7 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         def score(asked, completions):
             examples = []
             for said, written in zip(asked, completions):
-                prompt, completion = encode_completion(theirs, said, written)
+                prompt, completion = encoded(theirs, config, said, written)
                 room = max(0, longest - len(completion))
                 examples.append((cut_left(theirs, said, prompt, room), completion))
             input_ids, places = collate(examples, theirs.pad_token_id, args.device)

@@ -140,6 +140,9 @@ class Run:
         if self.state:  # a state of earlier code may lack a field
             self.kept = kept | state.restore(self.state, self.last, trained, generators)
         self.step, self.steps = self.kept.pop("step", 0), steps
+        if self.step > steps:
+            stop(f"{self.folder}: {self.step} steps are done, and with the data as it is now there "
+                 f"are {steps} in all: nothing is left to do")
         self.board = None
         if self.args.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter

@@ -45,7 +45,7 @@ def number_type(what, fits):
     return read
 
 
-at_least_0 = number_type("a number of at least 0", lambda x: x >= 0)  # also inf
+at_least_0 = number_type("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 above_0 = number_type("a number above 0", lambda x: x > 0)  # also inf
 finite_above_0 = number_type("a finite number above 0", lambda x: 0 < x < math.inf)
 finite = number_type("a finite number", math.isfinite)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.distributed import as_held, in_one_piece, named_wholes
-from lib.errors import explain, replacing, stop, write_whole
+from lib.errors import explain, refuse_nan, replacing, stop, write_whole
 
 # What --resume may change: how a run goes on, not what it is
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "device", "micro_batch_size",
@@ -57,6 +57,7 @@ def tensors_of(trained, generators):
 def write(folder, tensors, state):
     """The tensors go into a new file, then state.json, which names it, takes the place of the old
     one: at every moment one of the two states is whole. `state`: a dict for state.json."""
+    refuse_nan(f"{folder}: not written, what was saved before stays", tensors, code=1)
     file = os.path.join(folder, f"state-{state['progress']['step']}.safetensors")
     with replacing(file, "; what was saved before stays", code=1) as part:
         save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, part)

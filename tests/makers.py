@@ -38,14 +38,14 @@ def write(path, data):
     return str(path)
 
 
-def refused(capfd, function, *args):
-    """Call what must end the program with exit code 2 and one line on standard error; return that
-    line."""
+def refused(capfd, function, *args, code=2):
+    """Call what must end the program with this exit code and one line on standard error; return
+    that line."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
         function(*args)
     err = capfd.readouterr().err
-    assert end.value.code == 2
+    assert end.value.code == code
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
     return err
 

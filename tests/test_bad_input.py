@@ -213,7 +213,8 @@ def test_an_out_that_cannot_be_made(argv_of, tmp_path, capsys, stage, below):
 
 
 @pytest.mark.parametrize("stage, option, value", [
-    ("sft", "lr", "-1"), ("sft", "lr", "nan"), ("sft", "weight_decay", "-1"),
+    ("sft", "lr", "-1"), ("sft", "lr", "nan"), ("sft", "lr", "inf"), ("sft", "weight_decay", "-1"),
+    ("ppo", "kl_coef", "inf"),
     ("sft", "seed", str(10**30)), ("train_rm", "lr", "x"), ("ppo", "adam_eps", "0"),
     ("ppo", "temperature", "0"), ("ppo", "temperature", "inf"), ("ppo", "max_grad_norm", "0"),
     ("ppo", "clip", "-1"), ("ppo", "kl_target", "0"), ("ppo", "target_kl", "nan"),

@@ -1,6 +1,7 @@
 """Meta's layout and Hugging Face directories, each written by hand from random tensors: logits
 against `makers.plain_llama`; and what cannot be read ends with one line and exit code 2."""
 
+import copy
 import json
 import math
 import os
@@ -415,6 +416,17 @@ def test_safetensors_with_missing_or_misshapen_tensors(hf, tokenizer, capfd):
     assert f"error: {hf}: cannot be loaded" in refused(capfd, load_llama, str(hf), tokenizer)
 
 
+@pytest.mark.parametrize("rope, said", [
+    (dict(rope_type="longrope", factor=2.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8),
+     "rope_scaling of type longrope"),
+    (dict(rope_type="linear", factor=2.0, partial_rotary_factor=0.5), "a partial_rotary_factor"),
+])
+def test_positions_that_are_not_implemented(hf, tokenizer, capfd, rope, said):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | dict(rope_scaling=rope)))
+    assert f"error: {hf}: {said}" in refused(capfd, load_llama, str(hf), tokenizer)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_named(hf, tokenizer, reward_model, tmp_path, capfd, wrong):
     """As of a run that diverged. A generator would write one token again and again."""
@@ -427,6 +439,11 @@ def test_weights_that_are_not_finite_are_named(hf, tokenizer, reward_model, tmp_
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         line = refused(capfd, load, str(folder))
         assert line.startswith(f"error: {folder}: {name} holds nan or inf")
+    reward_model = copy.deepcopy(reward_model)
+    reward_model.score.weight.data[0, 3] = wrong
+    with pytest.raises(SystemExit) as end:
+        save_checkpoint(reward_model, tokenizer, str(tmp_path / "new"))
+    assert end.value.code == 1 and not (tmp_path / "new").exists()
 
 
 def test_a_missing_safetensors_shard(tmp_path, tokenizer, capfd):

@@ -40,6 +40,16 @@ def test_write_whole_where_nothing_can_be_written(tmp_path, capfd):
         assert f"error: {path}: cannot be written" in refused(capfd, write_whole, path, b"data")
 
 
+def test_output_that_cannot_be_written_is_told_in_one_line(capfd):
+    def full(argv):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit) as end:
+        clean_exit(full)()
+    assert end.value.code == 1
+    assert capfd.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
 def test_a_character_that_the_output_lacks_ends_nothing(monkeypatch):
     """As where Windows redirects a program."""
     bytes_ = io.BytesIO()

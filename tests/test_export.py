@@ -85,7 +85,7 @@ def test_a_failed_export_leaves_the_earlier_one_whole(tmp_path, tokenizer, rewar
 
     names = sorted(os.listdir(out))
     full_disk = SimpleNamespace(save_pretrained=full, end_ids=[2], pad_token_id=0, bos_token_id=1)
-    refused(capfd, save_checkpoint, load_llama(None, tokenizer), full_disk, out)
+    refused(capfd, save_checkpoint, load_llama(None, tokenizer), full_disk, out, code=1)
     assert sorted(os.listdir(out)) == names
     assert torch.equal(
         logits_of(load_llama(out, load_tokenizer(out)), tokens), logits_of(model, tokens)
@@ -100,7 +100,7 @@ def test_a_failed_export_leaves_the_earlier_one_whole(tmp_path, tokenizer, rewar
 
 def test_an_export_into_a_file_is_refused(tmp_path, tokenizer, capfd):
     path = write(tmp_path / "plain", "x")
-    line = refused(capfd, save_checkpoint, load_llama(None, tokenizer), tokenizer, path)
+    line = refused(capfd, save_checkpoint, load_llama(None, tokenizer), tokenizer, path, code=1)
     assert f"error: {path}: the checkpoint cannot be written" in line
 
 

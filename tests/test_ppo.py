@@ -80,7 +80,7 @@ def trained(actor, critic, actor_optimizer, critic_optimizer):
     return {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)}
 
 
-def make_experience(four, home, args):
+def make_experience(four, home, args, **options):
     minibatches = [list(range(start, len(four.prompts), 3)) for start in range(3)]
     return ppo.make_experience(
         four.actor,
@@ -93,6 +93,7 @@ def make_experience(four, home, args):
         args,
         args.kl_coef,
         torch.Generator().manual_seed(3),
+        **options,
     )
 
 
@@ -220,6 +221,13 @@ def test_experience_against_one_response_at_a_time(
     )
     assert said == pytest.approx(expected, abs=1e-3)
     assert 0 < said["ended"] < 1 and abs(said["kl"]) > 0.01  # the test has something to see
+
+
+def test_the_objective_is_what_is_maximized(home, ppo_args, four_models):
+    normalized = dict(normalize=lambda scores: scores / 4)
+    experience, said = make_experience(four_models, home, ppo_args(), **normalized)
+    assert said["objective"] == pytest.approx(experience["rewards"].sum(1).mean().item(), abs=1e-5)
+    assert said["score"] == pytest.approx(experience["scores"].mean().item(), abs=1e-5)
 
 
 def slow_minibatch(actor, critic, experience, rows, demonstrations, args):
@@ -427,6 +435,22 @@ def test_the_reward_model_is_asked_about_the_end_that_it_knows(home, ppo_args, f
         cut = slow_values(four_models.reward_model, prompt + response[:-1] + [13])[-1].item()
         assert scores[3 * start:3 * start + 3].tolist() == pytest.approx([own, own, cut], abs=1e-5)
         assert abs(own - cut) > 1e-3
+
+
+def test_texts_fit_the_context_of_the_reward_model(ppo_argv, rm_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(rm_run.folder, tmp_path / "rm")
+    config = tmp_path / "rm" / "config.json"
+    said = config.read_text().replace('max_position_embeddings": 128', 'max_position_embeddings": 24')
+    config.write_text(said)
+    seen, score_responses = [], ppo.score_responses
+
+    def spy(reward_model, texts, *given):
+        seen.extend(len(prompt) + len(response) for prompt, response in texts)
+        return score_responses(reward_model, texts, *given)
+
+    monkeypatch.setattr(ppo, "score_responses", spy)
+    ppo.main(ppo_argv(rm=tmp_path / "rm", updates=1, critic="sft", out=tmp_path / "out"))
+    assert max(seen) <= 24 and "cut on the left to 16 tokens" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -718,10 +742,11 @@ def test_ppo_stops_on_what_is_not_finite(
 def test_ppo_waits_once_a_token_and_once_a_minibatch(ppo_argv, tmp_path):
     """Per update: once per token of the longest response (on a GPU per 16); for the prompts'
     lengths, the longest response, the responses, their lengths, and the statistics; once per
-    mini-batch, and for its rows, on the CPU; once per micro-batch of demonstrations."""
+    mini-batch, and for its rows, on the CPU; once per micro-batch of demonstrations; and once for
+    each of the two models where they are exported."""
     argv = ppo_argv(eval_prompts=None, gold=None, out=tmp_path / "out")
     waited = waits_of_steps(ppo, argv)
-    assert len(waited) == 2 and max(waited) <= 8 + 5 + 4 * 2 + 4 * 2
+    assert len(waited) == 2 and max(waited) <= 8 + 5 + 4 * 2 + 4 * 2 + 2
 
 
 # ------------------------------------------------------------------------------------------------

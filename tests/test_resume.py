@@ -187,6 +187,21 @@ def test_a_signal_after_the_last_step(argv, tmp_path, monkeypatch):
     model.load_scalar_head(str(tmp_path / "run"))
 
 
+def test_a_last_step_that_diverges_is_not_saved(argv, tmp_path, monkeypatch, capsys):
+    set_lr, out = sft.set_lr, tmp_path / "run"
+
+    def steep_at_the_end(optimizer, peak, step, steps):
+        return set_lr(optimizer, float("inf") if step == steps - 1 else peak, step, steps)
+
+    monkeypatch.setattr(sft, "set_lr", steep_at_the_end)
+    with pytest.raises(SystemExit) as ended:
+        sft.main(argv["sft"] + ["--epochs", "1", "--out", str(out)])
+    assert ended.value.code == 1
+    assert "not written, what was saved before stays: model." in capsys.readouterr().err
+    state = json.loads((out / "last" / "state.json").read_text())
+    assert state["progress"]["step"] == 4 and not (out / "config.json").exists()
+
+
 def error(capsys, stage, options):
     """The one line with which the stage ends."""
     with pytest.raises(SystemExit) as ended:
@@ -317,6 +332,10 @@ def test_other_data_or_another_model_is_not_taken_for_the_old(argv, tmp_path, ca
     sft.main(options + ["--resume"])
     Path(copies["--data"]).write_text(json.dumps(records[::-1]), "utf-8")
     sft.main(options + ["--resume", "--accept_changed_data"])
+    Path(copies["--data"]).write_text(json.dumps(records[:5]), "utf-8")
+    line = error(capsys, "sft", options + ["--resume", "--accept_changed_data"])
+    assert line.endswith("20 steps are done, and with the data as it is now there are 4 in all: "
+                         "nothing is left to do")
 
 
 @pytest.mark.parametrize(

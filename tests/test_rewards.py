@@ -266,6 +266,47 @@ def other_llama(folder, texts):
     model.save_checkpoint(ScalarHead(model.random_llama(config).model), tokenizer, str(folder))
 
 
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("changed", ["template", "padding"])
+def test_a_llama_from_elsewhere_is_read_where_transformers_reads_it(
+    rm_run, tmp_path, changed
+):
+    """Its template goes on after the end of an answer, or the end is its padding; even where its
+    tokens and its template are the policy's. One of ours is read at the end."""
+    folder = tmp_path / "rm"
+    shutil.copytree(rm_run.folder, folder)
+    if changed == "template":
+        (folder / "chat_template.jinja").write_text(ZEPHYR)
+    tokenizer = load_tokenizer(str(folder))  # the policy's
+    args = SimpleNamespace(device="cpu", micro_batch_size=3)
+    given = str(folder), tokenizer, args, load_scalar_head, last_token
+    assert rewards.from_model(*given) is None
+    config = json.loads((folder / "config.json").read_text())
+    del config["score_mean"]
+    if changed == "padding":
+        config["pad_token_id"] = tokenizer.eos_token_id
+    (folder / "config.json").write_text(json.dumps(config))
+    asked, answers = ["2 + 3", "a dog?", "4"], ["5.", "yes, it is", "4 is 4"]
+    found = rewards.from_model(*given).function([{"user_input": said} for said in asked], answers, None)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    alone = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    for said, answer, score in zip(asked, answers, found):
+        messages = [dict(role="user", content=said), dict(role="assistant", content=answer)]
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        batch = theirs(text, add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            assert score == pytest.approx(alone(**batch).logits.item(), abs=1e-4)
+    ours = encode_completion(tokenizer, asked[0], answers[0])
+    with torch.no_grad():
+        end = load_scalar_head(str(folder))(torch.tensor([sum(ours, [])]))[0, -1].item()
+    assert abs(end - found[0]) > 1e-3
+
+
 def other_bert(folder, texts):
     """A BERT with one label, whose words are those of the texts."""
     folder.mkdir()

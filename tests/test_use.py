@@ -423,6 +423,8 @@ def test_bad_input_ends_with_one_line(home, capfd, options, reason):
 def test_bad_input_of_several_kinds(home, capfd, terminal, monkeypatch, tmp_path):
     terminal()
     assert "--prompt" in refused(capfd, home.sft, home.ppo)
+    monkeypatch.setattr(sys, "stdin", None)  # as for a service
+    assert "standard input is closed" in refused(capfd, home.ppo)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert "standard input: not UTF-8" in refused(capfd, home.ppo)
     path, out = tmp_path / "p.json", tmp_path / "a.csv"

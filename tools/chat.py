@@ -20,9 +20,11 @@ import sys
 import torch
 from tqdm import tqdm
 
+from lib.checkpoints import read_config
 from lib.data import half_character, left_pad, read_records
-from lib.dialogue import cut_left, encode_completion, encode_prompt
+from lib.dialogue import cut_left, encode_prompt
 from lib.errors import clean_exit, explain, stop
+from lib.rewards import encoded
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import need_bitsandbytes, quantize, weight_bytes
@@ -223,12 +225,12 @@ def score_all(prompts, answers, args):
     The texts are put into the reward model's own tokens and chat format, whatever those of the
     checkpoint are. An answer that was cut has no token that ends it, and is scored at its last one.
     """
-    tokenizer = load_tokenizer(args.reward)
+    tokenizer, config = load_tokenizer(args.reward), read_config(args.reward)
     reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
 
     def score(user_input, text, ended):
         with explain(f"{args.reward}: {str(user_input)[:80]!r}"):
-            prompt, completion = encode_completion(tokenizer, user_input, text)
+            prompt, completion = encoded(tokenizer, config, user_input, text)
         tokens = prompt + (completion if ended else completion[:-1])
         tokens = cut_left(tokenizer, user_input, tokens,
                           reward_model.config.max_position_embeddings)
@@ -255,6 +257,8 @@ def main(argv=None):
     if args.prompts:
         return compare([record["user_input"] for record in
                         read_records(args.prompts, "user_input")], args)
+    if args.prompt is None and sys.stdin is None:
+        stop("standard input is closed: give a --prompt or --prompts")
     if args.prompt is None and not sys.stdin.isatty():
         with explain("standard input: not UTF-8"):
             args.prompt = sys.stdin.buffer.read().decode("utf-8-sig")

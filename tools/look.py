@@ -114,8 +114,10 @@ def experience_of(folder, args, progress, records):
     judge, _ = rewards.judges(args, records, [])
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
+    reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
+    configs = [model.config for model in (actor, reward_model) if hasattr(model, "config")]
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
-                             longest_prompt(actor.config, args), args.prompts)
+                             longest_prompt(configs, args), args.prompts)
     if text_reward:
         text_reward.remember(prompts, records)
 
@@ -125,7 +127,6 @@ def experience_of(folder, args, progress, records):
     set_lr(trained["actor"][1], args.lr, 0, 1, "linear")
     set_lr(trained["critic"][1], args.critic_lr, 0, 1, "linear")
     ref = to_device(load_llama(args.sft, tokenizer), args)
-    reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
     normalize = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
     everything = list(range(len(prompts)))
     experience, _ = ppo.make_experience(
