@@ -32,7 +32,7 @@ RANDOM = {name: size for name, (size, _) in CHECKED.items()} | {"1.2B": SIZES["1
 EPSILONS = [1e-5, 1e-8]
 # one change at a time, and both of what makes the steps longer
 VARIANTS = {
-    "epsilon 1e-5": [],
+    "epsilon 1e-5": ["--adam_eps", "1e-5"],
     "epsilon 1e-8": ["--adam_eps", "1e-8"],
     "no clipping": ["--adam_eps", "1e-5", "--max_grad_norm", "inf"],
     "epsilon 1e-8, no clipping": ["--adam_eps", "1e-8", "--max_grad_norm", "inf"],
