@@ -68,7 +68,7 @@ def clean_exit(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         except OSError as error:  # such as a full disk where the output goes
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
             code = 1
         except Exception:
             if not started():

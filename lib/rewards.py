@@ -92,7 +92,7 @@ def share(reward):
     return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
-def encoded(tokenizer, config, user_input, completion):
+def encode_for_reward_model(tokenizer, config, user_input, completion):
     """(prompt, completion) in the tokens of a LLaMA reward model, up to the one at which it is
     read. One of train_rm.py, whose `config` has a score_mean, is read at the token that ends the
     answer. One from elsewhere is read as in transformers, where the whole template is filled in: at
@@ -120,9 +120,9 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
             stop(f"{path}: its tokenizer has the token {most}, where its embedding has "
                  f"{config.vocab_size} rows: train it with --resize_embedding")
-        end = [sum(of, []) for of in (encoded(theirs, config, "a", "b"),
-                                      encode_completion(theirs, "a", "b"))]
-        if end[0] == end[1] and (theirs.get_vocab(), theirs.chat_template) == (
+        read = sum(encode_for_reward_model(theirs, config, "a", "b"), [])
+        if read == sum(encode_completion(theirs, "a", "b"), []) and (
+                theirs.get_vocab(), theirs.chat_template) == (
                 tokenizer.get_vocab(), tokenizer.chat_template):
             return None
         model = load_scalar_head(path).to(args.device)
@@ -131,7 +131,7 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         def score(asked, completions):
             examples = []
             for said, written in zip(asked, completions):
-                prompt, completion = encoded(theirs, config, said, written)
+                prompt, completion = encode_for_reward_model(theirs, config, said, written)
                 room = max(0, longest - len(completion))
                 examples.append((cut_left(theirs, said, prompt, room), completion))
             input_ids, places = collate(examples, theirs.pad_token_id, args.device)

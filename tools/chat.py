@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from lib.checkpoints import read_config
 from lib.data import half_character, left_pad, read_records
-from lib.dialogue import cut_left, encode_prompt
+from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import clean_exit, explain, stop
-from lib.rewards import encoded
+from lib.rewards import encode_for_reward_model
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import need_bitsandbytes, quantize, weight_bytes
@@ -230,8 +230,10 @@ def score_all(prompts, answers, args):
 
     def score(user_input, text, ended):
         with explain(f"{args.reward}: {str(user_input)[:80]!r}"):
-            prompt, completion = encoded(tokenizer, config, user_input, text)
-        tokens = prompt + (completion if ended else completion[:-1])
+            prompt, completion = encode_completion(tokenizer, user_input, text)
+            tokens = prompt + completion[:-1]
+            if ended:
+                tokens = sum(encode_for_reward_model(tokenizer, config, user_input, text), [])
         tokens = cut_left(tokenizer, user_input, tokens,
                           reward_model.config.max_position_embeddings)
         return reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()
