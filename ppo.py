@@ -53,9 +53,9 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with these
-# learning rates, batch sizes and kl_coef bench/real_run.py trained SmolLM2-135M. Larger ones need
-# smaller learning rates: Huang et al. 2024 take 3e-6 from 1B on. kl_coef, lambda and clip are also
-# those of Stiennon et al. 2020 (B.1).
+# learning rates, batch sizes and kl_coef, and an adam_eps of 1e-5, bench/real_run.py trained
+# SmolLM2-135M. Larger ones need smaller learning rates: Huang et al. 2024 take 3e-6 from 1B on.
+# kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
     "input and output",
@@ -131,11 +131,11 @@ METRICS = [
     ("kl",                "to the reference, k1", "KL to the SFT policy (nats per response)", "KL"),
     ("kl_error",          "standard error of that mean; 0: unknown"),
     ("kl_coef",           "score units per nat"),
-    ("objective",         "score, normalized if it is, - kl_coef KL by --kl_kind"),
+    ("objective",         "score, scaled under --normalize_reward, minus kl_coef KL (--kl_kind)"),
     ("entropy",           "of the policy", "entropy (nats per token)", "entropy"),
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
-    ("ptx_loss",          "cross entropy on demonstrations, nats per token, if it is learned"),
+    ("ptx_loss",          "cross entropy on demonstrations, nats per token; empty without PTX"),
     ("clip_fraction",     "where the policy gets no gradient", "share of tokens clipped", "policy"),
     ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
     ("approx_kl",         "KL(policy that sampled || policy now), nats per token"),
@@ -302,9 +302,11 @@ def ptx_loss(logits, labels):
     none does.
     """
     targets = labels[:, 1:]
-    counts = (targets != -100).nonzero(as_tuple=True)
-    loss = F.cross_entropy(logits[:, :-1][counts].float(), targets[counts], reduction="sum")
-    return loss / max(1, len(counts[0]))
+    counts = targets != -100
+    # what does not count may be nan, which even times 0 would be nan
+    logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss / counts.sum().clamp(min=1)
 
 
 class AdaptiveKL:

@@ -61,7 +61,7 @@ FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
              best_of_prompts=4, every=2, trl_episodes=32, adam_episodes=16,
              over_updates=2)
-LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
+LR, CRITIC_LR, KL_COEF, ADAM_EPS = "2.5e-5", "5e-5", "0.05", "1e-5"
 OURS_BESIDE = {"beside": "ours", "beside-one-step": "ours, one step per update"}
 
 
@@ -157,7 +157,8 @@ def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
             f"{ROOT}/bench/gold_judge.py", "--updates", updates, "--batch_size", args.batch,
             "--minibatch_size", args.batch // 2, "--micro_batch_size", min(16, args.batch),
             "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", lr,
-            "--critic_lr", CRITIC_LR, "--kl_coef", kl_coef, "--eval_every", args.every,
+            "--critic_lr", CRITIC_LR, "--adam_eps", ADAM_EPS, "--kl_coef", kl_coef, "--eval_every",
+            args.every,
             "--save_every", 3, "--seed", seed]
 
 

@@ -192,10 +192,11 @@ def encode_records(records, tokenizer, max_length, name):
     return examples
 
 
-def longest_prompt(configs, args):
-    """The most tokens that a prompt of ppo.py may have, so that it fits all models with an answer;
-    `configs` are theirs."""
-    context = min(config.max_position_embeddings for config in configs)
+def longest_prompt(models, args):
+    """The most tokens that a prompt of ppo.py may have, so that with an answer it fits all models
+    that read tokens: those with a configuration."""
+    context = min(model.config.max_position_embeddings for model in models
+                  if hasattr(model, "config"))
     limit = min(args.max_prompt_length, context - args.max_new_tokens)
     if limit < 1:
         stop(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the context of "
@@ -205,8 +206,8 @@ def longest_prompt(configs, args):
 
 def encode_inputs(records, eval_records, models, tokenizer, args):
     """What ppo.py reads, as tokens: prompts, held-out prompts, demonstrations for the PTX term.
-    `models`: those that read these tokens. (What scores texts has no configuration.)"""
-    limit = longest_prompt([model.config for model in models if hasattr(model, "config")], args)
+    `models`: those that read prompts with answers."""
+    limit = longest_prompt(models, args)
     prompts, eval_prompts = (
         encode_prompts([record["user_input"] for record in part], tokenizer, limit, path)
         for part, path in ((records, args.prompts), (eval_records, args.eval_prompts)))

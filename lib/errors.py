@@ -1,6 +1,7 @@
 """One line that says what is wrong and where, in place of a traceback; files that appear whole."""
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -38,7 +39,7 @@ def explain(what, advice="", code=2):
         stop(f"{what} ({said}){advice}", code)
 
 
-def refuse_nan(what, tensors, code=2):
+def refuse_nan(what, tensors, advice="; did its training diverge?", code=2):
     """End the program with one line if one of {name: tensor} is not finite."""
     # One nan or inf makes a sum nan or inf. They are looked at together: that waits for a GPU.
     sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
@@ -46,7 +47,7 @@ def refuse_nan(what, tensors, code=2):
     device = next(iter(sums.values())).device
     if not torch.stack([x.to(device) for x in sums.values()]).isfinite().all():
         name = next(name for name, x in sums.items() if not x.isfinite())
-        stop(f"{what}: {name} holds nan or inf; did its training diverge?", code)
+        stop(f"{what}: {name} holds nan or inf{advice}", code)
 
 
 def clean_exit(main):
@@ -59,21 +60,24 @@ def clean_exit(main):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = main(argv)
+            if sys.stdout:
+                sys.stdout.flush()  # here, where its error is reported
         except KeyboardInterrupt:
             tqdm.write("interrupted", file=sys.stderr)
             code = 130
         except SystemExit as end:
             code = end.code
-        except BrokenPipeError:  # the reader of our output, such as head, has closed it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
-        except OSError as error:  # such as a full disk where the output goes
-            tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
-            code = 1
-        except Exception:
-            if not started():
+        except Exception as error:
+            reader_left = isinstance(error, BrokenPipeError)  # of our output, such as head
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+            if not (reader_left or full or started()):
                 raise
-            traceback.print_exc()
+            if reader_left or full:  # what is still to be written cannot be
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if full:
+                tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
+            elif not reader_left:
+                traceback.print_exc()
             code = 1
         else:
             if outermost:
@@ -101,7 +105,7 @@ def replacing(path, advice="", code=2):
                 os.remove(path + ".part")
 
 
-def write_whole(path, data):
+def write_whole(path, data, advice="", code=2):
     """Write bytes to `path`: the file appears whole or not at all."""
-    with replacing(path) as part, open(part, "wb") as file:
+    with replacing(path, advice, code) as part, open(part, "wb") as file:
         file.write(data)

@@ -6,12 +6,12 @@ from lib.distributed import is_sharded
 
 
 def can_be_captured(llama):
-    """Whether a decoding step is nothing but kernels on a CUDA device. FSDP communicates in it, two
-    kinds of rotary frequencies look at the positions in Python, and quantized layers are code of
+    """Whether a decoding step is nothing but kernels on a CUDA device. FSDP communicates in it,
+    dynamic rotary frequencies look at the positions in Python, and quantized layers are code of
     others."""
     weights = list(llama.parameters())
     return (weights[0].is_cuda and not is_sharded(llama)
-            and llama.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+            and llama.model.rotary_emb.rope_type != "dynamic"
             and all(weight.is_floating_point() for weight in weights))
 
 

@@ -47,8 +47,8 @@ def judges(args, records, eval_records):
 
 def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
     """What --reward (`judge`) or --rm names, if it scores texts; None for a LLaMA on the policy's
-    tokens. The critic cannot begin as what scores texts, and a line says so. The last two are
-    functions of model.py, which lib does not import."""
+    tokens, read at the end of an answer. The critic cannot begin as what scores texts, and a line
+    says so. The last two are functions of model.py, which lib does not import."""
     if judge:
         reward = TextReward(judge.path, tokenizer, judge)
     elif not (reward := from_model(args.rm, tokenizer, args, load_scalar_head, last_token)):
@@ -92,20 +92,18 @@ def share(reward):
     return f", reward {share:.0%} of the time" if share > 0.05 else ""
 
 
-def encode_for_reward_model(tokenizer, config, user_input, completion):
-    """(prompt, completion) in the tokens of a LLaMA reward model, up to the one at which it is
-    read. One of train_rm.py, whose `config` has a score_mean, is read at the token that ends the
-    answer. One from elsewhere is read as in transformers, where the whole template is filled in: at
-    the last token that is not config.pad_token_id."""
-    prompt, answer = encode_completion(tokenizer, user_input, completion)
+def tokens_for(tokenizer, config, user_input, completion):
+    """The tokens of a LLaMA reward model up to the one at which it is read. One of train_rm.py,
+    whose `config` has a score_mean, is read at the token that ends the answer. One from elsewhere
+    is read as in transformers, where the whole template is filled in: at the last token that is not
+    config.pad_token_id."""
     if hasattr(config, "score_mean"):
-        return prompt, answer
+        return sum(encode_completion(tokenizer, user_input, completion), [])
     said = [*as_messages(user_input), {"role": "assistant", "content": completion}]
-    whole, _ = encode_dialogue(tokenizer, said)
-    while whole[-1] == config.pad_token_id:
-        whole.pop()
-    start = len(prompt) if whole[:len(prompt)] == prompt else 0
-    return whole[:start], whole[start:]
+    tokens, _ = encode_dialogue(tokenizer, said)
+    while tokens[-1] == config.pad_token_id:
+        tokens.pop()
+    return tokens
 
 
 def from_model(path, tokenizer, args, load_scalar_head, last_token):
@@ -120,10 +118,11 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         if (most := max(theirs.get_vocab().values())) >= config.vocab_size:
             stop(f"{path}: its tokenizer has the token {most}, where its embedding has "
                  f"{config.vocab_size} rows: train it with --resize_embedding")
-        read = sum(encode_for_reward_model(theirs, config, "a", "b"), [])
-        if read == sum(encode_completion(theirs, "a", "b"), []) and (
-                theirs.get_vocab(), theirs.chat_template) == (
-                tokenizer.get_vocab(), tokenizer.chat_template):
+        same = (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
+                                                              tokenizer.chat_template)
+        read_at_the_end = tokens_for(theirs, config, "a", "b") == sum(
+            encode_completion(theirs, "a", "b"), [])
+        if same and read_at_the_end:
             return None
         model = load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings
@@ -131,9 +130,8 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
         def score(asked, completions):
             examples = []
             for said, written in zip(asked, completions):
-                prompt, completion = encode_for_reward_model(theirs, config, said, written)
-                room = max(0, longest - len(completion))
-                examples.append((cut_left(theirs, said, prompt, room), completion))
+                tokens = tokens_for(theirs, config, said, written)
+                examples.append(([], cut_left(theirs, said, tokens, longest)))
             input_ids, places = collate(examples, theirs.pad_token_id, args.device)
             return last_token(model(input_ids), places)
     else:

@@ -57,12 +57,14 @@ def tensors_of(trained, generators):
 def write(folder, tensors, state):
     """The tensors go into a new file, then state.json, which names it, takes the place of the old
     one: at every moment one of the two states is whole. `state`: a dict for state.json."""
-    refuse_nan(f"{folder}: not written, what was saved before stays", tensors, code=1)
     file = os.path.join(folder, f"state-{state['progress']['step']}.safetensors")
-    with replacing(file, "; what was saved before stays", code=1) as part:
+    stays = "; what was saved before stays"
+    refuse_nan(f"{folder}: not written", tensors, f"{stays}. Lower --lr", code=1)
+    with replacing(file, stays, code=1) as part:
         save_file({key: x.cpu().contiguous() for key, x in tensors.items()}, part)
     name = os.path.basename(file)
-    write_whole(os.path.join(folder, "state.json"), json.dumps(state | dict(file=name)).encode())
+    write_whole(os.path.join(folder, "state.json"), json.dumps(state | dict(file=name)).encode(),
+                stays, code=1)
     for other in os.listdir(folder):
         if other.startswith("state-") and other != name:
             os.remove(os.path.join(folder, other))

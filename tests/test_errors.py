@@ -2,12 +2,13 @@
 
 import io
 import os
+import subprocess
 import sys
 
 import pytest
 
 from lib.errors import clean_exit, write_whole
-from makers import refused, write
+from makers import ROOT, refused, write
 
 
 def test_write_whole(tmp_path):
@@ -40,14 +41,15 @@ def test_write_whole_where_nothing_can_be_written(tmp_path, capfd):
         assert f"error: {path}: cannot be written" in refused(capfd, write_whole, path, b"data")
 
 
-def test_output_that_cannot_be_written_is_told_in_one_line(capfd):
-    def full(argv):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(SystemExit) as end:
-        clean_exit(full)()
-    assert end.value.code == 1
-    assert capfd.readouterr().err == "error: [Errno 28] No space left on device\n"
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("flush", [False, True])
+def test_output_that_cannot_be_written_is_told_in_one_line(flush):
+    code = f"from lib.errors import clean_exit; clean_exit(lambda argv: print(1, flush={flush}))()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE,
+                              text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_a_character_that_the_output_lacks_ends_nothing(monkeypatch):

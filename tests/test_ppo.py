@@ -739,14 +739,15 @@ def test_ppo_stops_on_what_is_not_finite(
 # Waiting for a GPU
 
 
-def test_ppo_waits_once_a_token_and_once_a_minibatch(ppo_argv, tmp_path):
+def test_ppo_waits_once_a_token_and_once_a_minibatch(ppo_argv, tmp_path, monkeypatch):
     """Per update: once per token of the longest response (on a GPU per 16); for the prompts'
     lengths, the longest response, the responses, their lengths, and the statistics; once per
-    mini-batch, and for its rows, on the CPU; once per micro-batch of demonstrations; and once for
-    each of the two models where they are exported."""
+    mini-batch, and for its rows, on the CPU; and once for each of the two models where they are
+    exported. However many pieces the demonstrations take."""
+    monkeypatch.setattr(ppo, "PIECE", 40)
     argv = ppo_argv(eval_prompts=None, gold=None, out=tmp_path / "out")
     waited = waits_of_steps(ppo, argv)
-    assert len(waited) == 2 and max(waited) <= 8 + 5 + 4 * 2 + 4 * 2 + 2
+    assert len(waited) == 2 and max(waited) <= 8 + 5 + 4 * 2 + 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -197,7 +197,8 @@ def test_a_last_step_that_diverges_is_not_saved(argv, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         sft.main(argv["sft"] + ["--epochs", "1", "--out", str(out)])
     assert ended.value.code == 1
-    assert "not written, what was saved before stays: model." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "last: not written: model." in said and "what was saved before stays. Lower --lr" in said
     state = json.loads((out / "last" / "state.json").read_text())
     assert state["progress"]["step"] == 4 and not (out / "config.json").exists()
 

@@ -375,8 +375,8 @@ def test_any_reward_model_scores_in_ppo_as_it_does_alone(
 
 
 def test_too_long_a_text_for_a_llama_reward_model(home, tmp_path):
-    """Its prompt loses the beginning of its text, not what the template writes before that; and all
-    of it, if the completion takes the whole context."""
+    """It loses the beginning of its text, not what the template writes before that, also where the
+    completion alone is too long."""
     folder = str(tmp_path / "rm")
     other_llama(tmp_path / "rm", [record["user_input"] for record in home.records["scored"]])
     tokenizer, scalar = load_tokenizer(folder), load_scalar_head(folder)
@@ -387,8 +387,9 @@ def test_too_long_a_text_for_a_llama_reward_model(home, tmp_path):
     one, other = (encode_prompt(tokenizer, text) for text in "ab")
     head = next(i for i in range(len(one)) if one[i] != other[i])
     rest = TINY["max_position_embeddings"] - len(completion) - head
-    texts = [prompt[:head] + prompt[-rest:] + completion, encode_completion(tokenizer, "2", long)[1]]
-    assert head > 2 and len(texts[0]) == 128 < len(texts[1])
+    texts = [prompt[:head] + prompt[-rest:] + completion]
+    texts.append(prompt[:head] + encode_completion(tokenizer, "2", long)[1][head - 128:])
+    assert head > 2 and len(texts[0]) == len(texts[1]) == 128
     with torch.no_grad():
         expected = [scalar(torch.tensor([text]))[0, -1].item() for text in texts]
     found = reward.function([{"user_input": long}, {"user_input": "2"}], ["5.", long], None)

@@ -63,7 +63,7 @@ def waits():
 
 
 def waits_of_steps(script, argv):
-    """How often each step of a stage waits for the device, without evaluating and saving."""
+    """How often each step of a stage waits for the device, without saving its state."""
     counts, log = [], Run.log
     with waits() as found:
 

@@ -88,7 +88,7 @@ def budget(stage, config, args):
     activations = step_bytes(stage, config, rows, args)
     if stage == "ppo":
         response = args.max_new_tokens
-        prompt = longest_prompt([config], args)
+        prompt = longest_prompt([argparse.Namespace(config=config)], args)
         length = prompt + response
         flops = update_flops(config, batch * [(prompt, response)], args)
         if args.ptx_coef:

@@ -24,7 +24,7 @@ from lib.checkpoints import read_config
 from lib.data import half_character, left_pad, read_records
 from lib.dialogue import cut_left, encode_completion, encode_prompt
 from lib.errors import clean_exit, explain, stop
-from lib.rewards import encode_for_reward_model
+from lib.rewards import tokens_for
 from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import need_bitsandbytes, quantize, weight_bytes
@@ -225,15 +225,16 @@ def score_all(prompts, answers, args):
     The texts are put into the reward model's own tokens and chat format, whatever those of the
     checkpoint are. An answer that was cut has no token that ends it, and is scored at its last one.
     """
-    tokenizer, config = load_tokenizer(args.reward), read_config(args.reward)
-    reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
+    with contextlib.redirect_stdout(sys.stderr):
+        tokenizer, config = load_tokenizer(args.reward), read_config(args.reward)
+        reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
 
     def score(user_input, text, ended):
         with explain(f"{args.reward}: {str(user_input)[:80]!r}"):
-            prompt, completion = encode_completion(tokenizer, user_input, text)
-            tokens = prompt + completion[:-1]
             if ended:
-                tokens = sum(encode_for_reward_model(tokenizer, config, user_input, text), [])
+                tokens = tokens_for(tokenizer, config, user_input, text)
+            else:
+                tokens = sum(encode_completion(tokenizer, user_input, text), [])[:-1]
         tokens = cut_left(tokenizer, user_input, tokens,
                           reward_model.config.max_position_embeddings)
         return reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()

@@ -115,9 +115,8 @@ def experience_of(folder, args, progress, records):
     text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
     reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
-    configs = [model.config for model in (actor, reward_model) if hasattr(model, "config")]
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
-                             longest_prompt(configs, args), args.prompts)
+                             longest_prompt([actor, reward_model], args), args.prompts)
     if text_reward:
         text_reward.remember(prompts, records)
 
