@@ -249,10 +249,10 @@ class ScalarHead(nn.Module):
 
 
 def over_vocabulary(llama, states, tokens, function, piece=PIECE):
-    """`function(logits, tokens)`, a tensor (N, ...), for `states` (N, ..., d), `tokens` (N, ...) and
-    the logits (N, ..., V), made for `piece` of the N at a time: logits are the largest tensors of a
-    pass, and so their memory does not grow with N. If there are several pieces, the backward pass
-    computes their logits again."""
+    """`function(logits, tokens)` for `states` (N, ..., d), `tokens` (N, ...) and the logits
+    (N, ..., V), made for `piece` of the N at a time, its results joined: logits are the largest
+    tensors of a pass, and so their memory does not grow with N. If there are several pieces, the
+    backward pass computes their logits again."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 

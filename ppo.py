@@ -303,7 +303,7 @@ def ptx_loss(logits, labels):
     """
     targets = labels[:, 1:]
     counts = targets != -100
-    # what does not count may be nan, which even times 0 would be nan
+    # where nothing counts there may be nan, and its gradient, 0 times nan, would be nan
     logits = logits[:, :-1].float().masked_fill(~counts[..., None], 0.0)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return loss / counts.sum().clamp(min=1)
@@ -535,7 +535,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
     # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
-    def ptx_nats(logits, labels):  # the sum of which ptx_loss is the mean, (1,)
+    def ptx_nats(logits, labels):  # (1,): the sum over some rows; ptx_loss is their mean
         return ptx_loss(logits, labels)[None] * (labels[:, 1:] != -100).sum()
 
     all_targets = sum(len(completion) for _, completion, _ in demonstrations)
@@ -547,7 +547,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         labels = torch.full_like(input_ids, -100)
         labels[places.row, places.column] = tokens_of(input_ids, places)
         labels = labels[:, start:]
-        with autocast(args):  # the vocabulary, for few rows at a time
+        with autocast(args):  # the logits of a few rows at a time
             nats = over_vocabulary(actor, actor(input_ids)[:, start:], labels, ptx_nats,
                                    piece=max(1, PIECE // labels.shape[1]))
         loss = nats.sum() * weight / all_targets

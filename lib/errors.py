@@ -41,7 +41,7 @@ def explain(what, advice="", code=2):
 
 def refuse_nan(what, tensors, advice="; did its training diverge?", code=2):
     """End the program with one line if one of {name: tensor} is not finite."""
-    # One nan or inf makes a sum nan or inf. They are looked at together: that waits for a GPU.
+    # One nan or inf makes a sum nan or inf. All sums are read at once: reading waits for the GPU.
     sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
             if x.is_floating_point()}
     device = next(iter(sums.values())).device
@@ -61,24 +61,24 @@ def clean_exit(main):
         try:
             result = main(argv)
             if sys.stdout:
-                sys.stdout.flush()  # here, where its error is reported
+                sys.stdout.flush()  # at the exit its error would be a traceback
         except KeyboardInterrupt:
             tqdm.write("interrupted", file=sys.stderr)
             code = 130
         except SystemExit as end:
             code = end.code
         except Exception as error:
-            reader_left = isinstance(error, BrokenPipeError)  # of our output, such as head
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-            if not (reader_left or full or started()):
-                raise
-            if reader_left or full:  # what is still to be written cannot be
+            code, number = 1, getattr(error, "errno", None)
+            if number in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                # the reader of our output, such as head, has left, or the disk is full: the exit
+                # would fail to write the rest, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if full:
-                tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
-            elif not reader_left:
+                if number != errno.EPIPE:
+                    tqdm.write(f"error: {first_line(error)}", file=sys.stderr)
+            elif started():
                 traceback.print_exc()
-            code = 1
+            else:
+                raise
         else:
             if outermost:
                 end_processes()

@@ -98,7 +98,8 @@ def tokens_for(tokenizer, config, user_input, completion):
     is read as in transformers, where the whole template is filled in: at the last token that is not
     config.pad_token_id."""
     if hasattr(config, "score_mean"):
-        return sum(encode_completion(tokenizer, user_input, completion), [])
+        prompt, answer = encode_completion(tokenizer, user_input, completion)
+        return prompt + answer
     said = [*as_messages(user_input), {"role": "assistant", "content": completion}]
     tokens, _ = encode_dialogue(tokenizer, said)
     while tokens[-1] == config.pad_token_id:
@@ -120,9 +121,8 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
                  f"{config.vocab_size} rows: train it with --resize_embedding")
         same = (theirs.get_vocab(), theirs.chat_template) == (tokenizer.get_vocab(),
                                                               tokenizer.chat_template)
-        read_at_the_end = tokens_for(theirs, config, "a", "b") == sum(
-            encode_completion(theirs, "a", "b"), [])
-        if same and read_at_the_end:
+        prompt, answer = encode_completion(theirs, "a", "b")
+        if same and tokens_for(theirs, config, "a", "b") == prompt + answer:
             return None
         model = load_scalar_head(path).to(args.device)
         longest = config.max_position_embeddings

@@ -224,8 +224,9 @@ def test_experience_against_one_response_at_a_time(
 
 
 def test_the_objective_is_what_is_maximized(home, ppo_args, four_models):
-    normalized = dict(normalize=lambda scores: scores / 4)
-    experience, said = make_experience(four_models, home, ppo_args(), **normalized)
+    experience, said = make_experience(
+        four_models, home, ppo_args(), normalize=lambda scores: scores / 4
+    )
     assert said["objective"] == pytest.approx(experience["rewards"].sum(1).mean().item(), abs=1e-5)
     assert said["score"] == pytest.approx(experience["scores"].mean().item(), abs=1e-5)
 

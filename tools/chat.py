@@ -234,7 +234,8 @@ def score_all(prompts, answers, args):
             if ended:
                 tokens = tokens_for(tokenizer, config, user_input, text)
             else:
-                tokens = sum(encode_completion(tokenizer, user_input, text), [])[:-1]
+                prompt, answer = encode_completion(tokenizer, user_input, text)
+                tokens = prompt + answer[:-1]
         tokens = cut_left(tokenizer, user_input, tokens,
                           reward_model.config.max_position_embeddings)
         return reward_model(torch.tensor([tokens], device=args.device))[0, -1].item()
