@@ -616,11 +616,13 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
                                 gold=None, length=len(response), ended=end))
     result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
     if gold:
-        judged = gold(records, [sample["completion"] for sample in samples],
-                      [sample["ended"] for sample in samples])
-        for sample, score in zip(samples, judged):
-            sample["gold"] = score
-        result["eval_gold"] = sum(judged) / len(judged)
+        judged = [0.0] * len(samples)
+        if RANK == 0:  # it is asked once, and the other processes add zeros
+            judged = gold(records, [sample["completion"] for sample in samples],
+                          [sample["ended"] for sample in samples])
+        for sample, score in zip(samples, total(torch.tensor(judged, dtype=torch.float64))):
+            sample["gold"] = score.item()
+        result["eval_gold"] = sum(sample["gold"] for sample in samples) / len(samples)
     return samples, result
 
 
@@ -744,7 +746,7 @@ def main(argv=None):
             kl_control.update(row["kl"], B)
 
         if update % args.eval_every == 0 or update == args.updates:
-            samples, kept["last"] = evaluate(actor, reward_model, *held_out)
+            samples, kept["last"] = health.attempt(update, evaluate, actor, reward_model, *held_out)
             row |= kept["last"]
             health.show(update, kept, eval_records, run.log_samples(update, samples))
             save_checkpoint(actor, tokenizer, args.out)

@@ -6,6 +6,7 @@ import math
 
 from tqdm import tqdm
 
+from lib.distributed import WORLD
 from lib.errors import stop
 
 
@@ -168,10 +169,23 @@ def warn(kept, updates):
             tqdm.write(f"warning: {kept['warned'][name]}")
 
 
+def attempt(update, evaluate, *given):
+    """The samples and scores of `evaluate(*given)`, or none if a judge fails there: nothing is
+    learned from them, so the training goes on. (Not with many processes, which would wait for each
+    other.)"""
+    try:
+        return evaluate(*given)
+    except SystemExit:  # which has said why
+        if WORLD > 1:
+            raise
+        tqdm.write(f"warning: update {update} is not evaluated; the training goes on")
+        return [], {}
+
+
 def show(update, kept, records, completions):
     """Print an evaluation beside that of the SFT model, and three of its answers."""
     if not kept["last"]:
-        return  # no prompts are held out
+        return  # no prompts are held out, or a judge failed
     tqdm.write(f"update {update}: " + ", ".join(
         f"{name.replace('eval_', 'held-out ')} {value:.3f} (SFT {kept['first'][name]:.3f})"
         for name, value in kept["last"].items()))

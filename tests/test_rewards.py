@@ -246,6 +246,33 @@ def test_a_failing_reward_loses_no_update(ppo_argv, tmp_path, capsys):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def test_a_gold_judge_that_fails_ends_no_training(ppo_argv, tmp_path, capsys):
+    """It fails in one evaluation, after update 2: that one is missing, and nothing else differs
+    from a run without a gold judge."""
+    code = (
+        SPOKEN
+        + "calls = []\nspoken = score\ndef score(*given):\n    calls.append(1)\n    assert len(calls) != 10\n    return spoken(*given)\n"
+    )
+    (tmp_path / "own.py").write_text(code)  # asked 4 times at the start, 4 times per evaluation
+    ppo.main(ppo_argv(gold=tmp_path / "own.py", out=tmp_path / "judged"))
+    out, said = capsys.readouterr()
+    assert said.count("error: ") == 1 and "own.py: line 7: AssertionError" in said
+    assert out.count("warning: update 2 is not evaluated; the training goes on") == 1
+    ppo.main(ppo_argv(gold=None, out=tmp_path / "alone"))
+    rows = [read_rows(tmp_path / name) for name in ("judged", "alone")]
+    judged = [row["update"] for row in rows[0] if row["eval_gold"] is not None]
+    assert judged == [row["update"] for row in rows[0] if row["eval_score"] is not None] == [0, 3]
+    for row in sum(rows, []):
+        del row["eval_gold"], row["eval_score"]
+    assert without_speed(rows[0]) == without_speed(rows[1])
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        assert (tmp_path / "judged" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    # at the beginning it ends the run
+    (tmp_path / "own.py").write_text(code.replace("10", "6"))
+    argv = ppo_argv(gold=tmp_path / "own.py", out=tmp_path / "never")
+    assert "AssertionError" in error_line(capsys, lambda: ppo.main(argv), code=1)
+
+
 def test_reward_and_rm_at_once(ppo_argv, tmp_path, capsys):
     assert "give one of them" in error_line(
         capsys, lambda: ppo.main(ppo_argv(reward=tmp_path / "own.py"))
