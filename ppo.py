@@ -487,29 +487,28 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 # ------------------------------------------------------------------------------------------------
 # The update: gradient steps on the experience
 
-def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
-    """One optimizer step of actor and critic on these rows of the experience -> the statistics of
-    the minibatch. If there is a ptx_coef, the actor's gradient is the sum of PPO's and that of PTX
-    on as many `demonstrations`. `trained`: {name: (model, its optimizer)}.
+def parts_of(rows, experience, tokenizer, args):
+    """The micro-batches of a minibatch, `rows` of the experience -> of each its rows, what the
+    models read of it (tokens, places, mask), and its share of the minibatch's tokens.
 
     Micro-batches only bound the memory: the mean over a minibatch is the sum over its parts of
-    mean x share of the tokens. `weight` is 1, or 0 for a row that one of many processes repeats
-    (lib.distributed.my_parts). Beyond --target_kl no step is taken.
+    mean x share. `weight` is 1, or 0 for a row that one of many processes repeats
+    (lib.distributed.my_parts).
     """
-    actor, _ = trained["actor"]
-    critic, _ = trained["critic"]
     all_tokens = experience["mask"][on(args.device, rows)].sum()
-    # The sums stay on the device until the step's end: asking for a number waits for it. To add a
-    # statistic: its value in `found`, its column in METRICS.
-    sums = defaultdict(lambda: torch.zeros((), device=args.device))
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
         at = on(args.device, part)
         input_ids, places = collate([experience["texts"][i] for i in part], tokenizer.pad_token_id,
                                     args.device)
-        mask, old_logprobs, advantages = (
-            experience[name][at] for name in ("mask", "old_logprobs", "advantages"))
-        share = weight * mask.sum() / all_tokens
+        mask = experience["mask"][at]
+        yield at, (input_ids, places, mask), weight * mask.sum() / all_tokens
 
+
+def policy_backward(actor, rows, experience, sums, tokenizer, args):
+    """Add the gradient of the policy loss, and of the entropy bonus, on a minibatch; its statistics
+    to `sums`."""
+    for at, (input_ids, places, mask), share in parts_of(rows, experience, tokenizer, args):
+        old_logprobs, advantages = experience["old_logprobs"][at], experience["advantages"][at]
         with autocast(args):
             logprobs, entropy = response_logprobs(actor, input_ids, places, mask, args,
                                                   entropy=True)
@@ -517,24 +516,19 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
 
-        with autocast(args):
-            values = response_values(critic, input_ids, places, mask)
-        old_values, returns = experience["old_values"][at], experience["returns"][at]
-        v_loss, value_clip_fraction = value_loss(values, old_values, returns, mask, args.value_clip)
-        (v_loss * share).backward()
-
         log_ratio = inside(logprobs.detach() - old_logprobs, mask)
         # KL(old || new), since the tokens are from the old policy
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
         found = dict(policy_loss=loss, entropy=entropy, clip_fraction=clip_fraction,
                      approx_kl=approx_kl)
-        found |= dict(value_loss=v_loss, value_clip_fraction=value_clip_fraction)
         for name, value in found.items():
             sums[name] += value.detach() * share
         largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp()
         sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
-    # PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote
+
+def ptx_backward(actor, demonstrations, sums, tokenizer, args):
+    """Add the gradient of PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote."""
     def ptx_nats(logits, labels):  # (1,): the sum over some rows; ptx_loss is their mean
         return ptx_loss(logits, labels)[None] * (labels[:, 1:] != -100).sum()
 
@@ -554,19 +548,50 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
         (args.ptx_coef * loss).backward()
         sums["ptx_loss"] += loss.detach()
 
-    # each model's gradient is scaled down as a whole (Huang et al. 2022, global gradient clipping)
-    norms = {f"the gradient of the {name}": clip_gradients(model, args.max_grad_norm)
-             for name, (model, _) in trained.items()}
+
+def value_backward(critic, rows, experience, sums, tokenizer, args):
+    """Add the gradient of the value loss on a minibatch; its statistics to `sums`."""
+    for at, (input_ids, places, mask), share in parts_of(rows, experience, tokenizer, args):
+        old_values, returns = experience["old_values"][at], experience["returns"][at]
+        with autocast(args):
+            values = response_values(critic, input_ids, places, mask)
+        loss, clip_fraction = value_loss(values, old_values, returns, mask, args.value_clip)
+        (loss * share).backward()
+        sums["value_loss"] += loss.detach() * share
+        sums["value_clip_fraction"] += clip_fraction * share
+
+
+def step(model, optimizer, sums, args):
+    """An optimizer step, the gradient being scaled down as a whole if it is too long (Huang et al.
+    2022, global gradient clipping) -> its length before. Beyond --target_kl no step is taken."""
+    norm = clip_gradients(model, args.max_grad_norm)
+    if not (args.target_kl and total(sums["approx_kl"].item()) > args.target_kl):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
+    """An optimizer step of the actor, then one of the critic, on these rows of the experience ->
+    the statistics of the minibatch. (One after the other, so that only one of them has gradients in
+    memory.) If there is a ptx_coef, there are as many `demonstrations`. `trained`: {name: (model,
+    its optimizer)}.
+    """
+    # On the device until the end: asking for a number waits for it. A new statistic is added to
+    # these, and is a column of METRICS.
+    sums = defaultdict(lambda: torch.zeros((), device=args.device))
+    policy_backward(trained["actor"][0], rows, experience, sums, tokenizer, args)
+    if demonstrations:
+        ptx_backward(trained["actor"][0], demonstrations, sums, tokenizer, args)
+    norms = {"gradient of the actor": step(*trained["actor"], sums, args)}
+    value_backward(trained["critic"][0], rows, experience, sums, tokenizer, args)
+    norms["gradient of the critic"] = step(*trained["critic"], sums, args)
+
     values = numbers(sums | norms)
     statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
                   for name in sums}
     for name, value in (values | statistics).items():
-        health.must_be_finite(value, name.replace("_", " "), args.out)
-    too_far = args.target_kl and statistics["approx_kl"] > args.target_kl
-    for _, optimizer in trained.values():
-        if not too_far:
-            optimizer.step()
-        optimizer.zero_grad()
+        health.must_be_finite(value, f"the {name.replace('_', ' ')}", args.out)
     return statistics
 
 

@@ -26,7 +26,7 @@ from lib.errors import clean_exit, stop  # noqa: E402
 DIFFS = {  # exercise: (function, file that ought to catch it)
     "12a": ("model.py states_of", "test_ppo_math.py"),
     "12b": ("ppo.py masked_mean", "test_ppo_math.py"),
-    "12c": ("ppo.py train_minibatch", "tests/test_ppo.py"),
+    "12c": ("ppo.py policy_backward", "tests/test_ppo.py"),
     "12d": ("ppo.py response_logprobs", "tests/test_ppo.py"),
     "12e": ("ppo.py masked_whiten", "test_ppo_math.py"),
     "12f": ("ppo.py four_models", "tests/test_ppo.py"),

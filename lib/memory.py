@@ -91,10 +91,11 @@ def micro_batch(stage, trained, args, state, texts=4):
     if torch.device(args.device).type != "cuda":
         return LAPTOP[stage]
     models = [model for model, _ in trained.values()]
-    learns = [p for model in models for p in model.parameters() if p.requires_grad]
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in learns)
+    learns = [sum((p.to_local() if hasattr(p, "to_local") else p).nbytes
+                  for p in model.parameters() if p.requires_grad) for model in models]
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(args.device)[0] - 3 * held  # gradients, and Adam's two moments
+    # Adam's two moments, and the gradients of one model at a time
+    free = torch.cuda.mem_get_info(args.device)[0] - 2 * sum(learns) - max(learns)
     rows = -(-(args.minibatch_size if stage == "ppo" else args.batch_size) // WORLD)
     sized = argparse.Namespace(**vars(args), processes=WORLD)
     while rows > 1 and step_bytes(stage, models[0].config, rows, sized, texts) > 0.8 * free:

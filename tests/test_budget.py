@@ -165,7 +165,10 @@ def test_lora_checkpointing_and_processes_need_less():
     assert lora["weights"] == weights + scalar + 2 * adapters
     assert three["weights"] == lora["weights"] + scalar  # the reward model is not the critic's
     assert half["weights"] == (weights + scalar - 4 * 32) / 2 + 4 * 32 + 2 * adapters
-    assert lora["gradients"] == 2 * adapters + 4 * 32 and lora["optimizer"] == 2 * lora["gradients"]
+    assert full["gradients"] == weights and full["optimizer"] == 2 * (weights + scalar)
+    # the critic's, which has a head
+    assert lora["gradients"] == adapters + 4 * 32
+    assert lora["optimizer"] == 2 * (2 * adapters + 4 * 32)
     for name in ("weights", "gradients", "optimizer"):
         assert shared[name] == full[name] / 4
     # embedding, norm and head of all four; those of the actor again as gradients; three layers
@@ -221,6 +224,7 @@ def test_a_configuration_that_is_not_there_ends_in_one_line(tmp_path, capsys):
         (["--processes", "4"], "ppo --processes 4"),
         (["--lora_rank=0"], "ppo --lora_rank 0"),
         (["sfx"], "sfx: not a stage; name sft, rm or ppo"),
+        (["--max_new_tokens", "5000"], "leaves no room for a prompt"),
         (["ppo", "--sft", "llama", "--max_new_tokens", "65"], "leaves no room for a prompt"),
         (["ppo", "--sft", "reward"], "--sft reward: a reward model"),
         (["rm", "--model", "reward"], "--model reward: a reward model"),
@@ -239,7 +243,8 @@ def test_what_no_run_can_be_ends_in_one_line(argv, said, tmp_path, monkeypatch, 
 
 def table_into(pipe, errors):
     redirect(errors)
-    sys.stdout = open(pipe, "w", buffering=1)  # a line at a time
+    budget.SIZES = {"1B" * 10**5: budget.SIZES["1B"]}  # longer than what a pipe holds
+    sys.stdout = open(pipe, "w")
     budget.main([])
 
 

@@ -61,8 +61,10 @@ def test_the_largest_part_that_fits(gpu, trained, stage, wanted):
     a little less, half of them."""
     args = settings(processes=1)
     config = trained["actor"][0].config
-    learns = sum(p.nbytes for model, _ in trained.values() for p in model.parameters())
-    needed = memory.step_bytes(stage, config, wanted, args, 4) / 0.8 + 3 * learns
+    learns = [sum(p.nbytes for p in model.parameters()) for model, _ in trained.values()]
+    # Adam's two numbers, and the gradients of one model at a time
+    later = 2 * sum(learns) + max(learns)
+    needed = memory.step_bytes(stage, config, wanted, args, 4) / 0.8 + later
     gpu(needed + 1)
     assert memory.micro_batch(stage, trained, settings(), None, 4) == wanted
     gpu(needed - 1)

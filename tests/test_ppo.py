@@ -344,6 +344,24 @@ def test_gradients_are_clipped_each_by_its_own_norm(home, ppo_args, four_models)
         assert optimizer.change().norm().item() == pytest.approx(1e-3, rel=0.01)
 
 
+def test_one_model_at_a_time_has_gradients(home, ppo_args, four_models, monkeypatch):
+    args, held, clip_gradients = ppo_args(), [], ppo.clip_gradients
+    experience, _ = make_experience(four_models, home, args)
+    modules = [copy.deepcopy(module) for module in (four_models.actor, four_models.critic)]
+    optimizers = [PlainDescent(module.parameters(), 1e-3) for module in modules]
+
+    def spy(model, max_norm):
+        assert model is modules[len(held)]
+        held.append([all(p.grad is None for p in module.parameters()) for module in modules])
+        return clip_gradients(model, max_norm)
+
+    monkeypatch.setattr(ppo, "clip_gradients", spy)
+    ppo.train_minibatch(
+        trained(*modules, *optimizers), experience, [0, 1, 2], [], home.tokenizer, args
+    )
+    assert held == [[False, True], [True, False]]
+
+
 def test_ptx_inputs_labels_and_mask_come_from_the_same_records(
     home, ppo_args, four_models, monkeypatch
 ):
@@ -692,9 +710,9 @@ def nan(x):
     "name, function, spoil",
     [
         ("the reward model's score", "score_responses", nan),
-        ("policy loss", "policy_loss", nan),
-        ("value loss", "value_loss", nan),
-        ("ptx loss", "ptx_loss", nan),
+        ("the policy loss", "policy_loss", nan),
+        ("the value loss", "value_loss", nan),
+        ("the ptx loss", "ptx_loss", nan),
         ("the gradient of the actor", "policy_loss", steep),
         ("the gradient of the critic", "value_loss", steep),
     ],

@@ -63,9 +63,10 @@ def budget(stage, config, args):
     A prompt of the reward model has 4 completions. "gathered": many processes share out all
     weights, but each holds whole the embedding, norm and head of every model, two layers, and the
     gradients of the actor's embedding, norm and head, and of one layer
-    (lib.distributed.to_device). "peak": what is there at one time; gradients are freed before a
-    rollout. "resident": on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its
-    holes add up to 0.3 of what is in use, as bench/memory.py measures.
+    (lib.distributed.to_device). "gradients": of one model, since actor and critic step one after
+    the other. "peak": what is there at one time; gradients are freed before a rollout. "resident":
+    on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its holes add up to 0.3 of
+    what is in use, as bench/memory.py measures.
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
@@ -73,8 +74,9 @@ def budget(stage, config, args):
     models, n = networks(stage, config, args), args.processes
     every = {id(p): (name, p) for model in models for name, p in model.named_parameters()}.values()
     weights = size(p for _, p in every) / n
-    gradients = size(p for _, p in every if p.requires_grad) / n
-    optimizer = 2 * gradients  # Adam keeps two numbers per parameter
+    # Adam keeps two numbers per parameter; a model's gradients are freed before the next one's
+    optimizer = 2 * size(p for _, p in every if p.requires_grad) / n
+    gradients = max(size(trainable(model)) for model in models) / n
     layer = models[0].model.layers[0]
     gathered = rollout = 0
     if n > 1:
@@ -173,11 +175,12 @@ def table(options):
         args.device = "cuda"  # which this machine need not have
         if not name.endswith("LoRA"):  # the options of LoRA are for its own columns
             args.lora_rank, args.base_dtype = 0, "float32"
-    print("| GiB per process |", " | ".join(columns), "| FLOP per update |\n" + "| --- " * 8 + "|")
+    rows = [f"| GiB per process | {' | '.join(columns)} | FLOP per update |", "| --- " * 8 + "|"]
     for name, size in SIZES.items():
         found = [budget("ppo", LlamaConfig(**size), args) for args in columns.values()]
         peaks = " | ".join(f"{one['peak'] / 2**30:,.0f}" for one in found)
-        print(f"| {name} | {peaks} | {found[0]['flops']:.1e} |")
+        rows.append(f"| {name} | {peaks} | {found[0]['flops']:.1e} |")
+    print("\n".join(rows))  # not row by row: a size may end the program
 
 
 @clean_exit
