@@ -16,8 +16,8 @@ like. The steps:
     ppo       each of --seeds, from the same SFT model and reward model A
     over      over-optimization: the poor reward model, without a KL penalty, at four times the
               learning rate
-    trl       TRL's PPOTrainer, and ours beside it: the same models, prompts, settings and number of
-              answers; ours also with one optimizer step per update, as TRL takes them
+    trl       TRL's PPOTrainer, and ours beside it, with each of --seeds: the same models, prompts,
+              settings and number of answers; Adam's epsilon is 1e-8 in both
     adam      only if it is asked for: PPO with Adam's epsilon at 1e-5 and 1e-8, with and without
               clipping, in one and in two mini-batches (bench/adam.py) -> adam.md, in --out
     report    report.md and its picture, in --out
@@ -62,7 +62,6 @@ SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12,
              best_of_prompts=4, every=2, trl_episodes=32, adam_episodes=16,
              over_updates=2)
 LR, CRITIC_LR, KL_COEF, ADAM_EPS = "2.5e-5", "5e-5", "0.05", "1e-5"
-OURS_BESIDE = {"beside": "ours", "beside-one-step": "ours, one step per update"}
 
 
 def run(args, folder, script, *options):
@@ -136,13 +135,10 @@ def train(args):
         run(args, f"ppo-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed))
     if "over" in args.steps:
         run(args, "over", "ppo", *ppo_options(args, "poor", args.over_updates, 0, 0, "1e-4"))
-    if "trl" in args.steps:
+    for seed in args.seeds if "trl" in args.steps else ():
         updates = args.trl_episodes // args.batch
-        for folder, rows in zip(OURS_BESIDE, (args.batch // 2, args.batch)):
-            run(args, folder, "ppo", *ppo_options(args, "rm", updates, KL_COEF, 0),
-                "--critic_lr", LR, "--minibatch_size", rows)
-
-
+        run(args, f"beside-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed),
+            "--critic_lr", LR, "--adam_eps", "1e-8")
     for name, seed in itertools.product(adam.VARIANTS, args.seeds if "adam" in args.steps else ()):
         run(args, f"{adam.slug(name)}-{seed}", "ppo",
             *ppo_options(args, "rm", args.adam_episodes // args.batch, KL_COEF, seed),
@@ -386,6 +382,13 @@ def metrics(folder):
 # ------------------------------------------------------------------------------------------------
 # The report
 
+def beside(args):
+    """{folder: label} of our runs beside TRL's that are complete."""
+    folders = {f"beside-{seed}": f"ours beside TRL, seed {seed}" for seed in args.seeds}
+    return {folder: label for folder, label in folders.items()
+            if os.path.exists(f"{args.out}/{folder}/done")}
+
+
 def report(args):
     judges = Judges(args)
     records = read_records(f"{args.out}/data/rlhf_training_data_eval.json", "user_input")
@@ -403,10 +406,9 @@ def report(args):
     if os.path.exists(f"{args.out}/over/done"):
         name = f"PPO, {args.poor} ratings, no KL penalty"
         measured[name] = remembered(args, "over", policy("over"))
-    for folder, label in OURS_BESIDE.items():
-        if os.path.exists(f"{args.out}/{folder}/done"):
-            name = f"{label}, {args.trl_episodes} answers"
-            measured[name] = remembered(args, folder, policy(folder))
+    for folder, label in beside(args).items():
+        name = f"{label}, {args.trl_episodes} answers"
+        measured[name] = remembered(args, folder, policy(folder))
     reward_models = remembered(args, "reward_models", lambda: judge_reward_models(args, judges))
     best = remembered(args, "best_of_n", lambda: best_of_n(args, judges, asked))
     exports = sorted(glob.glob(f"{args.out}/trl/step-*"), key=lambda name: int(name.split("-")[-1]))
@@ -491,9 +493,7 @@ def draw(args, seeds, best, theirs, measured):
                   label="PPO, each seed")
     frontier.set(title="gold score of samples", xlabel="KL to the SFT model (nats per answer)")
 
-    for folder, label in OURS_BESIDE.items():
-        if not os.path.exists(f"{args.out}/{folder}/done"):
-            continue
+    for folder, label in beside(args).items():
         rows, minutes = metrics(f"{args.out}/{folder}"), [0.0]
         for row in rows[1:]:  # tokens_per_s counts prompts too, and no evaluation
             tokens = args.batch * (args.prompt_tokens + row["response_length"])

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
+)
 
 import data_gen
 import lib.run
@@ -21,14 +23,14 @@ import ppo
 import sft
 import train_rm
 from lib.curves import draw_curves
-from lib.data import deal
+from lib.data import collate, deal
 from lib.dialogue import encode_prompt
 from makers import (
     TINY, PlainDescent, assert_same_llama, distance, error_line, examples_of, flat, gradient,
-    parse, perturbed, plain_scores, read_rows, run_stage, slow_token_logprobs, slow_values,
+    options, parse, perturbed, plain_scores, read_rows, run_stage, slow_token_logprobs, slow_values,
     without_speed,
 )
-from model import load_llama, load_scalar_head
+from model import load_llama, load_scalar_head, random_llama
 from waits import waits_of_steps
 
 
@@ -46,6 +48,64 @@ def test_curves_are_drawn(sft_run, rm_run, ppo_run, ppo_argv, monkeypatch):
     monkeypatch.setattr(lib.run, "draw_curves", lambda *given: drawn.append(given))
     ppo.main(ppo_argv() + ["--resume"])  # it is complete: drawing is all that is left
     assert drawn == [(ppo_run.folder, ppo.METRICS)]
+
+
+# ------------------------------------------------------------------------------------------------
+# On a LLaMA that was not trained: quick enough for the exercises
+
+TEXTS = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]  # (prompt, response)
+
+
+@pytest.fixture
+def untrained():
+    """A random LLaMA, and what the models read of TEXTS."""
+    torch.manual_seed(0)
+    llama = random_llama(LlamaConfig(vocab_size=50, **TINY))
+    return llama, (*collate(TEXTS, 0), torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]))
+
+
+def test_logprobs_and_entropy_are_at_the_sampling_temperature(untrained):
+    llama, batch = untrained
+    args = SimpleNamespace(temperature=0.7, entropy_coef=0.0)
+    found = ppo.response_logprobs(llama, *batch, args, entropy=True)
+    for i, (prompt, response) in enumerate(TEXTS):
+        slow = slow_token_logprobs(llama, prompt, response, temperature=0.7)
+        for ours, reference in zip(found, slow):
+            assert ours[i, : len(response)].tolist() == pytest.approx(reference.tolist(), abs=1e-5)
+
+
+def test_an_entropy_bonus_makes_the_policy_less_sure(untrained):
+    """Without advantages it is all there is."""
+    llama, (input_ids, places, mask) = untrained
+    args = SimpleNamespace(
+        temperature=1.0, entropy_coef=1.0, clip=0.2, micro_batch_size=2, device="cpu", dtype="float32"
+    )
+
+    def entropy():
+        return ppo.response_logprobs(llama, input_ids, places, mask, args, True)[1].sum().item()
+
+    before = entropy()
+    logprobs = ppo.response_logprobs(llama, input_ids, places, mask, args).detach()
+    experience = dict(
+        texts=TEXTS, lengths=[5, 4], mask=mask, old_logprobs=logprobs, advantages=0 * mask
+    )
+    sums = defaultdict(lambda: torch.zeros(()))
+    ppo.policy_backward(llama, [0, 1], experience, sums, SimpleNamespace(pad_token_id=0), args)
+    assert sums["entropy"].item() == pytest.approx(before / 5, rel=1e-5)
+    with torch.no_grad():
+        for p in llama.parameters():
+            p -= 0.01 * p.grad
+    assert entropy() > before
+
+
+def test_actor_and_critic_are_copies_that_learn(hf, reward_model, tokenizer, tmp_path):
+    model.save_checkpoint(reward_model, tokenizer, str(tmp_path / "rm"))
+    args = parse(ppo, options(sft=hf, rm=tmp_path / "rm", prompts="-", device="cpu"))
+    actor, critic, ref, scores = ppo.four_models(args, tokenizer, None)
+    for learns, frozen in ((actor, ref), (critic, scores)):
+        pairs = list(zip(learns.parameters(), frozen.parameters(), strict=True))
+        assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+        assert all(a.requires_grad and not b.requires_grad for a, b in pairs)
 
 
 # ------------------------------------------------------------------------------------------------

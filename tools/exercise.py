@@ -35,10 +35,10 @@ WRITE = {  # exercise: (file, function to be written, its test)
 FIND = {  # planted bug, bench/bugs/*.diff: the test that finds it
     "12a": f"{MATHS}::test_the_shift_between_a_state_and_its_token",
     "12b": f"{MATHS}::test_masked_mean_weighs_tokens_and_not_responses",
-    "12c": f"{PPO}::test_minibatch_step_is_the_slow_gradient_however_it_is_cut",
-    "12d": f"{PPO}::test_experience_against_one_response_at_a_time",
+    "12c": f"{PPO}::test_an_entropy_bonus_makes_the_policy_less_sure",
+    "12d": f"{PPO}::test_logprobs_and_entropy_are_at_the_sampling_temperature",
     "12e": f"{MATHS}::test_whitened_moments",
-    "12f": f"{PPO}::test_only_actor_and_critic_learn",
+    "12f": f"{PPO}::test_actor_and_critic_are_copies_that_learn",
 }
 
 
