@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import sys
 import zlib
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def save(path, records):
 def half_character(text):
     """What is wrong with a text that holds half of a character that JSON writes in two, such as
     "\\ud83d" of a cut emoji; else None."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if re.search("[\ud800-\udfff]", text):
         return "holds half a character (a lone surrogate)"
     return None
 

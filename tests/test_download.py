@@ -6,26 +6,24 @@ that breaks off.
 
 import hashlib
 import http.server
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from data_commands import EN, ROOT, SHP, ZH, lines, pair, read, refused, run, write
+from data_commands import EN, SHP, ZH, lines, pair, read, refused, run, write
+from huggingface_hub import constants
 
 from tools.data import download
 
 
-def subprocess_run(argv, **env):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, ROOT / "data_gen.py", *map(str, argv)],
-        env=clean | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def hub_is(monkeypatch):
+    """Changes what huggingface_hub has read from the environment."""
+
+    def change(**settings):
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return change
 
 
 def cached(home, repository, path, text):
@@ -35,7 +33,7 @@ def cached(home, repository, path, text):
     write(repo / "snapshots/0123456789abcdef" / path, text)
 
 
-def test_download_from_the_cache(tmp_path, capsys):
+def test_download_from_the_cache(tmp_path, capsys, hub_is):
     folders = download.HUB["hh"][1]
     for folder in folders:
         cached(
@@ -56,22 +54,9 @@ def test_download_from_the_cache(tmp_path, capsys):
         "askbaking/train.json",
         lines([SHP, SHP | {"history": ZH, "score_ratio": 7.0}]),
     )
-    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    hh = subprocess_run(
-        [
-            "download",
-            "hh",
-            "--path",
-            tmp_path / "hh",
-            "--number_of_samples",
-            40,
-            "--make",
-            "reward",
-            "rlhf",
-        ],
-        **env,
-    )
-    assert hh.returncode == 0, hh.stderr
+    hub_is(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE=True)
+    made = ["--make", "reward", "rlhf"]
+    run("download", "hh", *made, path=tmp_path / "hh", number_of_samples=40)
     prompts = [
         r["user_input"]
         for twin in ("", "_eval")
@@ -79,17 +64,12 @@ def test_download_from_the_cache(tmp_path, capsys):
     ]
     assert sorted(prompts) == sorted(f"{folder} {i}" for folder in folders for i in range(10))
     assert len(read(tmp_path / "hh/reward_training_data.json")) == 2 * 38
-    shp = subprocess_run(
-        ["download", "shp", "--parts", "askbaking", "--path", tmp_path / "shp", "--eval_share", 0],
-        **env,
-    )
-    assert shp.returncode == 0, shp.stderr
+    run("download", "shp", parts="askbaking", path=tmp_path / "shp", eval_share=0)
     assert read(tmp_path / "shp/reward_training_data.json") == pair(EN, 2.0) + pair(ZH, 3.0)
-    lacking = subprocess_run(
-        ["download", "shp", "--parts", "askvet", "--path", tmp_path / "x"], **env
+    line = refused(
+        capsys, lambda: run("download", "shp", path=tmp_path / "x", parts="askvet"), code=1
     )
-    assert lacking.returncode == 1 and len(lacking.stderr.strip().split("\n")) == 1
-    assert "cannot be downloaded" in lacking.stderr and "data_gen.py import" in lacking.stderr
+    assert "cannot be downloaded" in line and "data_gen.py import" in line
     line = refused(
         capsys, lambda: run("download", "shp", path=tmp_path / "x", parts="askme")
     )
@@ -139,40 +119,39 @@ class BrokenHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_download_goes_on_where_it_broke_off(tmp_path, serve):
+def test_download_goes_on_where_it_broke_off(tmp_path, serve, capsys, hub_is):
     # the library writes 10 MB at a time
     records = [
-        SHP | {"history": f"Question {i} {'x' * 8000}"} for i in range(3000)
+        SHP | {"history": f"Question {i} {'x' * 10**6}"} for i in range(24)
     ]
     hub = serve(BrokenHub, content=lines(records).encode(), cuts=1, missing="askhr", sent=[])
-    argv = [
-        "download",
-        "shp",
-        "--parts",
-        "askvet",
-        "askhr",
-        "--path",
-        tmp_path / "shp",
-        "--eval_share",
-        0,
-    ]
-    env = {
-        "HF_ENDPOINT": hub.address,
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    first = subprocess_run(argv, **env)
+    hub_is(
+        ENDPOINT=hub.address,
+        HUGGINGFACE_CO_URL_TEMPLATE=constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
+            constants.ENDPOINT, hub.address
+        ),
+        HF_HUB_CACHE=str(tmp_path / "hub"),
+        HF_HUB_DISABLE_XET=True,
+        HF_HUB_OFFLINE=False,
+    )
+
+    def shp():
+        parts = ["--parts", "askvet", "askhr"]
+        run("download", "shp", *parts, path=tmp_path / "shp", eval_share=0)
+
+    with pytest.raises(SystemExit) as end:
+        shp()
+    said = capsys.readouterr().err
     assert (
-        first.returncode == 1
-        and "askhr/train.json: cannot be downloaded" in first.stderr
-        and "Run this again" in first.stderr
+        end.value.code == 1
+        and "askhr/train.json: cannot be downloaded" in said
+        and "Run this again" in said
     )
     assert [part for part, _ in hub.sent] == ["askvet"] * 2 and hub.sent[1][
         1
     ] >= 10_000_000  # not from 0
     assert not (tmp_path / "shp").exists()
     hub.missing = "nothing"
-    again = subprocess_run(argv, **env)
-    assert again.returncode == 0, again.stderr
+    shp()
     assert hub.sent[2:] == [("askhr", 0)]  # the first file is there
-    assert len(read(tmp_path / "shp/reward_training_data.json")) == 2 * 3000
+    assert len(read(tmp_path / "shp/reward_training_data.json")) == 2 * 24
