@@ -9,9 +9,15 @@ from lib.errors import first_line
 def encode_text(tokenizer, text):
     """The tokens of a plain text. A "</s>" in it is four characters of text, never a control
     token."""
+    return list(plain_tokens(tokenizer, text))
+
+
+@functools.lru_cache(maxsize=512)  # the completions of a prompt mostly stand together in a file
+def plain_tokens(tokenizer, text):
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # as text; each call of transformers sets it again
-    return backend.encode(text, add_special_tokens=False).ids
+    # (encode would note where each token stands in the text, which takes a third longer)
+    return tuple(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def encode_after(tokenizer, before, text):
@@ -141,8 +147,16 @@ def cut_left(tokenizer, user_input, prompt, room):
     template writes before that text, such as BOS, stays."""
     if len(prompt) <= room:
         return prompt
-    first, *rest = as_messages(user_input)
-    others = [encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab"]
-    head = next((i for i, tokens in enumerate(zip(*others)) if tokens[0] != tokens[1]), 0)
+    roles = tuple(message["role"] for message in as_messages(user_input))
+    head = header(tokenizer, tokenizer.chat_template, roles)
     head = head if head < room else 0
     return prompt[:head] + prompt[len(prompt) - room + head:]
+
+
+@functools.lru_cache(maxsize=64)
+def header(tokenizer, template, roles):
+    """How many tokens the template writes before the text of a prompt, which is a dialogue of these
+    roles: those that two short ones have in common. (`template`: a key of the cache.)"""
+    first, *rest = [{"role": role, "content": "c"} for role in roles]
+    others = [encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab"]
+    return next((i for i, tokens in enumerate(zip(*others)) if tokens[0] != tokens[1]), 0)
