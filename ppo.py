@@ -37,13 +37,14 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
-from lib import health, rewards
+from lib import health
 from lib.data import collate, deal, encode_inputs, left_pad, on, read_prompts, text_lengths
 from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
                              my_parts, own_stream, start_processes, to_device, total, wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import PIECE, micro_batch
+from lib.rewards import RunningDeviation, judges, reward_of_texts, share_of_time
 from lib.run import Run
 from lib.settings import above_0, finite, finite_above_0, parse, whole
 from lib.training import autocast, numbers, set_lr
@@ -327,7 +328,9 @@ class AdaptiveKL:
 
 # ------------------------------------------------------------------------------------------------
 # Experience: what the four models say about a batch of prompts. A text is (prompt, response), both
-# lists of tokens; T is the length of the longest response of the batch.
+# lists of tokens; T is the length of the longest response of the batch. What a model reads of a
+# batch is input_ids (B, L), its texts, padded; places, where the responses' tokens are in it
+# (lib.data.Places); and the mask (B, T).
 
 def to_rows(flat, places, mask):
     """(N,) values, one text after the other -> (B, T), with zeros outside the mask."""
@@ -363,7 +366,7 @@ def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     generator = own_stream(generator)
     # A copy of the weights decodes faster: in bf16 under --dtype bfloat16, since each weight is
     # read once per token; with many processes whole. It has its adapters merged.
-    as_it_is = args.dtype == "float32" and WORLD == 1 or args.shard_rollout
+    as_it_is = (args.dtype == "float32" and WORLD == 1) or args.shard_rollout
     writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
 
     def write(rows):
@@ -459,11 +462,12 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
         # (lm-human-preferences; Huang et al. 2024)
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-    # over the whole rollout batch, as Huang et al. 2024's code; lm-human-preferences: per minibatch
-    whitened = advantages if args.no_whiten_advantages else masked_whiten(advantages, mask)
+    if not args.no_whiten_advantages:
+        # of the whole batch, as Huang et al. 2024's code; lm-human-preferences: per minibatch
+        advantages = masked_whiten(advantages, mask)
     experience = dict(texts=texts, lengths=lengths, scores=scores, mask=mask, kl=kl,
                       rewards=rewards, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-                      advantages=whitened, old_values=values, returns=returns)
+                      advantages=advantages, old_values=values, returns=returns)
 
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)).square(), mask)
@@ -485,15 +489,17 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 
 
 # ------------------------------------------------------------------------------------------------
-# The update: gradient steps on the experience
+# The update: gradient steps on the experience. For each minibatch, train_minibatch takes a step of
+# the actor on the gradients of policy_backward and ptx_backward, then one of the critic on that of
+# value_backward. Each adds its statistics to `sums`.
 
-def parts_of(rows, experience, tokenizer, args):
+def parts_of(experience, rows, tokenizer, args):
     """The micro-batches of a minibatch, `rows` of the experience -> of each its rows, what the
-    models read of it (tokens, places, mask), and its share of the minibatch's tokens.
+    models read of it, and its share of the minibatch's tokens.
 
     Micro-batches only bound the memory: the mean over a minibatch is the sum over its parts of
-    mean x share. `weight` is 1, or 0 for a row that one of many processes repeats
-    (lib.distributed.my_parts).
+    mean x share. (A mean of the responses' means needs another share: bench/forks/grpo.diff.)
+    `weight` is 1, or 0 for a row that one of many processes repeats (lib.distributed.my_parts).
     """
     all_tokens = experience["mask"][on(args.device, rows)].sum()
     for part, weight in micro_batches(rows, experience["lengths"], args.micro_batch_size):
@@ -504,10 +510,9 @@ def parts_of(rows, experience, tokenizer, args):
         yield at, (input_ids, places, mask), weight * mask.sum() / all_tokens
 
 
-def policy_backward(actor, rows, experience, sums, tokenizer, args):
-    """Add the gradient of the policy loss, and of the entropy bonus, on a minibatch; its statistics
-    to `sums`."""
-    for at, (input_ids, places, mask), share in parts_of(rows, experience, tokenizer, args):
+def policy_backward(actor, parts, experience, sums, args):
+    """Add the gradient of the policy loss, less the entropy bonus, on the parts of a minibatch."""
+    for at, (input_ids, places, mask), share in parts:
         old_logprobs, advantages = experience["old_logprobs"][at], experience["advantages"][at]
         with autocast(args):
             logprobs, entropy = response_logprobs(actor, input_ids, places, mask, args,
@@ -516,6 +521,7 @@ def policy_backward(actor, rows, experience, sums, tokenizer, args):
         entropy = masked_mean(entropy, mask)
         ((loss - args.entropy_coef * entropy) * share).backward()  # a bonus: entropy is to grow
 
+        # for the log
         log_ratio = inside(logprobs.detach() - old_logprobs, mask)
         # KL(old || new), since the tokens are from the old policy
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
@@ -528,7 +534,8 @@ def policy_backward(actor, rows, experience, sums, tokenizer, args):
 
 
 def ptx_backward(actor, demonstrations, sums, tokenizer, args):
-    """Add the gradient of PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote."""
+    """Add the gradient of PPO-ptx (InstructGPT, eq. 2): keep writing what people wrote.
+    `demonstrations`: [(prompt, completion, number of its record)]."""
     def ptx_nats(logits, labels):  # (1,): the sum over some rows; ptx_loss is their mean
         return ptx_loss(logits, labels)[None] * (labels[:, 1:] != -100).sum()
 
@@ -549,9 +556,9 @@ def ptx_backward(actor, demonstrations, sums, tokenizer, args):
         sums["ptx_loss"] += loss.detach()
 
 
-def value_backward(critic, rows, experience, sums, tokenizer, args):
-    """Add the gradient of the value loss on a minibatch; its statistics to `sums`."""
-    for at, (input_ids, places, mask), share in parts_of(rows, experience, tokenizer, args):
+def value_backward(critic, parts, experience, sums, args):
+    """Add the gradient of the value loss on the parts of a minibatch."""
+    for at, (input_ids, places, mask), share in parts:
         old_values, returns = experience["old_values"][at], experience["returns"][at]
         with autocast(args):
             values = response_values(critic, input_ids, places, mask)
@@ -561,44 +568,47 @@ def value_backward(critic, rows, experience, sums, tokenizer, args):
         sums["value_clip_fraction"] += clip_fraction * share
 
 
-def step(model, optimizer, sums, args):
-    """An optimizer step, the gradient being scaled down as a whole if it is too long (Huang et al.
-    2022, global gradient clipping) -> its length before. Beyond --target_kl no step is taken."""
+def step(model, optimizer, wanted, args):
+    """An optimizer step, if it is `wanted`, the gradient being scaled down as a whole if it is too
+    long (Huang et al. 2022, global gradient clipping) -> its length before."""
     norm = clip_gradients(model, args.max_grad_norm)
-    if not (args.target_kl and total(sums["approx_kl"].item()) > args.target_kl):
+    if wanted:
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
 def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
-    """An optimizer step of the actor, then one of the critic, on these rows of the experience ->
-    the statistics of the minibatch. (One after the other, so that only one of them has gradients in
-    memory.) If there is a ptx_coef, there are as many `demonstrations`. `trained`: {name: (model,
-    its optimizer)}.
+    """An optimizer step of the actor, then one of the critic, on these rows of the experience; none
+    beyond --target_kl -> the statistics of the minibatch. (One after the other, so that only one of
+    them has gradients in memory.) If there is a ptx_coef, there are as many `demonstrations` as
+    rows. `trained`: {name: (model, its optimizer)}.
     """
-    # On the device until the end: asking for a number waits for it. A new statistic is added to
-    # these, and is a column of METRICS.
+    # On the device until the end: asking for a number waits for it. To add a statistic: its sum
+    # here, its column in METRICS.
     sums = defaultdict(lambda: torch.zeros((), device=args.device))
-    policy_backward(trained["actor"][0], rows, experience, sums, tokenizer, args)
+    parts = list(parts_of(experience, rows, tokenizer, args))
+    policy_backward(trained["actor"][0], parts, experience, sums, args)
     if demonstrations:
         ptx_backward(trained["actor"][0], demonstrations, sums, tokenizer, args)
-    norms = {"gradient of the actor": step(*trained["actor"], sums, args)}
-    value_backward(trained["critic"][0], rows, experience, sums, tokenizer, args)
-    norms["gradient of the critic"] = step(*trained["critic"], sums, args)
+    # (this asks for one at once)
+    near = not args.target_kl or total(sums["approx_kl"].item()) <= args.target_kl
+    norms = {"gradient of the actor": step(*trained["actor"], near, args)}
+    value_backward(trained["critic"][0], parts, experience, sums, args)
+    norms["gradient of the critic"] = step(*trained["critic"], near, args)
 
-    values = numbers(sums | norms)
-    statistics = {name: (largest if name == "largest_ratio" else total)(values[name])
+    found = numbers(sums | norms)
+    statistics = {name: (largest if name == "largest_ratio" else total)(found[name])
                   for name in sums}
-    for name, value in (values | statistics).items():
+    for name, value in (found | statistics).items():
         health.must_be_finite(value, f"the {name.replace('_', ' ')}", args.out)
     return statistics
 
 
-def averaged(found):
+def averaged(steps):
     """The mean of each statistic over the minibatches of an update; the largest largest_ratio."""
-    means = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
-    return means | dict(largest_ratio=max(each["largest_ratio"] for each in found))
+    means = {name: sum(each[name] for each in steps) / len(steps) for name in steps[0]}
+    return means | dict(largest_ratio=max(each["largest_ratio"] for each in steps))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -621,34 +631,6 @@ def run_missing_stages(args):
             begun = os.path.exists(f"{folder}/last/state.json")
             stage.main(["--seed", str(args.seed), "--device", args.device, "--dtype", args.dtype,
                         "--resume" if begun else "--overwrite"])
-
-
-def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
-    """Greedy answers to held-out prompts -> a dict per answer for samples.jsonl, and the mean
-    scores of the reward model and the gold judge."""
-    samples = []
-    if not prompts:
-        return [], {}
-    for start in range(0, len(prompts), args.batch_size):
-        batch = prompts[start:start + args.batch_size]
-        texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
-        model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
-        scores = counted(model_scores, ended, args).tolist()
-        for record, (_, response), score, end in zip(records[start:], texts, scores,
-                                                     ended.tolist()):
-            text = tokenizer.decode(response, skip_special_tokens=True).strip()
-            samples.append(dict(user_input=record["user_input"], completion=text, score=score,
-                                gold=None, length=len(response), ended=end))
-    result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
-    if gold:
-        judged = [0.0] * len(samples)
-        if RANK == 0:  # it is asked once, and the other processes add zeros
-            judged = gold(records, [sample["completion"] for sample in samples],
-                          [sample["ended"] for sample in samples])
-        for sample, score in zip(samples, total(torch.tensor(judged, dtype=torch.float64))):
-            sample["gold"] = score.item()
-        result["eval_gold"] = sum(sample["gold"] for sample in samples) / len(samples)
-    return samples, result
 
 
 def check(args, demo):
@@ -695,13 +677,40 @@ def four_models(args, tokenizer, text_reward):
 
 def with_optimizers(args, **models):
     """{name: (model, its optimizer)} of those that learn."""
-    # Adam's epsilon is 1e-5 in Huang et al. 2022 ("The 37 implementation details of PPO") and 2024
-    # (RLHF), and here in the demo. But the more weights, the smaller each entry of a gradient of
-    # length 1: at 135M, 1e-5 takes more than half of the first step, and SmolLM2 learned more per
-    # answer with 1e-8, Adam's own (docs/log.md).
+    # Huang et al. 2022 ("The 37 implementation details of PPO") and 2024 (RLHF) take an epsilon of
+    # 1e-5. But the more weights, the smaller each entry of a gradient of length 1: at 135M that
+    # takes more than half of the first step, and SmolLM2 learned more with 1e-8 (docs/log.md).
     options = dict(eps=args.adam_eps, weight_decay=0.0, fused=WORLD == 1)
     return {name: (model, torch.optim.AdamW(trainable(model), **options))
             for name, model in models.items()}
+
+
+def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
+    """Greedy answers to held-out prompts -> a dict per answer for samples.jsonl, and the mean
+    scores of the reward model and the gold judge."""
+    samples = []
+    if not prompts:
+        return [], {}
+    for start in range(0, len(prompts), args.batch_size):
+        batch = prompts[start:start + args.batch_size]
+        texts, _ = answer(actor, batch, tokenizer, args, temperature=0)
+        model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
+        scores = counted(model_scores, ended, args).tolist()
+        for record, (_, response), score, end in zip(records[start:], texts, scores,
+                                                     ended.tolist()):
+            text = tokenizer.decode(response, skip_special_tokens=True).strip()
+            samples.append(dict(user_input=record["user_input"], completion=text, score=score,
+                                gold=None, length=len(response), ended=end))
+    result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
+    if gold:
+        judged = [0.0] * len(samples)
+        if RANK == 0:  # it is asked once, and the other processes add zeros
+            judged = gold(records, [sample["completion"] for sample in samples],
+                          [sample["ended"] for sample in samples])
+        for sample, score in zip(samples, total(torch.tensor(judged, dtype=torch.float64))):
+            sample["gold"] = score.item()
+        result["eval_gold"] = sum(sample["gold"] for sample in samples) / len(samples)
+    return samples, result
 
 
 @clean_exit
@@ -716,8 +725,8 @@ def main(argv=None):
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokenizer = load_tokenizer(args.tokenizer or args.sft, args.sft)
     records, eval_records = read_prompts(args)
-    judge, gold = rewards.judges(args, records, eval_records)
-    text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
+    judge, gold = judges(args, records, eval_records)
+    text_reward = reward_of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor, critic, ref, reward_model = four_models(args, tokenizer, text_reward)
     prompts, eval_prompts, demonstrations = encode_inputs(
         records, eval_records, [actor, reward_model], tokenizer, args)
@@ -734,7 +743,7 @@ def main(argv=None):
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(first={}, last={},
         first_texts=[], history=[], warned={}, deviation={}, kl_coef=args.kl_coef))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
-    normalize = rewards.RunningDeviation(args.normalize_reward, **kept["deviation"])
+    normalize = RunningDeviation(args.normalize_reward, **kept["deviation"])
     held_out = eval_records, eval_prompts, gold, tokenizer, args
     if run.step == 0:
         samples, kept["first"] = evaluate(actor, reward_model, *held_out)
@@ -748,8 +757,7 @@ def main(argv=None):
         set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
         next_shown = iter(shown_order[(update - 1) * B_shown:])
-        # The rows of each minibatch, in each pass over the experience. (make_experience gets those
-        # of the first pass, so that in bf16 both round alike.)
+        # the rows of each minibatch, in each pass over the experience
         with run.saved_if_it_ends():  # a judge that fails here loses nothing
             passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
                       for _ in range(args.ppo_epochs)]
@@ -758,15 +766,15 @@ def main(argv=None):
                                               normalize)
         health.must_be_finite(row["score"], "the reward model's score", args.out)
 
-        found = []
+        steps = []
         for rows in sum(passes, []):
-            shown = [demonstrations[next(next_shown)] for _ in rows if demonstrations]
-            found.append(train_minibatch(trained, experience, rows, shown, tokenizer, args))
-            # so far from the policy that sampled, train_minibatch takes no step (Spinning Up)
-            if args.target_kl and found[-1]["approx_kl"] > args.target_kl:
+            shown = [demonstrations[i] for _, i in zip(rows, next_shown)]
+            steps.append(train_minibatch(trained, experience, rows, shown, tokenizer, args))
+            # too far from the policy that sampled: no step was taken (as in Spinning Up)
+            if args.target_kl and steps[-1]["approx_kl"] > args.target_kl:
                 break
         seconds = time.perf_counter() - started
-        row |= averaged(found) | dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
+        row |= averaged(steps) | dict(lr=lr, tokens_per_s=sum(experience["lengths"]) / seconds)
         if args.kl_target:
             kl_control.update(row["kl"], B)
 
@@ -780,7 +788,7 @@ def main(argv=None):
         kept["history"].append(row)
         health.warn(kept, args.updates)
         kept |= dict(kl_coef=kl_control.coef, deviation=normalize.state())
-        run.end_step(health.in_short(row) + rewards.share(reward_model),
+        run.end_step(health.in_short(row) + share_of_time(reward_model),
                      lambda folder: save_checkpoint(actor, tokenizer, folder))
 
     health.summary(kept)

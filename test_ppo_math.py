@@ -452,6 +452,7 @@ def test_adaptive_kl(kl, factor):
 
 
 def test_masked_mean_weighs_tokens_and_not_responses():
+    """Whatever padding stands beside them."""
     x, mask = torch.tensor([[6.0, 9.0, 9.0], [1.0, 2.0, 3.0]]), torch.tensor([[1, 0, 0], [1, 1, 1]])
     assert masked_mean(x, mask) == 3  # (6 + 1 + 2 + 3) / 4, where the mean of the rows' means is 4
     assert masked_mean(x, torch.zeros(2, 3)) == 0
@@ -459,6 +460,7 @@ def test_masked_mean_weighs_tokens_and_not_responses():
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitened_moments(shift_mean):
+    """Over the whole mask: variance 1, and mean 0 or the mean that it was."""
     x = random(4, 6, scale=3) + 10
     inside = [v for row in to_lists(masked_whiten(x, MASK, shift_mean), MASK) for v in row]
     mean = math.fsum(inside) / len(inside)

@@ -16,8 +16,9 @@ like. The steps:
     ppo       each of --seeds, from the same SFT model and reward model A
     over      over-optimization: the poor reward model, without a KL penalty, at four times the
               learning rate
-    trl       TRL's PPOTrainer, and ours beside it, with each of --seeds: the same models, prompts,
-              settings and number of answers; Adam's epsilon is 1e-8 in both
+    trl       TRL's PPOTrainer, once, and ours beside it with each of --seeds: the same models,
+              prompts, learning rates, number of answers, and epsilon of Adam, 1e-8. (TRL takes one
+              optimizer step per update, ours two.)
     adam      only if it is asked for: PPO with Adam's epsilon at 1e-5 and 1e-8, with and without
               clipping, in one and in two mini-batches (bench/adam.py) -> adam.md, in --out
     report    report.md and its picture, in --out

@@ -148,15 +148,22 @@ def cut_left(tokenizer, user_input, prompt, room):
     if len(prompt) <= room:
         return prompt
     roles = tuple(message["role"] for message in as_messages(user_input))
-    head = header(tokenizer, tokenizer.chat_template, roles)
+    before = header(tokenizer, str(tokenizer.chat_template), roles)
+    head = shared(before, prompt)
     head = head if head < room else 0
     return prompt[:head] + prompt[len(prompt) - room + head:]
 
 
 @functools.lru_cache(maxsize=64)
 def header(tokenizer, template, roles):
-    """How many tokens the template writes before the text of a prompt, which is a dialogue of these
-    roles: those that two short ones have in common. (`template`: a key of the cache.)"""
+    """The tokens that the template writes before the first message of a dialogue with these roles:
+    those with which two short ones begin. (`template` is part of the cache's key.)"""
     first, *rest = [{"role": role, "content": "c"} for role in roles]
-    others = [encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab"]
-    return next((i for i, tokens in enumerate(zip(*others)) if tokens[0] != tokens[1]), 0)
+    one, other = (encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab")
+    return one[:shared(one, other)]
+
+
+def shared(one, other):
+    """How many tokens two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b),
+                min(len(one), len(other)))

@@ -170,8 +170,8 @@ def warn(kept, updates):
 
 
 def attempt(update, evaluate, *given):
-    """The samples and scores of `evaluate(*given)`, or none if a judge fails there: nothing is
-    learned from them, so the training goes on. (Not with many processes, which would wait for each
+    """The samples and scores of `evaluate(*given)`, or none if a judge fails there: an evaluation
+    teaches nothing, so the training goes on. (Not with many processes, which would wait for each
     other.)"""
     try:
         return evaluate(*given)

@@ -107,12 +107,12 @@ class Judge:
                 for (record, *_), score in zip(group, self.ask(*zip(*group))):
                     asked = record["user_input"]
                     scores.append(number(score))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                          if os.path.realpath(frame.filename) == os.path.realpath(self.path)]
                 where = f"line {lines[-1]}: {type(error).__name__}: " if lines else ""
                 stop(f"{self.path}: {where}{first_line(error)}, on a response to "
-                     f"{str(asked)[:100]!r}; --resume continues from what is saved", code=1)
+                     f"{str(asked)[:100]!r}", code=1)
         return scores
 
 

@@ -38,14 +38,14 @@ def judges(args, records, eval_records):
         reward.check(args.prompts, records)
     for judge in filter(None, (reward, gold)):
         judge.check(args.eval_prompts, eval_records)
-    for number, record in enumerate(eval_records if gold else [], 1):
+    for number, record in enumerate(eval_records if gold and RANK == 0 else [], 1):
         with explain(f"{args.eval_prompts}: record {number}: {args.gold} cannot judge it",
                      "; without a judge: --gold ''"):
             gold.ask([record], [""], [True])
     return reward, gold
 
 
-def of_texts(args, tokenizer, judge, load_scalar_head, last_token):
+def reward_of_texts(args, tokenizer, judge, load_scalar_head, last_token):
     """What --reward (`judge`) or --rm names, if it scores texts; None for a LLaMA on the policy's
     tokens, read at the end of an answer. The critic cannot begin as what scores texts, and a line
     says so. The last two are functions of model.py, which lib does not import."""
@@ -83,7 +83,7 @@ class TextReward:
         return scores
 
 
-def share(reward):
+def share_of_time(reward):
     """Its share of the time so far, for the progress bar, if it is a `TextReward` and that is
     noticeable."""
     if not isinstance(reward, TextReward):

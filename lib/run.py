@@ -220,6 +220,7 @@ class Run:
                 for generator, before in zip(self.generators.values(), states[1:]):
                     generator.set_state(before)
                 self.save()
+                print(f"saved in {self.last}: --resume continues from there")
             raise
 
     def finish(self):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lib.data import collate, encode_records, length_batches, read_records
+from lib.dialogue import cut_left, encode_prompt
+from lib.tokenizer import load_tokenizer
 from makers import dialogue, refused, write
 from model import last_token
 
@@ -94,6 +96,30 @@ def test_the_completions_of_a_prompt_are_cut_at_the_same_place(tokenizer):
             and max(len(p) + len(c) for p, c, _ in examples) == 30
         )
         assert examples[0][0][0] == tokenizer.bos_token_id
+
+
+# as Mistral's: the system message stands before the last question
+SYSTEM_LAST = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and "
+    "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["one template", "several"])
+def test_a_prompt_is_cut_after_what_the_template_writes_first(
+    sentencepiece_model, tmp_path, named
+):
+    write(tmp_path / "tokenizer.model", sentencepiece_model)
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.chat_template = {"default": SYSTEM_LAST} if named else SYSTEM_LAST
+    messages = dialogue("the quick brown fox jumps")
+    prompt = encode_prompt(tokenizer, messages)
+    room = len(prompt) - 9
+    heads = [n for n in range(room) if tokenizer.decode(prompt[:n]).split() == ["<s>", "[INST]"]]
+    assert heads and cut_left(tokenizer, messages, prompt, room) in [
+        prompt[:n] + prompt[n + 9 :] for n in heads
+    ]
 
 
 def test_encode_records_with_nothing_left(tokenizer, capfd):

@@ -65,6 +65,7 @@ def untrained():
 
 
 def test_logprobs_and_entropy_are_at_the_sampling_temperature(untrained):
+    """At temperature 0.7, for each response alone, by a loop over its tokens."""
     llama, batch = untrained
     args = SimpleNamespace(temperature=0.7, entropy_coef=0.0)
     found = ppo.response_logprobs(llama, *batch, args, entropy=True)
@@ -75,7 +76,7 @@ def test_logprobs_and_entropy_are_at_the_sampling_temperature(untrained):
 
 
 def test_an_entropy_bonus_makes_the_policy_less_sure(untrained):
-    """Without advantages it is all there is."""
+    """All advantages are 0, so the bonus is the whole loss: a step must raise the entropy."""
     llama, (input_ids, places, mask) = untrained
     args = SimpleNamespace(
         temperature=1.0, entropy_coef=1.0, clip=0.2, micro_batch_size=2, device="cpu", dtype="float32"
@@ -90,7 +91,8 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(untrained):
         texts=TEXTS, lengths=[5, 4], mask=mask, old_logprobs=logprobs, advantages=0 * mask
     )
     sums = defaultdict(lambda: torch.zeros(()))
-    ppo.policy_backward(llama, [0, 1], experience, sums, SimpleNamespace(pad_token_id=0), args)
+    parts = list(ppo.parts_of(experience, [0, 1], SimpleNamespace(pad_token_id=0), args))
+    ppo.policy_backward(llama, parts, experience, sums, args)
     assert sums["entropy"].item() == pytest.approx(before / 5, rel=1e-5)
     with torch.no_grad():
         for p in llama.parameters():
@@ -99,6 +101,7 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(untrained):
 
 
 def test_actor_and_critic_are_copies_that_learn(hf, reward_model, tokenizer, tmp_path):
+    """The actor begins as the reference, the critic as the reward model; those two stay."""
     model.save_checkpoint(reward_model, tokenizer, str(tmp_path / "rm"))
     args = parse(ppo, options(sft=hf, rm=tmp_path / "rm", prompts="-", device="cpu"))
     actor, critic, ref, scores = ppo.four_models(args, tokenizer, None)

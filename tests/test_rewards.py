@@ -186,7 +186,7 @@ def test_the_running_deviation():
     [
         (
             "def score(user_input, completion):\n    a = 1\n    return a / 0\n",
-            ["line 3: ZeroDivisionError", "--resume"],
+            ["line 3: ZeroDivisionError"],
             1,
         ),
         (
@@ -233,7 +233,7 @@ def test_a_failing_reward_loses_no_update(ppo_argv, tmp_path, capsys):
         out=tmp_path / "out",
     )
     assert "AssertionError" in error_line(capsys, lambda: ppo.main(argv), code=1)
-    assert len(read_rows(tmp_path / "out")) == 2
+    assert (tmp_path / "out/last/state.json").exists() and len(read_rows(tmp_path / "out")) == 2
     (tmp_path / "own.py").write_text(SPOKEN)
     with pytest.raises(SystemExit):
         ppo.main([*argv, "--resume"])
@@ -463,7 +463,7 @@ def test_a_reward_model_with_a_template_of_its_own_is_asked_in_it(ppo_argv, rm_r
                 template + "{{ messages[1]['content'] + eos_token if messages[1:] }}")
         args = parse(ppo, ppo_argv(rm=folder))
         tokenizer = load_tokenizer(args.sft)
-        found = rewards.of_texts(args, tokenizer, None, load_scalar_head, last_token)
+        found = rewards.reward_of_texts(args, tokenizer, None, load_scalar_head, last_token)
         assert isinstance(found, rewards.TextReward) == bool(template)
 
 

@@ -112,7 +112,7 @@ def experience_of(folder, args, progress, records):
     tokenizer = load_tokenizer(folder)
     args.gold = args.critic = None  # samples.jsonl has its scores; the critic is the saved one
     judge, _ = rewards.judges(args, records, [])
-    text_reward = rewards.of_texts(args, tokenizer, judge, load_scalar_head, last_token)
+    text_reward = rewards.reward_of_texts(args, tokenizer, judge, load_scalar_head, last_token)
     actor = load_llama(folder, tokenizer)
     reward_model = text_reward or to_device(load_scalar_head(args.rm), args)
     prompts = encode_prompts([record["user_input"] for record in records], tokenizer,
