@@ -65,8 +65,8 @@ def budget(stage, config, args):
     gradients of the actor's embedding, norm and head, and of one layer
     (lib.distributed.to_device). "gradients": of one model, since actor and critic step one after
     the other. "peak": what is there at one time; gradients are freed before a rollout. "resident":
-    on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its holes add up to 0.3 of
-    what is in use, as bench/memory.py measures.
+    on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its holes add three quarters
+    of the activations, as bench/memory.py measures.
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
@@ -105,7 +105,7 @@ def budget(stage, config, args):
         projected = batch * length if stage == "sft" else 0
         flops = training_flops(config, texts * batch * [length], projected, args)
     peak = weights + optimizer + gathered + max(gradients + activations, rollout)
-    resident = peak * (1.3 if torch.device(args.device).type == "cpu" else 1)
+    resident = peak + (0.75 * activations if torch.device(args.device).type == "cpu" else 0)
     return dict(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations,
                 rollout=rollout, gathered=gathered, peak=peak, resident=resident, flops=flops)
 
