@@ -491,7 +491,7 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
 # ------------------------------------------------------------------------------------------------
 # The update: gradient steps on the experience. For each minibatch, train_minibatch takes a step of
 # the actor on the gradients of policy_backward and ptx_backward, then one of the critic on that of
-# value_backward. Each adds its statistics to `sums`.
+# value_backward. All three add their statistics to `sums`.
 
 def parts_of(experience, rows, tokenizer, args):
     """The micro-batches of a minibatch, `rows` of the experience -> of each its rows, what the
@@ -525,10 +525,10 @@ def policy_backward(actor, parts, experience, sums, args):
         log_ratio = inside(logprobs.detach() - old_logprobs, mask)
         # KL(old || new), since the tokens are from the old policy
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
-        found = dict(policy_loss=loss, entropy=entropy, clip_fraction=clip_fraction,
-                     approx_kl=approx_kl)
-        for name, value in found.items():
-            sums[name] += value.detach() * share
+        sums["policy_loss"] += loss.detach() * share
+        sums["entropy"] += entropy.detach() * share
+        sums["clip_fraction"] += clip_fraction * share
+        sums["approx_kl"] += approx_kl * share
         largest_ratio = log_ratio.max().clamp(max=LARGEST_LOG).exp()
         sums["largest_ratio"] = torch.maximum(sums["largest_ratio"], largest_ratio)
 
@@ -591,7 +591,7 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     policy_backward(trained["actor"][0], parts, experience, sums, args)
     if demonstrations:
         ptx_backward(trained["actor"][0], demonstrations, sums, tokenizer, args)
-    # (this asks for one at once)
+    # still near the policy that sampled? (With --target_kl this waits once more.)
     near = not args.target_kl or total(sums["approx_kl"].item()) <= args.target_kl
     norms = {"gradient of the actor": step(*trained["actor"], near, args)}
     value_backward(trained["critic"][0], parts, experience, sums, args)
@@ -707,9 +707,10 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
         if RANK == 0:  # it is asked once, and the other processes add zeros
             judged = gold(records, [sample["completion"] for sample in samples],
                           [sample["ended"] for sample in samples])
-        for sample, score in zip(samples, total(torch.tensor(judged, dtype=torch.float64))):
-            sample["gold"] = score.item()
-        result["eval_gold"] = sum(sample["gold"] for sample in samples) / len(samples)
+        judged = total(torch.tensor(judged, dtype=torch.float64)).tolist()
+        for sample, score in zip(samples, judged):
+            sample["gold"] = score
+        result["eval_gold"] = sum(judged) / len(judged)
     return samples, result
 
 

@@ -14,6 +14,7 @@ def encode_text(tokenizer, text):
 
 @functools.lru_cache(maxsize=512)  # the completions of a prompt mostly stand together in a file
 def plain_tokens(tokenizer, text):
+    """What `encode_text` gives, as a tuple: nobody can change what is remembered."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # as text; each call of transformers sets it again
     # (encode would note where each token stands in the text, which takes a third longer)
@@ -148,8 +149,7 @@ def cut_left(tokenizer, user_input, prompt, room):
     if len(prompt) <= room:
         return prompt
     roles = tuple(message["role"] for message in as_messages(user_input))
-    before = header(tokenizer, str(tokenizer.chat_template), roles)
-    head = shared(before, prompt)
+    head = shared(header(tokenizer, str(tokenizer.chat_template), roles), prompt)
     head = head if head < room else 0
     return prompt[:head] + prompt[len(prompt) - room + head:]
 
