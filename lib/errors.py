@@ -39,6 +39,21 @@ def explain(what, advice="", code=2):
         stop(f"{what} ({said}){advice}", code)
 
 
+@contextlib.contextmanager
+def quiet():
+    """A context in which transformers prints nothing: what matters is checked and reported here."""
+    from transformers.utils import logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def refuse_nan(what, tensors, advice="; did its training diverge?", code=2):
     """End the program with one line if one of {name: tensor} is not finite."""
     # One nan or inf makes a sum nan or inf. All sums are read at once: reading waits for the GPU.

@@ -17,12 +17,11 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from lib.checkpoints import quiet
 from lib.data import collate
 from lib.dialogue import (as_messages, cut_left, encode_completion, encode_dialogue,
                           in_template)
 from lib.distributed import RANK
-from lib.errors import explain, stop
+from lib.errors import explain, quiet, stop
 from lib.judge import Judge
 from lib.tokenizer import load_tokenizer
 

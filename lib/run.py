@@ -26,6 +26,7 @@ from lib.distributed import RANK, WORLD, largest, wait_for_all
 from lib.errors import explain, stop
 
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
+SAVED_IS_LEFT = "; --resume continues from what is saved in last/"
 # files that a new run removes first, since they would say that the model is whole
 RESULTS = ["config.json", "critic/config.json", "curves.png", *LOGS]
 # the settings that name what a run reads
@@ -155,8 +156,7 @@ class Run:
 
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
-        with explain(f"{self.file.name}: cannot be written",
-                     "; --resume continues from what is saved in last/", code=1):
+        with explain(f"{self.file.name}: cannot be written", SAVED_IS_LEFT, code=1):
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})
             self.file.flush()
@@ -174,8 +174,7 @@ class Run:
         if RANK > 0 or not samples:
             return answers
         path = os.path.join(self.folder, "samples.jsonl")
-        with explain(f"{path}: cannot be written",
-                     "; --resume continues from what is saved in last/", code=1):
+        with explain(f"{path}: cannot be written", SAVED_IS_LEFT, code=1):
             with open(path, "a", encoding="utf-8") as file:
                 for number, sample in enumerate(samples, 1):
                     row = dict(update=step, number=number, **sample)

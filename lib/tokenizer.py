@@ -11,10 +11,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from lib.checkpoints import quiet, refuse_others, stated
+from lib.checkpoints import refuse_others
 from lib.dialogue import check_template, encode_completion
-from lib.errors import explain, stop
+from lib.errors import explain, quiet, stop
 from lib.formats import is_meta, open_gguf, said_in
+from lib.generation_config import stated
 from lib.sentencepieces import is_markup, read_sentencepiece, sentencepiece_model
 
 # For a checkpoint without a chat template. The completion follows "Assistant:", and ends with </s>.
