@@ -1,4 +1,4 @@
-"""How much of the learning rate does Adam's epsilon take? `bench/real_run.py --steps adam`.
+"""How much of the learning rate does Adam's epsilon take at the first step?
 
 Adam moves a weight by lr m / (sqrt(v) + epsilon), m and v being running means of its gradient and of
 the square of that (Kingma and Ba 2015, algorithm 1). With an epsilon far below sqrt(v) a weight moves
@@ -7,11 +7,10 @@ root of its mean square is 1 / sqrt(weights).
 
     python bench/adam.py                      # the first step of random LLaMAs; 14 GB for the largest
     python bench/adam.py --sizes 21M
-    python bench/real_run.py --steps data sft rm adam --seeds 0 1         # what comes of it in PPO
+    python bench/real_run.py --steps data sft rm adam --seeds 0 1   # what comes of it in PPO
 """
 
 import argparse
-import csv
 import os
 import sys
 from types import SimpleNamespace
@@ -24,25 +23,13 @@ sys.path.insert(0, ROOT)
 
 from bench.memory import CHECKED  # noqa: E402
 from lib.data import collate  # noqa: E402
-from model import load_llama, load_tokenizer, random_llama  # noqa: E402
+from model import random_llama  # noqa: E402
 from ppo import masked_whiten, policy_loss, response_logprobs  # noqa: E402
 from tools.budget import SIZES  # noqa: E402
 
 RANDOM = {name: size for name, (size, _) in CHECKED.items()} | {"1.2B": SIZES["1B"]}
 EPSILONS = [1e-5, 1e-8]
-# one change at a time, and both of what makes the steps longer
-VARIANTS = {
-    "epsilon 1e-5": ["--adam_eps", "1e-5"],
-    "epsilon 1e-8": ["--adam_eps", "1e-8"],
-    "no clipping": ["--adam_eps", "1e-5", "--max_grad_norm", "inf"],
-    "epsilon 1e-8, no clipping": ["--adam_eps", "1e-8", "--max_grad_norm", "inf"],
-    "one mini-batch": ["--adam_eps", "1e-5", "--minibatch_size", "BATCH"],
-    "epsilon 1e-8, one mini-batch": ["--adam_eps", "1e-8", "--minibatch_size", "BATCH"],
-}
 
-
-# ------------------------------------------------------------------------------------------------
-# The first step
 
 def gradient(size, rows=4, prompt=32, response=32):
     """The gradient of PPO's policy loss at its first step, for a random LLaMA: each parameter's, and
@@ -84,53 +71,6 @@ def first_steps(sizes):
                  for epsilon in EPSILONS]
         print(f"| {name} | {number:,} | {length:.2f} | {root:.1e} | {' | '.join(cells)} |",
               flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# In PPO
-
-def slug(name):
-    return "adam-" + name.replace(", ", "-").replace(" ", "-")
-
-
-def options(name, batch):
-    return [str(batch) if option == "BATCH" else option for option in VARIANTS[name]]
-
-
-def moved(before, after, rows, steps):
-    """How far the weights went from the start to the end, in sums of learning rates: the mean of
-    |w - w_0| over the sum of the rates of all optimizer steps. Weights that go to and fro get less
-    far than their steps are long."""
-    rates = sum(row["lr"] for row in rows if "lr" in row) * steps
-    pairs = list(zip(before.parameters(), after.parameters()))
-    distance = sum((a - b).abs().sum(dtype=torch.float64).item() for a, b in pairs)
-    return distance / sum(a.numel() for a, _ in pairs) / rates
-
-
-def report(args):
-    """adam.md in --out: each variant and seed that has been run."""
-    lines = ["| " + " | ".join(["", "seed", "gold score, greedy", "score of the samples, last 3 "
-                                "updates", "KL, nats per answer", "weights moved, learning rates"])
-             + " |", "| --- " * 6 + "|"]
-    tokenizer = load_tokenizer(f"{args.out}/sft")
-    before = load_llama(f"{args.out}/sft", tokenizer)
-    for name in VARIANTS:
-        for seed in args.seeds:
-            folder = f"{args.out}/{slug(name)}-{seed}"
-            if not os.path.exists(f"{folder}/done"):
-                continue
-            with open(f"{folder}/metrics.csv", encoding="utf-8") as file:
-                rows = [{key: float(value) for key, value in row.items() if value}
-                        for row in csv.DictReader(file) if row["score"]]
-            last = [sum(row[key] for row in rows[-3:]) / len(rows[-3:]) for key in ("score", "kl")]
-            steps = 1 if "one mini-batch" in name else 2
-            length = moved(before, load_llama(folder, tokenizer), rows, steps)
-            gold = next(row["eval_gold"] for row in reversed(rows) if "eval_gold" in row)
-            lines.append(f"| {name} | {seed} | {gold:.2f} | {last[0]:.2f} | {last[1]:.1f} | "
-                         f"{length:.3f} |")
-    with open(f"{args.out}/adam.md", "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 def main():

@@ -20,7 +20,8 @@ like. The steps:
               prompts, learning rates, number of answers, and epsilon of Adam, 1e-8. (TRL takes one
               optimizer step per update, ours two.)
     adam      only if it is asked for: PPO with Adam's epsilon at 1e-5 and 1e-8, with and without
-              clipping, in one and in two mini-batches (bench/adam.py) -> adam.md, in --out
+              clipping, in one and in two mini-batches (bench/variants.py) -> adam.md, in --out
+    levers    only if it is asked for: what else might make answers count for more -> levers.md
     report    report.md and its picture, in --out
 
 The score of an answer is the reward model's, the gold score the gold reward model's. A gain is in
@@ -47,7 +48,7 @@ from transformers import LlamaConfig
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from bench import adam  # noqa: E402
+from bench import variants  # noqa: E402
 from lib.data import collate, left_pad, read_records  # noqa: E402
 from lib.dialogue import encode_completion, encode_prompt  # noqa: E402
 from data_gen import train_tokenizer  # noqa: E402
@@ -55,12 +56,12 @@ from model import (DEMO_MODEL, generate, last_token, load_llama, load_scalar_hea
                    load_tokenizer, random_llama, save_checkpoint, states_of, tokens_of)
 from train_rm import pair_statistics  # noqa: E402
 
-STEPS = ["data", "sft", "rm", "ppo", "over", "trl", "adam", "report"]
+STEPS = ["data", "sft", "rm", "ppo", "over", "trl", *variants.STEPS, "report"]
 FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_out=600, eval=128,
-            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, adam_episodes=1152,
+            best_of=64, best_of_prompts=48, every=9, trl_episodes=2048, short_episodes=1152,
             over_updates=45)
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
-             best_of_prompts=4, every=2, trl_episodes=32, adam_episodes=16,
+             best_of_prompts=4, every=2, trl_episodes=32, short_episodes=32,
              over_updates=2)
 LR, CRITIC_LR, KL_COEF, ADAM_EPS = "2.5e-5", "5e-5", "0.05", "1e-5"
 
@@ -140,10 +141,12 @@ def train(args):
         updates = args.trl_episodes // args.batch
         run(args, f"beside-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed),
             "--critic_lr", LR, "--adam_eps", "1e-8")
-    for name, seed in itertools.product(adam.VARIANTS, args.seeds if "adam" in args.steps else ()):
-        run(args, f"{adam.slug(name)}-{seed}", "ppo",
-            *ppo_options(args, "rm", args.adam_episodes // args.batch, KL_COEF, seed),
-            *adam.options(name, args.batch))
+    for step in [step for step in variants.STEPS if step in args.steps]:
+        for seed, (name, options) in itertools.product(
+                args.seeds, variants.variants(step, args.batch).items()):
+            updates = args.short_episodes // args.batch
+            run(args, variants.folder(name, seed), "ppo", *ppo_options(
+                args, "rm", updates, KL_COEF, seed), "--adam_eps", "1e-8", *options)
 
 
 def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
@@ -528,7 +531,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", choices=STEPS,
-                        default=[step for step in STEPS if step != "adam"])
+                        default=[step for step in STEPS if step not in variants.STEPS])
     parser.add_argument("--report", action="store_true", help="as --steps report")
     parser.add_argument("--episodes", type=int, default=4032, help="answers per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -549,8 +552,8 @@ def main():
     train(args)
     if "trl" in args.steps:
         trl(args)
-    if "adam" in args.steps:
-        adam.report(args)
+    for step in [step for step in variants.STEPS if step in args.steps]:
+        variants.report(args, step)
     if "report" in args.steps:
         report(args)
 
