@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ppo
+from bench import variants
+from lib.settings import parse
 from tools.data import ratings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +116,9 @@ def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(real_run.subprocess, "run", stage)
-    steps = ["data", "sft", "rm", "ppo", "over", "report"]
+    one = {"no clipping": ["--max_grad_norm", "inf"]}
+    monkeypatch.setattr(real_run.variants, "variants", lambda step, batch: one)
+    steps = ["data", "sft", "rm", "ppo", "over", "levers", "report"]
     options = ["--small", "--seeds", "0", "--device", "cpu", "--dtype", "float32", "--steps", *steps]
     monkeypatch.setattr(sys, "argv", ["real_run.py", *options, "--out", str(tmp_path / "run")])
     reports = []
@@ -133,3 +138,25 @@ def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
     ):
         assert row in reports[0]
     assert (tmp_path / "run" / "real_run.png").stat().st_size > 10000
+    head, _, row = (tmp_path / "run" / "levers.md").read_text("utf-8").splitlines()
+    assert head.startswith("|  | seed | 0 answers | 16 answers | 32 answers |")
+    assert row.startswith("| no clipping | 0 | ") and 0 < float(row.split(" | ")[-1][:-2]) <= 1
+
+
+@pytest.mark.parametrize("step", variants.STEPS)
+def test_the_options_of_a_variant(real_run, step):
+    args = SimpleNamespace(out="runs", **real_run.SMALL)
+    usual = [str(option) for option in real_run.ppo_options(args, "rm", 4, 0.05, 0)]
+    seen = []
+    for name, options in variants.variants(step, args.batch).items():
+        options = [*usual, "--adam_eps", "1e-8", *map(str, options)]
+        args_of_run, _ = parse("ppo.py", "", ppo.SETTINGS, options, real_if=["sft"])
+        seen.append(vars(args_of_run))
+    assert all(seen.count(settings) == 1 for settings in seen)  # each changes something
+
+
+def test_how_far_weights_moved():
+    before, after = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    for model, (a, b, c) in ((before, (1.0, 2.0, 3.0)), (after, (1.5, 2.0, 2.0))):
+        model.weight.data, model.bias.data = torch.tensor([[a, b]]), torch.tensor([c])
+    assert variants.moved(before, after, rates=0.25) == pytest.approx((0.5 + 0 + 1) / 3 / 0.25)
