@@ -6,7 +6,7 @@
 
     python model.py         # the self-test: generate against the model without a cache
 
-One forward pass serves training and decoding. It gives hidden states `(B, T, d)`; whoever wants
+One forward pass serves training and decoding. It gives hidden states `(B, L, d)`; whoever wants
 logits or values projects the positions that it needs: `llama.lm_head(hidden[...])`. The parameters
 carry Hugging Face's names. How checkpoints and tokenizers are stored is in lib/formats.py,
 lib/checkpoints.py and lib/tokenizer.py, which a first reading can skip.
@@ -39,12 +39,12 @@ DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4,
 
 
 # ------------------------------------------------------------------------------------------------
-# LLaMA (Touvron et al. 2023). B rows, T tokens each, hidden size d, heads of size h
+# LLaMA (Touvron et al. 2023). B rows, L tokens each, hidden size d, heads of size h
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021, eq. 34): the halves (a, b) of a head become (a cos - b sin,
-    b cos + a sin). `x` (B, heads, T, h); `cos`, `sin` (B, 1, T, h), each angle in both halves, and
-    `sin` with a minus in the first."""
+    b cos + a sin). `x` (B, heads, L, h); `cos`, `sin` (B, 1, L, h), each angle in both halves, and
+    `sin` with a minus in the first (`LlamaBackbone`)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # roll: (a, b) -> (b, a)
 
 
@@ -75,11 +75,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, d, bias=bias)
 
     def forward(self, x, cos, sin, mask, past):
-        """`x` (B, T, d) -> (B, T, d). `past`: the layer's part of a `Cache`, keys and values
-        (B, kv heads, length, h), and the columns (T,) in which these tokens are written; None: no
+        """`x` (B, L, d) -> (B, L, d). `past`: the layer's part of a `Cache`, keys and values
+        (B, kv heads, length, h), and the columns (L,) in which these tokens are written; None: no
         cache."""
-        B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        B, L, _ = x.shape
+        q, k, v = (project(x).view(B, L, -1, self.head_dim).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             values.index_copy_(2, columns, v.to(values.dtype))
             k, v = keys[:, :, :mask.shape[-1]], values[:, :, :mask.shape[-1]]
         seen = kernels.attention(q, k, v, mask)  # softmax(q k / sqrt(h) + mask) v
-        return self.o_proj(seen.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(seen.transpose(1, 2).reshape(B, L, -1))
 
 
 class MLP(nn.Module):
@@ -135,7 +135,7 @@ class Block(nn.Module):
 class Cache:
     """Keys and values of the tokens that have been read, laid out once for `length` of them:
     growing them by concatenation would copy everything for every token. `tensor` (layers, 2, B, kv
-    heads, length, h). `columns` (T,): where the next T tokens are written; a tensor, not a number,
+    heads, length, h). `columns` (L,): where the next L tokens are written; a tensor, not a number,
     so that a step that advances it can be captured as a CUDA graph."""
 
     def __init__(self, config, batch, length, dtype, device):
@@ -145,8 +145,8 @@ class Cache:
         self.columns = torch.arange(length, device=device)
 
     def part(self, rows, columns):
-        """A view of the same memory for a slice of the rows: the next tokens are written in a slice
-        of the columns, and no column before it is attended to."""
+        """A view of the same memory for a slice of the rows. It begins at `columns.start`: there
+        the next tokens are written, and nothing before it is attended to."""
         part = copy.copy(self)
         part.tensor = self.tensor[:, :, rows, :, columns.start:]
         part.columns = self.columns[:columns.stop - columns.start]
@@ -166,9 +166,9 @@ class LlamaBackbone(nn.Module):
             self.rotary_emb = LlamaRotaryEmbedding(config)
 
     def forward(self, input_ids, positions=None, mask=None, cache=None):
-        """`input_ids` (B, T) -> hidden states (B, T, d) after the last norm.
+        """`input_ids` (B, L) -> hidden states (B, L, d) after the last norm.
 
-        `positions` (B, T): 0, 1, 2, ... if None. `mask` (B, 1, T, S): 0 where a token may look, a
+        `positions` (B, L): 0, 1, 2, ... if None. `mask` (B, 1, L, S): 0 where a token may look, a
         huge negative number where not; None: each at itself and what is before it. So padding on
         the right needs no mask. `cache`: a `Cache`, which gets these tokens; they look at the first
         S of its columns, and it needs a mask.
@@ -223,7 +223,7 @@ class Llama(nn.Module):
 
 class ScalarHead(nn.Module):
     """LLaMA with one number per token in place of a word distribution: v_t = w . h_t - mean,
-    float32, `(B, T)`.
+    float32, `(B, L)`.
 
     As a reward model it is read at the last token of the completion (Stiennon et al. 2020, section
     3.4), as a critic at every token. Saved as a `LlamaForSequenceClassification`, whose head has no
@@ -241,7 +241,7 @@ class ScalarHead(nn.Module):
         self.on = True  # False inside `adapters_off`
 
     def forward(self, input_ids):
-        """`input_ids` (B, T), padded on the right -> values (B, T)."""
+        """`input_ids` (B, L), padded on the right -> values (B, L)."""
         hidden = self.model(input_ids)
         weight = self.score.weight if self.on or self.before is None else self.before
         with torch.autocast(hidden.device.type, enabled=False):  # bf16 has 3 digits
@@ -250,9 +250,8 @@ class ScalarHead(nn.Module):
 
 def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     """`function(logits, tokens)` for `states` (N, ..., d), `tokens` (N, ...) and the logits
-    (N, ..., V), made for `piece` of the N at a time, its results joined: logits are the largest
-    tensors of a pass, and so their memory does not grow with N. If there are several pieces, the
-    backward pass computes their logits again."""
+    (N, ..., V), which are the largest tensors of a pass: so they are made for `piece` of the N at a
+    time, and if there are several pieces again in the backward pass. The results are joined."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 
@@ -380,8 +379,8 @@ def sample(logits, temperature, top_k, top_p, uniform):
         too_far = ordered.cumsum(-1) - ordered >= top_p  # the set was complete before this token
         logits = logits.masked_fill(too_far.scatter(-1, order, too_far), -math.inf)
     # The inverse of the cumulative distribution: the first entry that reaches the random number,
-    # which is above 0, so that its probability is above 0 too. (torch.multinomial draws a number
-    # for each word.)
+    # which is above 0, so that its probability is above 0 too. (torch.multinomial needs one for
+    # each word.)
     probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
@@ -400,8 +399,7 @@ def similar(lengths):
 
 def decoding_copy(llama, dtype):
     """A plain `Llama` that computes the same in `dtype`: its adapters merged, its shards gathered.
-    `ppo.answer` decodes with one wherever each token would otherwise cast, gather or adapt the
-    weights."""
+    `ppo.answer` decodes with one in bf16 and with many processes."""
     with torch.device("meta"):
         plain = Llama(llama.config)
     plain.load_state_dict(merged(llama, dtype, everywhere=True), strict=False, assign=True)
@@ -414,10 +412,11 @@ def decoding_copy(llama, dtype):
 @torch.no_grad()
 def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0, top_k=0,
            top_p=1.0, generator=None):
-    """What `self_test` does in three lines with the whole text, here with a cache and fast. Yields,
-    after each token (on a GPU every 16: to ask which rows have ended waits for it), rows of
-    the batch (n,) and all that each has written: tokens and log probabilities (n, N so far). Rows
-    that have ended are dropped many at a time, so what some wrote after their end is yielded too.
+    """The next token of a text is `sample(lm_head(model(text))[-1])`, until one ends it (as in
+    `self_test`): here with a cache, for a batch, and fast. Yields, after each token (on a GPU every
+    16: to ask which rows have ended waits for it), rows of the batch (n,) and all that each has
+    written: tokens and log probabilities (n, T so far). Rows that have ended are dropped many at a
+    time, so what some wrote after their end is yielded too.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left; `max_new_tokens` at least 1;
     `eos_token_id`: an id or a list of ids, with which a row ends, and which belongs to it. Row b
@@ -506,14 +505,14 @@ def decode(model, input_ids, attention_mask, max_new_tokens, eos_token_id, tempe
 
 @dataclass
 class Generation:
-    tokens: torch.Tensor    # (B, N) what was sampled; 0 after the end of a row
-    logprobs: torch.Tensor  # (B, N) float32, under the distribution that it was sampled from
-    mask: torch.Tensor      # (B, N) 1 on what was sampled, end-of-sequence included; 0 after it
+    tokens: torch.Tensor    # (B, T) what was sampled; 0 after the end of a row
+    logprobs: torch.Tensor  # (B, T) float32, under the distribution that it was sampled from
+    mask: torch.Tensor      # (B, T) 1 on what was sampled, end-of-sequence included; 0 after it
 
 
 def generate(model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature=1.0,
              top_k=0, top_p=1.0, generator=None):
-    """Sample a response to each prompt -> `Generation`, N being the length of the longest response.
+    """Sample a response to each prompt -> `Generation`, T being the length of the longest response.
 
     `input_ids`, `attention_mask` (B, P): prompts padded on the left, each answered as if it stood
     alone. With temperature alone (no top_k, top_p), `logprobs` are what a training pass gives for

@@ -19,9 +19,6 @@ reward model and the reference (the SFT policy); the last two are frozen. The al
             actor:  policy_loss - entropy_coef entropy + ptx_coef ptx_loss -> gradient step
             critic: value_loss -> gradient step
 
-(The rewards are those of Ziegler et al. 2019, eq. 2; the actor's loss is Schulman et al. 2017, eq.
-7 and 9, and InstructGPT, eq. 2; the value loss is that of OpenAI's lm-human-preferences.)
-
 Writes runs/ppo: the actor as a Hugging Face directory, the critic in runs/ppo/critic, metrics.csv,
 samples.jsonl (each held-out answer of each evaluation) and curves.png.
 
@@ -53,9 +50,9 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
                    tokens_of)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters: with these
-# learning rates, batch sizes and kl_coef, and an adam_eps of 1e-5, bench/real_run.py trained
-# SmolLM2-135M. Larger ones need smaller learning rates: Huang et al. 2024 take 3e-6 from 1B on.
+# The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters, as
+# bench/real_run.py has them. Larger ones need smaller learning rates: Huang et al. 2024 take 3e-6
+# from 1B on.
 # kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
@@ -137,7 +134,7 @@ METRICS = [
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
     ("ptx_loss",          "cross entropy on demonstrations, nats per token; empty without PTX"),
-    ("clip_fraction",     "where the policy gets no gradient", "share of tokens clipped", "policy"),
+    ("clip_fraction",     "no gradient of policy_loss there", "share of tokens clipped", "policy"),
     ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
     ("approx_kl",         "KL(policy that sampled || policy now), nats per token"),
     ("explained_variance", "1: the critic knows the returns; 0: no better than their mean; below: "
@@ -334,8 +331,8 @@ class AdaptiveKL:
 
 def to_rows(flat, places, mask):
     """(N,) values, one text after the other -> (B, T), with zeros outside the mask."""
-    rows = torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device)
-    return rows.index_put((places.row, places.t), flat)
+    zeros = torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device)
+    return zeros.index_put((places.row, places.t), flat)
 
 
 def response_logprobs(actor, input_ids, places, mask, args, entropy=False):
@@ -364,8 +361,8 @@ def response_values(critic, input_ids, places, mask):
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     """The actor's responses to tokenized prompts -> texts, and a `model.Generation`."""
     generator = own_stream(generator)
-    # A copy of the weights decodes faster: in bf16 under --dtype bfloat16, since each weight is
-    # read once per token; with many processes whole. It has its adapters merged.
+    # Decoding reads each weight once per token: under --dtype bfloat16 a copy in bf16, its adapters
+    # merged, is faster. So is a whole copy with many processes, of which each holds a part.
     as_it_is = (args.dtype == "float32" and WORLD == 1) or args.shard_rollout
     writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
 
@@ -390,7 +387,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     texts in training, and `counted` puts a fixed score in place of its own."""
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
-    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores texts, not tokens
+    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores strings
         # rank 0 asks it, and the others add zeros
         return total(on(args.device, reward_model.scores(texts, ends))), ended
 
@@ -421,20 +418,20 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     """Answer the prompts, and turn what the other three models say of the answers into advantages
     and returns.
 
-    `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training ->
-    the experience, a dict of `texts`, their `lengths`, `scores` (B,), and `mask`,
-    `old_logprobs`, `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`, all
-    (B, T); and statistics for the log.
+    `prompts`: B lists of tokens; `minibatches`: the rows of each in the first pass of training, as
+    `ask` needs them -> the experience, a dict of `texts`, their `lengths`, `scores` (B,), and
+    `mask`, `old_logprobs`, `ref_logprobs`, `kl`, `rewards`, `old_values`, `advantages`, `returns`,
+    all (B, T); and statistics for the log.
     """
     texts, out = answer(actor, prompts, tokenizer, args, args.temperature, generator)
     mask, lengths = out.mask, text_lengths(texts)
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
     scores = counted(model_scores, ended, args)
 
-    # In float32 the log probabilities of the sampling are as good as those of a training pass. In
-    # bf16 or TF32 they are not, nor are those of the same row in another batch: sums are rounded
-    # differently. So actor, reference and critic are asked about the very micro-batches of the
-    # first training pass: before its first step all ratios are then 1, and the KL begins at 0.
+    # In bf16 or TF32 a log probability of the sampling differs from that of a training pass, and
+    # with the other rows of the batch: sums are rounded differently. So actor, reference and critic
+    # are asked about the very micro-batches of the first training pass: before its first step all
+    # ratios are then 1, and the KL begins at 0.
     sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
@@ -570,7 +567,7 @@ def value_backward(critic, parts, experience, sums, args):
 
 def step(model, optimizer, wanted, args):
     """An optimizer step, if it is `wanted`, the gradient being scaled down as a whole if it is too
-    long (Huang et al. 2022, global gradient clipping) -> its length before."""
+    long (Huang et al. 2022, global gradient clipping) -> the length that it had."""
     norm = clip_gradients(model, args.max_grad_norm)
     if wanted:
         optimizer.step()
@@ -579,13 +576,13 @@ def step(model, optimizer, wanted, args):
 
 
 def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
-    """An optimizer step of the actor, then one of the critic, on these rows of the experience; none
-    beyond --target_kl -> the statistics of the minibatch. (One after the other, so that only one of
-    them has gradients in memory.) If there is a ptx_coef, there are as many `demonstrations` as
-    rows. `trained`: {name: (model, its optimizer)}.
+    """An optimizer step of the actor, then one of the critic, on these rows of the experience, but
+    none beyond --target_kl -> the statistics of the minibatch. (One after the other, so that only
+    one of them has gradients in memory.) If there is a ptx_coef, there are as many `demonstrations`
+    as rows. `trained`: {name: (model, its optimizer)}.
     """
-    # On the device until the end: asking for a number waits for it. To add a statistic: its sum
-    # here, its column in METRICS.
+    # On the device until the end (see sft.py). To add a statistic: to `sums` in a *_backward, and
+    # its column to METRICS.
     sums = defaultdict(lambda: torch.zeros((), device=args.device))
     parts = list(parts_of(experience, rows, tokenizer, args))
     policy_backward(trained["actor"][0], parts, experience, sums, args)
@@ -617,7 +614,7 @@ def averaged(steps):
 def run_missing_stages(args):
     """Run each stage of the demo whose result is missing; resume one that was interrupted, if it
     had saved anything."""
-    import data_gen  # only here does one stage know another
+    import data_gen  # only here does one stage import another
     import sft
     import train_rm
     if not os.path.exists("data/tokenizer/tokenizer.model"):
@@ -677,9 +674,8 @@ def four_models(args, tokenizer, text_reward):
 
 def with_optimizers(args, **models):
     """{name: (model, its optimizer)} of those that learn."""
-    # Huang et al. 2022 ("The 37 implementation details of PPO") and 2024 (RLHF) take an epsilon of
-    # 1e-5. But the more weights, the smaller each entry of a gradient of length 1: at 135M that
-    # takes more than half of the first step, and SmolLM2 learned more with 1e-8 (docs/log.md).
+    # Huang et al. 2022 and 2024 take an epsilon of 1e-5. But the more weights, the smaller each
+    # entry of a gradient of length 1: at 135M that takes half of the first step (docs/log.md).
     options = dict(eps=args.adam_eps, weight_decay=0.0, fused=WORLD == 1)
     return {name: (model, torch.optim.AdamW(trainable(model), **options))
             for name, model in models.items()}
@@ -736,11 +732,12 @@ def main(argv=None):
 
     trained = with_optimizers(args, actor=actor, critic=critic)
     args.micro_batch_size = micro_batch("ppo", trained, args, run.state)
-    B, B_shown = args.batch_size, args.ppo_epochs * args.batch_size
+    B, B_ptx = args.batch_size, args.ppo_epochs * args.batch_size
     prompt_order = deal(len(prompts), args.updates * B, args.seed)
-    shown_order = deal(len(demonstrations), args.updates * B_shown, args.seed)
+    ptx_order = deal(len(demonstrations), args.updates * B_ptx, args.seed)
     # What --resume restores beside the models and their optimizers. `first`, `last`: mean scores of
-    # the evaluation before training and of the latest; `history`: the rows of metrics.csv
+    # the evaluation before training and of the latest; `history`: the rows of metrics.csv;
+    # `warned`, `deviation`: see lib.health, lib.rewards
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(first={}, last={},
         first_texts=[], history=[], warned={}, deviation={}, kl_coef=args.kl_coef))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
@@ -757,7 +754,7 @@ def main(argv=None):
         lr = set_lr(trained["actor"][1], args.lr, update - 1, args.updates, "linear")
         set_lr(trained["critic"][1], args.critic_lr, update - 1, args.updates, "linear")
         batch = [prompts[i] for i in prompt_order[(update - 1) * B:update * B]]
-        next_shown = iter(shown_order[(update - 1) * B_shown:])
+        next_ptx = iter(ptx_order[(update - 1) * B_ptx:])
         # the rows of each minibatch, in each pass over the experience
         with run.saved_if_it_ends():  # a judge that fails here loses nothing
             passes = [[rows.tolist() for rows in torch.randperm(B).split(args.minibatch_size)]
@@ -769,8 +766,8 @@ def main(argv=None):
 
         steps = []
         for rows in sum(passes, []):
-            shown = [demonstrations[i] for _, i in zip(rows, next_shown)]
-            steps.append(train_minibatch(trained, experience, rows, shown, tokenizer, args))
+            ptx = [demonstrations[i] for _, i in zip(rows, next_ptx)]  # rows first: it ends there
+            steps.append(train_minibatch(trained, experience, rows, ptx, tokenizer, args))
             # too far from the policy that sampled: no step was taken (as in Spinning Up)
             if args.target_kl and steps[-1]["approx_kl"] > args.target_kl:
                 break

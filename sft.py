@@ -69,8 +69,8 @@ METRICS = [
 
 
 def completion_losses(model, input_ids, places, args, scale=None, piece=PIECE):
-    """The loss -log pi(token) of each completion token -> (N,), float32, detached; inputs from
-    `collate`. With a `scale` also the backward pass of scale times their sum. It computes
+    """The loss -log pi(token) of each completion token -> (N,), float32, detached; and with a
+    `scale` the backward pass of scale times their sum. Inputs are from `collate`. It computes
 
         logits = lm_head(the states in which completion tokens are chosen)              (N, V)
         losses = cross_entropy(logits, those tokens);  (scale * losses.sum()).backward()
@@ -131,6 +131,7 @@ def main(argv=None):
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     steps, steps_per_epoch = len(batches), len(batches) // args.epochs
+    # what --resume puts back: these, and `kept`
     trained = {"model": (model, optimizer)}
     args.micro_batch_size = micro_batch("sft", trained, args, run.state)
     kept = run.begin(steps, trained, {}, dict(watch={}))
@@ -145,7 +146,7 @@ def main(argv=None):
         # (lib.distributed.my_parts).
         tokens = sum(len(train[i][1]) for i in batch)
         # loss and per_text, each record's loss per token, stay on the device until the step's end:
-        # asking for a number waits for it
+        # asking a GPU for a number waits until it is done
         loss, per_text, records = 0.0, [], []
         for part, weight in my_parts(batch, args.micro_batch_size):
             examples = [train[i] for i in part]
@@ -153,12 +154,13 @@ def main(argv=None):
                 model, *collate(examples, tokenizer.pad_token_id, args.device), args,
                 scale=weight / tokens)
             loss += weight * losses.sum() / tokens
-            parts = losses.split([len(completion) for _, completion, _ in examples])
-            per_text += [part.mean() for part in parts]
+            texts = losses.split([len(completion) for _, completion, _ in examples])
+            per_text += [text.mean() for text in texts]
             records += [number for _, _, number in examples]
         grad_norm = clip_gradients(model, 1.0)
         loss, grad_norm, *per_text = torch.stack([loss, grad_norm, *per_text]).tolist()
-        loss, worst = total(loss), largest(max(zip(per_text, records)))  # of all processes
+        # of all processes; worst: the loss and number of the worst record
+        loss, worst = total(loss), largest(max(zip(per_text, records)))
         check_finite(step, loss, grad_norm, args.data, [train[i][2] for i in batch])
         watch.see(step, loss, worst)
         optimizer.step()

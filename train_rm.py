@@ -13,10 +13,9 @@ completions of a prompt it learns either
     regression  L = mean of (r - score)^2
 
 (InstructGPT, eq. 1; ChatLLaMA); the loss of a batch is the mean over its prompts. At the end the
-scores are normalized to mean 0 and standard deviation 1 on the demonstrations. (Ziegler et al. 2019
-do so on samples of the policy; mean 0 on the demonstrations is Stiennon et al. 2020 and
-InstructGPT, C.2.) The mean that `ScalarHead` subtracts is `score_mean` in config.json; elsewhere,
-as in transformers, subtract it yourself.
+scores are normalized to mean 0 (Stiennon et al. 2020; InstructGPT, C.2) and standard deviation 1
+(Ziegler et al. 2019, on samples) on the demonstrations. The mean that `ScalarHead` subtracts is
+`score_mean` in config.json; transformers does not subtract it.
 
 Writes runs/rm: a Hugging Face directory (LlamaForSequenceClassification), metrics.csv, curves.png.
 """
@@ -124,13 +123,13 @@ def pair_statistics(scores, labels):
 def normalize_(reward_model, scores):
     """Make the model give (r - mean) / deviation, with mean and standard deviation of its raw
     `scores` (n,) on the demonstrations -> mean, deviation. The weights of the head are divided by
-    the deviation; the mean, in deviations, is `config.score_mean`, since Hugging Face's
+    the deviation; the mean, divided too, is `config.score_mean`, since Hugging Face's
     classification head has no bias."""
     mean, deviation = scores.mean().item(), scores.std(unbiased=False).item()
     if not deviation > 0:
         stop(f"the demonstrations all have the score {mean}, so their standard deviation cannot be "
              "made 1: the reward model has learned nothing", code=1)
-    release(reward_model)
+    release(reward_model)  # what FSDP has gathered
     with torch.no_grad():
         reward_model.score.weight /= deviation
     reward_model.config.score_mean = (reward_model.config.score_mean + mean) / deviation
@@ -147,7 +146,7 @@ def score_texts(reward_model, examples, args, pad_token_id):
         return [last_token(reward_model(input_ids), places)]
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    # 4 texts for each prompt that micro_batch_size counts; a bar, since it can take minutes
+    # micro_batch_size counts prompts, of about 4 texts each; a bar, since it can take minutes
     parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                  disable=RANK > 0)
     with torch.no_grad(), autocast(args):
@@ -171,7 +170,7 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 def backward(reward_model, batch, examples, labels, args, pad_token_id):
     """Add the gradient of --loss on a batch of prompts, each given by the indices of its
     completions -> the loss, how many pairs of completions the model puts in the right order, and
-    how many there are. The first two stay on the device: asking for a number waits for it."""
+    how many there are. The first two stay on the device (see sft.py)."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     loss, right, number = 0.0, 0.0, 0
     for part, weight in my_parts(batch, args.micro_batch_size):
@@ -184,7 +183,7 @@ def backward(reward_model, batch, examples, labels, args, pad_token_id):
         micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
         micro_loss.backward()
         loss += micro_loss.detach()
-        # where each is the only completion of its prompt, they are compared across prompts
+        # where each prompt has one completion, they are compared across prompts
         for s, t in by_prompt if max(sizes) > 1 else [(scores, labels[rows])]:
             accuracy = pair_statistics(s.detach(), t)[0]
             right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
