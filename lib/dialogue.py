@@ -34,11 +34,17 @@ def encode_after(tokenizer, before, text):
 
 
 @functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """{text: token} of the control tokens. (transformers' all_special_tokens has only those with a
+    role, such as eos_token: of LLaMA 3's, <|start_header_id|> has none.)"""
+    return {token.content: token for token in tokenizer.added_tokens_decoder.values()
+            if token.special}
+
+
+@functools.lru_cache(maxsize=8)
 def control_pattern(tokenizer):
-    """Finds control tokens in a text. (transformers' all_special_tokens has only those with a role,
-    such as eos_token: of LLaMA 3's, <|start_header_id|> has none.)"""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special, key=len, reverse=True)
+    """Finds control tokens in a text."""
+    longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
@@ -79,28 +85,37 @@ def encode_dialogue(tokenizer, messages):
     given = len(messages), messages[-1]["role"] != "assistant"
     text = render(*given)
     for i, message in enumerate(marked):
-        if (said := message["content"].strip()) not in text:  # it may stand there in other words
-            marked[i] = {**message, "content": said + "x"}
+        said, is_learned = message["content"].strip(), not given[1] and i == len(marked) - 1
+        if not said or text.count(said) >= sum(other["content"].count(said) for other in marked):
+            continue
+        # It may stand there in other words; but what is to be learned from its beginning on. (Of
+        # earlier answers templates leave out the thoughts.)
+        for changed in [said + "x", "x" + said][:1 + is_learned]:
+            marked[i] = {**message, "content": changed}
             if render(*given) == text:
                 raise ValueError("the checkpoint's chat template leaves out what message "
                                  f"{i + 1}, of the {message['role']}, says")
-            marked[i] = message
+        marked[i] = message
     borders = {}  # place in the text: the answer that begins there
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and text.startswith(before := render(i, True)):
             borders[len(before)] = i
     found = list(control.finditer(text))
-    controls = {match.start() for match in found}
+    controls = {match.start(): control_tokens(tokenizer)[match[0]] for match in found}
     cuts = sorted({0, len(text), *borders, *controls, *(match.end() for match in found)})
-    tokens, answers, before = [], {}, ""  # before: the plain text since the last control token
+    # before: the plain text since the last control token. Some tokens swallow the white space on
+    # their right (rstrip) or left
+    tokens, answers, before, swallows = [], {}, "", False
     for start, end in zip(cuts, cuts[1:]):
         if start in borders:
             answers[borders[start]] = len(tokens)
         if start in controls:
             tokens.append(tokenizer.convert_tokens_to_ids(text[start:end]))
-            before = ""
+            before, swallows = "", controls[start].rstrip
         else:
             part = text[start:end].replace(mark, "")
+            part = part.lstrip() if swallows and not before else part
+            part = part.rstrip() if end in controls and controls[end].lstrip else part
             tokens += encode_after(tokenizer, before, part)
             before += part
     return tokens, answers
@@ -137,8 +152,7 @@ def encode_completion(tokenizer, user_input, completion):
         return encode_prompt(tokenizer, asked), [*encode_text(tokenizer, completion),
                                                  tokenizer.eos_token_id]
     prompt, answer = tokens[:answers[len(asked)]], tokens[answers[len(asked)]:]
-    control = {tokenizer.convert_tokens_to_ids(token.content)
-               for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control = set(tokenizer.convert_tokens_to_ids([*control_tokens(tokenizer)]))
     end = next((i for i, token in enumerate(answer) if token in control), None)
     return prompt, answer + [tokenizer.eos_token_id] if end is None else answer[:end + 1]
 

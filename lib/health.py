@@ -103,6 +103,15 @@ ENDED = 0.5          # share of the responses [1.0]
 GOLD_LOST = 0.05     # share of the best gold score; twice in a row, for once may be bad luck
 
 
+def no_eos_score(row):
+    """What the responses that were cut got in place of the reward model's score, in the mean; None
+    if that is unknown: none was cut or none ended, or they got its score."""
+    if not 0 < row["ended"] < 1:
+        return None
+    score = (row["score"] - row["ended"] * row["score_ended"]) / (1 - row["ended"])
+    return score if abs(score - row["score_cut"]) > 0.01 else None
+
+
 def unhealthy(rows, first, updates):
     """What looks wrong in a PPO run of so many `updates` -> {short name: likely cause, and the
     option to change}.
@@ -147,6 +156,12 @@ def unhealthy(rows, first, updates):
         wrong["cut responses"] = (
             f"{1 - recent('ended', 5):.0%} of the responses are cut at the limit: raise "
             "--max_new_tokens, or train the SFT model longer, until it ends its answers")
+    fixed = [score for r in rows[-3:] if (score := no_eos_score(r)) and score > r["score_ended"]]
+    if len(fixed) == 3:
+        wrong["cut responses win"] = (
+            f"responses that ended score {row['score_ended']:.2f}, those that were cut get "
+            f"{fixed[-1]:.2f}: the policy learns not to end; lower --no_eos_score (the default suits "
+            "reward models of train_rm.py)")
     judged = [r for r in [first, *rows] if "eval_gold" in r]
     if judged and judged[-1] is row:
         best = max(judged, key=lambda r: r["eval_gold"])

@@ -95,7 +95,7 @@ class Run:
             kernels.keep_freed_memory()
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
             self.state = state.read(self.last, args)
-        elif args.resume and "config.json" in holds:
+        elif args.resume and "curves.png" in holds:  # it is complete
             stop(f"{self.last}: missing, so this run cannot be resumed; another --out starts a new "
                  "one")
         elif args.resume and holds:

@@ -136,6 +136,9 @@ def parse(script, doc, table, argv, real_if):
     for name, default, *_ in rows if not args.lora_rank else []:
         if name in ("lora_alpha", "lora_targets", "base_dtype") and getattr(args, name) != default:
             stop(f"--{name} is for LoRA: it needs --lora_rank")
+    if args.lora_rank and vars(args).get("resize_embedding"):
+        stop("--resize_embedding adds rows, which --lora_rank would freeze as they are, all alike: "
+             "train them without LoRA first")
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     if RANK == 0:
         whose = "the demo" if is_demo else "a real model's settings"

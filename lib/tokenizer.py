@@ -54,15 +54,18 @@ def read_tokenizer_model(path):
         model = file.read()
     if is_tiktoken(model):
         backend = Llama3Converter(path, extra_special_tokens=LLAMA3_SPECIAL).converted()
-        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0],
-                                       eos_token=LLAMA3_SPECIAL[1], pad_token=LLAMA3_SPECIAL[4])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=LLAMA3_SPECIAL[0], eos_token=LLAMA3_SPECIAL[1],
+            pad_token=LLAMA3_SPECIAL[4])
+        tokenizer.ends_of_turns = ["<|eot_id|>", "<|eom_id|>"]  # Meta's code stops there too
+        return tokenizer
     return made_from(model, "", dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"))
 
 
 def read_tokenizer_gguf(path):
-    """The tokenizer of a `.gguf` file. LLaMA 3's is built by transformers, and four errors of its
-    versions are mended: an <|endoftext|> that the embedding lacks, words that no merge makes, where
-    a text is split before merging, and a space lost at its beginning."""
+    """The tokenizer of a `.gguf` file. One of byte pairs is built by transformers, and four errors
+    of its versions are mended: an <|endoftext|> that the embedding lacks, words that no merge makes,
+    where a text is split before merging, and a space lost at its beginning."""
     reader = open_gguf(path)
 
     def said(key, default=None):
@@ -84,18 +87,23 @@ def read_tokenizer_gguf(path):
     state["model"]["ignore_merges"] = True
     special = {role: token for role, token in roles_of(theirs).items() if token in vocab}
     backend = Tokenizer.from_str(json.dumps(state))
-    if said("ggml.pre") == "llama-bpe":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(TikTokenConverter().pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        backend.decoder = decoders.ByteLevel()
+    splits = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+              "llama-bpe": [pre_tokenizers.Split(Regex(TikTokenConverter().pattern), "isolated")]}
+    if (kind := said("ggml.pre")) not in splits:
+        stop(f"{path}: how its tokenizer splits texts, {kind or 'which it does not say'}, is not "
+             f"known here, only {', '.join(splits)}: name the model's Hugging Face directory")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits[kind], pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=kind != "llama-bpe")])
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=theirs.chat_template,
                                    **special)
 
 
 def read_tokenizer_hugging_face(path):
-    """As transformers reads it. But where there is only sentencepiece's model, which transformers
-    would convert with its merges in the order of ids, it is converted here."""
+    """As its tokenizer.json says; without one, from sentencepiece's model; else as transformers
+    reads it. (transformers 5 has classes that build the splitting of texts again, as GPT2Tokenizer,
+    by which SmolLM2's digits are no longer split off, and converts sentencepiece's models with the
+    merges in the order of ids.)"""
     theirs = AutoTokenizer.from_pretrained(path)
 
     def content(name):
@@ -107,11 +115,21 @@ def read_tokenizer_hugging_face(path):
         with open(file, "rb") as opened:
             return opened.read()
 
-    model = content("tokenizer.model")
-    theirs.sentencepiece = b"" if is_tiktoken(model) else model
-    if content("tokenizer.json") or not theirs.sentencepiece:
+    model, said = content("tokenizer.model"), content("tokenizer.json")
+    model = b"" if is_tiktoken(model) else model
+    if said:
+        backend = Tokenizer.from_str(said.decode())
+        space = getattr(backend.pre_tokenizer, "prepend_scheme", None)
+        if space == "first":  # as Meta's code: a space before each stretch between control tokens
+            backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always", split=False)
+        ours = PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=theirs.chat_template,
+            model_max_length=theirs.model_max_length, **theirs.special_tokens_map)
+        ours.sentencepiece = model
+    elif model:
+        ours = made_from(model, theirs.chat_template, roles_of(theirs))
+    else:
         return theirs
-    ours = made_from(theirs.sentencepiece, theirs.chat_template, roles_of(theirs))
     for _, token in sorted(theirs.added_tokens_decoder.items()):
         if token.special:
             ours.backend_tokenizer.add_special_tokens([token])
@@ -157,6 +175,9 @@ def load_tokenizer(path, model=None):
             tokenizer = read_tokenizer_model(metas)
         else:
             tokenizer = read_tokenizer_hugging_face(path)
+    # an earlier program may have left them in tokenizer.json: texts would be cut, or filled up
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.eos_token_id is None:
         stop(f"{path}: the tokenizer has no end-of-sequence token")
     if not tokenizer.chat_template:
@@ -171,6 +192,7 @@ def load_tokenizer(path, model=None):
     tokenizer.backend_tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in unflagged])
     vocab_size, ends = rows_and_ends(path)
+    ends += map(tokenizer.convert_tokens_to_ids, getattr(tokenizer, "ends_of_turns", []))
     if model and model != path:
         vocab_size, its_own = rows_and_ends(model)
         ends += [end for end in its_own if end < len(tokenizer)]

@@ -298,7 +298,7 @@ def write_gguf_sentencepiece(file, pieces):
     file.add_eos_token_id(2)
 
 
-def write_gguf_llama3(file):
+def write_gguf_llama3(file, pre):
     """LLaMA 3's vocabulary as llama.cpp keeps it: every byte as a printable character, pairs to
     merge, control tokens last."""
     shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
@@ -310,7 +310,8 @@ def write_gguf_llama3(file):
         return "".join(alphabet[b] for b in token)
 
     file.add_tokenizer_model("gpt2")
-    file.add_tokenizer_pre("llama-bpe")
+    if pre:
+        file.add_tokenizer_pre(pre)
     file.add_token_list([*map(show, RANKS), *LLAMA3_SPECIAL])
     file.add_token_types(
         [gguf.TokenType.NORMAL] * len(RANKS) + [gguf.TokenType.CONTROL] * len(LLAMA3_SPECIAL)
@@ -329,10 +330,19 @@ def write_gguf_llama3(file):
 
 
 def write_gguf(
-    path, weights, pieces, kind=None, theta=10000.0, rope_factors=None, architecture="llama", **said
+    path,
+    weights,
+    pieces,
+    kind=None,
+    theta=10000.0,
+    rope_factors=None,
+    architecture="llama",
+    pre="llama-bpe",
+    **said,
 ):
     """A .gguf file of tensors under Meta's names (llama.cpp keeps Meta's order of the heads'
-    dimensions), with the tokenizer of a sentencepiece model, or LLaMA 3's where `pieces` is None.
+    dimensions), with the tokenizer of a sentencepiece model, or LLaMA 3's where `pieces` is None,
+    which says that it splits texts as `pre`.
     `kind`: how to quantize the matrices. `said`: more keys, `_` for a point, of which the value's
     type tells the key's."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +361,7 @@ def write_gguf(
         add = {str: file.add_string, int: file.add_uint32, float: file.add_float32}[type(value)]
         add(key.replace("__", "."), value)
     if pieces is None:
-        write_gguf_llama3(file)
+        write_gguf_llama3(file, pre)
     else:
         write_gguf_sentencepiece(file, pieces)
     if rope_factors:

@@ -21,7 +21,9 @@ from makers import (
     DIM, FFN, HEADS, LAYERS, LLAMA1, LLAMA2_GQA, LLAMA3, LLAMA31, TIKTOKEN_MODEL, assert_close,
     logits_of, random_tokens, random_weights, refused, write, write_hugging_face, write_meta,
 )
-from model import ScalarHead, load_llama, load_tokenizer, random_llama, save_checkpoint
+from model import (
+    DEMO_MODEL, ScalarHead, load_llama, load_tokenizer, random_llama, save_checkpoint,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +58,10 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, sentencepiece_model, params)
     assert encode_prompt(again, text) == encode_prompt(tokenizer, text)
     assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for role in ("bos_token_id", "pad_token_id"):
         assert getattr(again, role) == getattr(tokenizer, role) == config[role]
+    assert again.end_ids == tokenizer.end_ids  # LLaMA 3 has several
+    assert config["eos_token_id"] == (tokenizer.end_ids if is_3 else tokenizer.eos_token_id)
     assert not [
         name for name in os.listdir(out) if "part" in name or name.endswith((".bin", ".pth", ".pt"))
     ]
@@ -220,6 +224,39 @@ def test_exports_are_the_same_in_transformers_4(
         assert found["prompt"] == encode_prompt(load_tokenizer(folder), "the fox")
         assert found["special"] == [t.eos_token_id, t.pad_token_id, found["special"][2]]
         assert set(found["special"][2]) == set(t.all_special_tokens)
+
+
+INSTRUCT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast"])
+def test_an_export_has_the_tokens_of_the_training(tmp_path, tokenizer, pieces, kind, legacy):
+    """Of a checkpoint as LLaMA 2's: where its class would build the splitting of texts again, the
+    stretches after the first control token would lose the space that they had in training."""
+    said = dict(tokenizer_class=kind, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "chat_template.jinja").unlink()
+    said |= dict(chat_template=INSTRUCT) | ({} if legacy is None else dict(legacy=legacy))
+    write(tmp_path / "in" / "tokenizer_config.json", said)
+    t = load_tokenizer(str(tmp_path / "in"))
+    llama = random_llama(LlamaConfig(vocab_size=len(t), **DEMO_MODEL))
+    save_checkpoint(llama, t, str(tmp_path / "out"))
+    dialogue = [
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": "dog"},
+        {"role": "user", "content": "lazy"},
+    ]
+    ids = encode_prompt(t, dialogue)
+    first, answer, last = "[INST] the fox [/INST]", "dog ", "[INST] lazy [/INST]"  # as Meta's code
+    assert ids == [1, *pieces.encode(f"{first} {answer}"), 2, 1, *pieces.encode(last)]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template(dialogue, add_generation_prompt=True)["input_ids"] == ids
+    assert encode_prompt(load_tokenizer(str(tmp_path / "out")), dialogue) == ids
 
 
 def test_older_keys_leave_the_newer_as_they_are(tmp_path, tokenizer):

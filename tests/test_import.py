@@ -678,6 +678,19 @@ def test_import_all_turns(tmp_path, capsys):
     assert "--all_turns" not in capsys.readouterr().out
 
 
+def test_import_all_turns_of_a_dialogue_that_ends_with_the_user(tmp_path, capsys):
+    source = write(tmp_path / "x.json", [{"messages": DIALOGUE}])
+    assert DIALOGUE[-1]["role"] == "user"
+    asked = [{"user_input": DIALOGUE}]
+    run("import", source, out=tmp_path / "one", eval_share=0)
+    assert read(tmp_path / "one/rlhf_training_data.json") == asked
+    assert not (tmp_path / "one/actor_training_data.json").exists()
+    assert "1 answers of earlier turns are not used: --all_turns" in capsys.readouterr().out
+    run("import", source, "--all_turns", out=tmp_path / "all", eval_share=0)
+    assert read(tmp_path / "all/actor_training_data.json") == ANSWERS
+    assert asked[0] in read(tmp_path / "all/rlhf_training_data.json")
+
+
 @pytest.mark.parametrize(
     "name, text",
     [

@@ -260,6 +260,14 @@ def test_an_option_of_lora_without_a_rank_is_refused(option, value, capsys):
             assert stopped.value.code == 2 and f"--{option} is for LoRA" in capsys.readouterr().err
 
 
+def test_new_rows_of_the_embedding_are_not_for_lora(capsys):
+    given = ["--lora_rank=2", "--resize_embedding"]
+    with pytest.raises(SystemExit) as stopped:
+        parse("sft.py", "", sft.SETTINGS, given, ["model"])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.startswith("error: --resize_embedding")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A tiny LLaMA, a reward model made of it, and a few records."""

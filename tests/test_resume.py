@@ -235,7 +235,22 @@ def test_what_is_refused(done, capsys, monkeypatch):
     (out / "last" / "state.json").write_text("{")
     assert "state.json" in error(capsys, "sft", options + ["--resume"])
     (out / "last" / "state.json").unlink()
+    (out / "curves.png").touch()  # a complete run has them
     assert "last" in error(capsys, "sft", options + ["--resume"])
+
+
+def test_killed_after_an_export_and_before_the_first_save(argv, tmp_path, capsys):
+    """ppo.py exports at each evaluation, and may save later: what was exported does not mean that
+    there is a state."""
+    options = argv["ppo"] + ["--out", str(tmp_path / "run"), "--updates", "2", "--eval_every", "1"]
+    ppo.main(options)
+    expected = result("ppo", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "last")
+    assert (tmp_path / "run" / "config.json").exists()
+    capsys.readouterr()
+    ppo.main(options + ["--resume"])
+    assert "the run starts from the beginning" in capsys.readouterr().out
+    assert result("ppo", tmp_path / "run") == expected
 
 
 def test_a_full_disk_leaves_the_previous_state(argv, tmp_path, capsys, monkeypatch):

@@ -29,12 +29,24 @@ LLAMA3_PATTERN = (
 )
 
 
-def plain_bpe(text):
+GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def gpt2_pieces(text):
+    return regex.findall(GPT2_PATTERN, text)
+
+
+def smollm_pieces(text):
+    """Each digit for itself, the rest as GPT-2 does."""
+    return [piece for part in regex.split(r"(\p{N})", text) for piece in gpt2_pieces(part)]
+
+
+def plain_bpe(text, cut=lambda text: regex.findall(LLAMA3_PATTERN, text)):
     """tiktoken, slowly: cut the text, then merge the pair with the lowest rank until none is
     left."""
     rank = {token: i for i, token in enumerate(RANKS)}
     ids = []
-    for piece in regex.findall(LLAMA3_PATTERN, text):
+    for piece in cut(text):
         piece = piece.encode()
         parts = [piece] if piece in rank else [bytes([b]) for b in piece]
         while True:
@@ -269,6 +281,56 @@ def test_encode_text_is_tiktoken_for_llama_3(tmp_path, llama3_tokenizer, source)
         assert llama3_tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("pre, cut", [("smollm", smollm_pieces), ("gpt-2", gpt2_pieces)])
+def test_a_gguf_of_another_kind_splits_texts_as_it_says(tmp_path, pre, cut):
+    weights = random_weights(LLAMA3["vocab_size"])
+    t = load_tokenizer(write_gguf(tmp_path / "tiny.gguf", weights, None, pre=pre))
+    steps = ["Steps:\n\n1. hello\n\n2. the 22 things\n   345", "1234567", "½ and ² x\u0663"]
+    for text in TEXTS + random_texts(300, seed=2) + steps:
+        assert encode_text(t, text) == plain_bpe(text, cut), text
+
+
+def test_texts_are_split_as_tokenizer_json_says(tmp_path):
+    """As SmolLM2's does: transformers 5 has a GPT2Tokenizer for it, which splits off no digits."""
+    weights = random_weights(LLAMA3["vocab_size"])
+    path = write_gguf(tmp_path / "tiny.gguf", weights, None, pre="smollm")
+    load_tokenizer(path).save_pretrained(tmp_path / "hf")
+    said = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text("utf-8"))
+    write(tmp_path / "hf" / "tokenizer_config.json", said | {"tokenizer_class": "GPT2Tokenizer"})
+    t = load_tokenizer(str(tmp_path / "hf"))
+    text = "Steps:\n\n1. hello\n\n2. the 22 things\n   345"
+    assert encode_text(t, text) == plain_bpe(text, smollm_pieces)
+    t.save_pretrained(tmp_path / "again")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs(text, add_special_tokens=False)["input_ids"] == plain_bpe(text, smollm_pieces)
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "default", None])
+def test_a_gguf_that_splits_texts_in_an_unknown_way(tmp_path, capfd, pre):
+    weights = random_weights(LLAMA3["vocab_size"])
+    path = write_gguf(tmp_path / "tiny.gguf", weights, None, pre=pre)
+    line = refused(capfd, load_tokenizer, path)
+    assert line.startswith(f"error: {path}: ") and (pre or "does not say") in line
+
+
+def test_a_tokenizer_keeps_no_truncation_and_no_padding(tmp_path, llama3_tokenizer):
+    """An earlier program may have left them in tokenizer.json."""
+    text = "hello the thing " * 9
+    expected = encode_completion(llama3_tokenizer, "hello", text)
+    llama3_tokenizer.save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs("hello", truncation=True, max_length=8, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    left = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert left["truncation"] and left["padding"]
+    assert encode_completion(load_tokenizer(str(tmp_path)), "hello", text) == expected
+
+
+def test_meta_s_llama_3_ends_a_turn_too(llama3_tokenizer):
+    ends = llama3_tokenizer.convert_ids_to_tokens(llama3_tokenizer.end_ids)
+    assert sorted(ends) == ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+
+
 def test_llama_3_control_tokens_have_meta_s_numbers(llama3_tokenizer):
     ids = {
         "<|begin_of_text|>": 0,
@@ -393,6 +455,20 @@ def test_llama_3_template_keeps_control_tokens_out_of_what_people_say(
     assert encode_prompt(t, text) == expected
 
 
+@pytest.mark.parametrize("sides", [{}, dict(rstrip=True), dict(lstrip=True, rstrip=True)])
+def test_control_tokens_that_swallow_white_space(tmp_path, chatml_tokenizer, sides):
+    chatml_tokenizer.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    for token in said["added_tokens"]:
+        token |= sides if token["content"].startswith("<|im_") else {}
+    write(tmp_path / "tokenizer.json", said)
+    t, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "the fox "}, {"role": "assistant", "content": "one dog"}]
+    for messages in (asked[:1], [*asked, {"role": "user", "content": " two\n"}]):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert encode_prompt(t, messages) == expected
+
+
 def test_a_control_token_that_is_not_flagged_as_one_stays_out_too(tmp_path, tokenizer, pieces):
     """Some ChatML checkpoints have <|im_start|> as an ordinary added token; their template makes it
     a control token."""
@@ -469,6 +545,14 @@ def test_a_template_that_leaves_out_what_was_said(tokenizer, tmp_path, capfd):
     dialogue = [{"role": "system", "content": "Be brief."}, *dialogue]
     line = refused(capfd, encode_prompts, ["good", dialogue], t, 9, "prompts.json")
     assert line.startswith("error: prompts.json: record 2 (") and "leaves out what message 1" in line
+    # though the user's message has the same words, the system's are gone
+    with pytest.raises(ValueError, match="leaves out what message 1, of the system"):
+        encode_prompt(t, [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi."}])
+    # an answer to be learned must be there as a whole; what was thought earlier need not
+    with pytest.raises(ValueError, match="leaves out what message 2, of the assistant"):
+        encode_completion(t, "Hi.", "Let me think! An owl.")
+    earlier = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hm! Hello."}]
+    assert t.decode(encode_prompt(t, [*earlier, earlier[0]])).split() == ["Hi.", "Hello.Hi."]
 
 
 def test_a_template_that_asks_for_the_date_gets_the_same_tomorrow(tokenizer, tmp_path, capsys):

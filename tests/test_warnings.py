@@ -16,7 +16,9 @@ from lib import health
 from test_resume import argv  # noqa: F401: the fixture, a tiny pipeline
 
 HEALTHY = dict(
-    score=0.5,
+    score=0.47,
+    score_ended=0.5,
+    score_cut=0.1,
     kl=1.4,
     kl_error=0.1,
     clip_fraction=0.1,
@@ -46,6 +48,7 @@ def warned(rows, updates=80):
         ("entropy", dict(entropy=0.04)),
         ("critic", dict(explained_variance=-0.2)),
         ("cut responses", dict(ended=0.3)),
+        ("cut responses win", dict(ended=0.9, score_ended=-9.0, score=-8.2, score_cut=-11.0)),
     ],
 )
 def test_each_at_its_condition(name, values):
@@ -63,6 +66,9 @@ def test_each_at_its_condition(name, values):
         dict(entropy=0.15),
         dict(explained_variance=0.01),
         dict(ended=0.6),
+        dict(ended=0.9, score_ended=0.5, score=0.54, score_cut=0.9),  # a --reward judged them
+        dict(ended=1.0, score_cut=None),
+        dict(ended=0.6, score_ended=0.5, score=-0.1, score_cut=2.0),
     ],
 )
 def test_none_within_the_usual(values):

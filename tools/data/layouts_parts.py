@@ -99,9 +99,11 @@ def from_parts(record, parts, all_turns):
         raise LeftOut(f"its {parts['completion']} is missing")
     if completion is not None:
         messages = [*messages, {"role": "assistant", "content": answer_of(completion)}]
-    if not messages or messages[-1]["role"] != "assistant":
-        return [{"user_input": as_prompt(messages)}], 0
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not messages or messages[-1]["role"] != "assistant":
+        shown = answers if all_turns else []
+        ours = [answer_in(messages, i) for i in shown if messages[i]["content"].strip()]
+        return [*ours, {"user_input": as_prompt(messages)}], len(answers) - len(shown)
     score = record.get(parts.get("score", parts.get("label")))
     if ("score" in parts or "label" in parts) and not (is_ours and score is None):
         if "score" not in parts and score not in (True, False, "true", "false", "True", "False"):
