@@ -62,7 +62,9 @@ def as_messages(user_input):
 
 def encode_dialogue(tokenizer, messages):
     """The tokens of a dialogue in the checkpoint's chat template, up to where the assistant is to
-    write, if it is its turn -> tokens, and {index of a message: where its answer begins in tokens}.
+    write, if it is its turn -> tokens; {index of a message: where its answer begins in tokens}, of
+    the answers that stand in the template as they are; and the plain text since the last control
+    token.
 
     The template writes control tokens around what people said. The same characters inside what they
     said stay text: a mark, which exists only while the template is filled in, tells them apart.
@@ -85,40 +87,40 @@ def encode_dialogue(tokenizer, messages):
     given = len(messages), messages[-1]["role"] != "assistant"
     text = render(*given)
     for i, message in enumerate(marked):
-        said, is_learned = message["content"].strip(), not given[1] and i == len(marked) - 1
-        if not said or text.count(said) >= sum(other["content"].count(said) for other in marked):
-            continue
-        # It may stand there in other words; but what is to be learned from its beginning on. (Of
-        # earlier answers templates leave out the thoughts.)
-        for changed in [said + "x", "x" + said][:1 + is_learned]:
-            marked[i] = {**message, "content": changed}
+        said = message["content"].strip()
+        if said and text.count(said) < sum(other["content"].count(said) for other in marked):
+            # it may stand there in other words
+            marked[i] = {**message, "content": said + "x"}
             if render(*given) == text:
                 raise ValueError("the checkpoint's chat template leaves out what message "
                                  f"{i + 1}, of the {message['role']}, says")
-        marked[i] = message
-    borders = {}  # place in the text: the answer that begins there
-    for i, message in enumerate(messages):
+            marked[i] = message
+    borders, as_they_are = {}, set()  # place in the text: the answer that begins there
+    for i, message in enumerate(marked):
         if message["role"] == "assistant" and text.startswith(before := render(i, True)):
             borders[len(before)] = i
+            if message["content"].strip() in text[len(before):]:
+                as_they_are.add(i)
     found = list(control.finditer(text))
     controls = {match.start(): control_tokens(tokenizer)[match[0]] for match in found}
     cuts = sorted({0, len(text), *borders, *controls, *(match.end() for match in found)})
-    # before: the plain text since the last control token. Some tokens swallow the white space on
-    # their right (rstrip) or left
+    # Some control tokens swallow the white space on their right (rstrip) or left. After one some
+    # tokenizers begin a text with a space, others only at the beginning of the whole dialogue.
     tokens, answers, before, swallows = [], {}, "", False
+    inside = "\0" if getattr(tokenizer, "one_space", False) else ""
     for start, end in zip(cuts, cuts[1:]):
-        if start in borders:
+        if start in borders and borders[start] in as_they_are:
             answers[borders[start]] = len(tokens)
         if start in controls:
             tokens.append(tokenizer.convert_tokens_to_ids(text[start:end]))
-            before, swallows = "", controls[start].rstrip
+            before, swallows = inside, controls[start].rstrip
         else:
             part = text[start:end].replace(mark, "")
-            part = part.lstrip() if swallows and not before else part
+            part = part.lstrip() if swallows and before == inside else part
             part = part.rstrip() if end in controls and controls[end].lstrip else part
             tokens += encode_after(tokenizer, before, part)
             before += part
-    return tokens, answers
+    return tokens, answers, before
 
 
 def check_template(tokenizer):
@@ -146,34 +148,55 @@ def encode_completion(tokenizer, user_input, completion):
     """(prompt, completion) in tokens: together they are the dialogue in the chat format, up to the
     token with which its template ends the assistant's turn."""
     asked = as_messages(user_input)
-    tokens, answers = encode_dialogue(
+    tokens, answers, _ = encode_dialogue(
         tokenizer, [*asked, {"role": "assistant", "content": completion}])
-    if len(asked) not in answers:  # a template that renders an answer unlike the prompt for it
-        return encode_prompt(tokenizer, asked), [*encode_text(tokenizer, completion),
-                                                 tokenizer.eos_token_id]
+    if len(asked) not in answers:
+        # A template that writes an answer unlike the prompt for it, or without its thoughts: it is
+        # learned as the model is to write it.
+        prompt, _, before = encode_dialogue(tokenizer, asked)
+        return prompt, [*encode_after(tokenizer, before, completion.strip()),
+                        end_of_turn(tokenizer, str(tokenizer.chat_template))]
     prompt, answer = tokens[:answers[len(asked)]], tokens[answers[len(asked)]:]
     control = set(tokenizer.convert_tokens_to_ids([*control_tokens(tokenizer)]))
     end = next((i for i, token in enumerate(answer) if token in control), None)
     return prompt, answer + [tokenizer.eos_token_id] if end is None else answer[:end + 1]
 
 
+@functools.lru_cache(maxsize=8)
+def end_of_turn(tokenizer, template):
+    """The token with which the template ends an answer. (`template` is part of the cache's key.)"""
+    text = in_template(tokenizer, [*as_messages("a"), {"role": "assistant", "content": "\ue000"}])
+    end = control_pattern(tokenizer).search(text.rpartition("\ue000")[2])
+    return tokenizer.convert_tokens_to_ids(end[0]) if end else tokenizer.eos_token_id
+
+
 def cut_left(tokenizer, user_input, prompt, room):
     """A prompt without the beginning of its text, if it is longer than `room` tokens. What the
-    template writes before that text, such as BOS, stays."""
+    template writes before that text, such as BOS, stays, and so does a system message that takes no
+    more than half of the room."""
     if len(prompt) <= room:
         return prompt
-    roles = tuple(message["role"] for message in as_messages(user_input))
-    head = shared(header(tokenizer, str(tokenizer.chat_template), roles), prompt)
+    messages = as_messages(user_input)
+    roles, template = tuple(m["role"] for m in messages), str(tokenizer.chat_template)
+    head = 0
+    if roles[0] == "system" and len(roles) > 1:
+        head = shared(header(tokenizer, template, roles, messages[0]["content"]), prompt)
+    if not 0 < head <= room // 2:
+        head = shared(header(tokenizer, template, roles), prompt)
     head = head if head < room else 0
     return prompt[:head] + prompt[len(prompt) - room + head:]
 
 
 @functools.lru_cache(maxsize=64)
-def header(tokenizer, template, roles):
-    """The tokens that the template writes before the first message of a dialogue with these roles:
-    those with which two short ones begin. (`template` is part of the cache's key.)"""
-    first, *rest = [{"role": role, "content": "c"} for role in roles]
-    one, other = (encode_prompt(tokenizer, [{**first, "content": text}, *rest]) for text in "ab")
+def header(tokenizer, template, roles, system=None):
+    """The tokens that the template writes before the first message of a dialogue with these roles;
+    with a `system` message, those before the second: those with which two dialogues begin that
+    differ there. (`template` is part of the cache's key.)"""
+    messages = [{"role": role, "content": "c"} for role in roles]
+    earlier = [] if system is None else [{**messages.pop(0), "content": system}]
+    first, *rest = messages
+    one, other = (encode_prompt(tokenizer, [*earlier, {**first, "content": text}, *rest])
+                  for text in "ab")
     return one[:shared(one, other)]
 
 

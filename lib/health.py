@@ -156,7 +156,8 @@ def unhealthy(rows, first, updates):
         wrong["cut responses"] = (
             f"{1 - recent('ended', 5):.0%} of the responses are cut at the limit: raise "
             "--max_new_tokens, or train the SFT model longer, until it ends its answers")
-    fixed = [score for r in rows[-3:] if (score := no_eos_score(r)) and score > r["score_ended"]]
+    fixed = [score for r in rows[-3:] if (score := no_eos_score(r)) is not None
+             and score > r["score_ended"]]
     if len(fixed) == 3:
         wrong["cut responses win"] = (
             f"responses that ended score {row['score_ended']:.2f}, those that were cut get "

@@ -100,7 +100,7 @@ def tokens_for(tokenizer, config, user_input, completion):
         prompt, answer = encode_completion(tokenizer, user_input, completion)
         return prompt + answer
     said = [*as_messages(user_input), {"role": "assistant", "content": completion}]
-    tokens, _ = encode_dialogue(tokenizer, said)
+    tokens, *_ = encode_dialogue(tokenizer, said)
     while tokens[-1] == config.pad_token_id:
         tokens.pop()
     return tokens

@@ -100,12 +100,10 @@ def read_tokenizer_gguf(path):
 
 
 def read_tokenizer_hugging_face(path):
-    """As its tokenizer.json says; without one, from sentencepiece's model; else as transformers
-    reads it. (transformers 5 has classes that build the splitting of texts again, as GPT2Tokenizer,
-    by which SmolLM2's digits are no longer split off, and converts sentencepiece's models with the
-    merges in the order of ids.)"""
-    theirs = AutoTokenizer.from_pretrained(path)
-
+    """As its tokenizer.json says, whatever its class: some of transformers 5 build the splitting of
+    texts again, as GPT2Tokenizer, by which SmolLM2's digits are no longer split off, or add tokens.
+    Where there is only sentencepiece's model, which transformers would convert with its merges in
+    the order of ids, it is converted here."""
     def content(name):
         file = os.path.join(path, name)
         if not os.path.isdir(path):
@@ -115,34 +113,30 @@ def read_tokenizer_hugging_face(path):
         with open(file, "rb") as opened:
             return opened.read()
 
-    model, said = content("tokenizer.model"), content("tokenizer.json")
+    theirs = AutoTokenizer.from_pretrained(path)  # of a hub name, it fetches the files
+    model = content("tokenizer.model")
     model = b"" if is_tiktoken(model) else model
-    if said:
-        backend = Tokenizer.from_str(said.decode())
-        space = getattr(backend.pre_tokenizer, "prepend_scheme", None)
-        if space == "first":  # as Meta's code: a space before each stretch between control tokens
-            backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always", split=False)
-        ours = PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=theirs.chat_template,
-            model_max_length=theirs.model_max_length, **theirs.special_tokens_map)
-        ours.sentencepiece = model
+    if content("tokenizer.json"):
+        theirs = PreTrainedTokenizerFast.from_pretrained(path)
     elif model:
-        ours = made_from(model, theirs.chat_template, roles_of(theirs))
-    else:
-        return theirs
-    for _, token in sorted(theirs.added_tokens_decoder.items()):
+        added = sorted(theirs.added_tokens_decoder.items())
+        return made_from(model, theirs.chat_template, roles_of(theirs), [token for _, token in added])
+    theirs.sentencepiece = model
+    return theirs
+
+
+def made_from(model, template, roles, added=()):
+    """The tokenizer of a sentencepiece model and tokens that were `added`, in the order of their
+    ids. It keeps the model's bytes: it is exported with them, since llama.cpp's converter reads the
+    scores there."""
+    backend = read_sentencepiece(model, template)
+    for token in added:
         if token.special:
-            ours.backend_tokenizer.add_special_tokens([token])
-        elif token.content not in ours.get_vocab():  # else the model's own user-defined piece
-            ours.backend_tokenizer.add_tokens([token])
-    return ours
-
-
-def made_from(model, template, roles):
-    """The tokenizer of a sentencepiece model, whose bytes it keeps: it is exported with them, since
-    llama.cpp's converter reads the scores there."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read_sentencepiece(model, template),
-                                        chat_template=template or None, **roles)
+            backend.add_special_tokens([token])
+        elif token.content not in backend.get_vocab():  # else the model's own user-defined piece
+            backend.add_tokens([token])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template or None,
+                                        **roles)
     tokenizer.sentencepiece = model
     return tokenizer
 
@@ -178,6 +172,9 @@ def load_tokenizer(path, model=None):
     # an earlier program may have left them in tokenizer.json: texts would be cut, or filled up
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    # whether a text has LLaMA 2's space at the beginning of a whole dialogue only
+    tokenizer.one_space = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "prepend_scheme",
+                                  "") == "first"
     if tokenizer.eos_token_id is None:
         stop(f"{path}: the tokenizer has no end-of-sequence token")
     if not tokenizer.chat_template:

@@ -122,6 +122,19 @@ def test_a_prompt_is_cut_after_what_the_template_writes_first(
     ]
 
 
+@pytest.mark.parametrize("words, stays", [(2, True), (40, False)])
+def test_a_system_message_stays_if_it_is_short(chatml_tokenizer, words, stays):
+    t, system = chatml_tokenizer, " ".join(["fox"] * words)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "dog " * 80}]
+    prompt = encode_prompt(t, messages)
+    cut = cut_left(t, messages, prompt, 60)
+    assert len(cut) == 60
+    text = t.decode(cut)
+    begins = f"<|im_start|> system\n{system}<|im_end|> \n<|im_start|> user\n"
+    assert text.startswith(begins if stays else "<|im_start|> system\n") and "dog dog" in text
+    assert text.endswith("<|im_end|> \n<|im_start|> assistant\n")
+
+
 def test_encode_records_with_nothing_left(tokenizer, capfd):
     line = refused(
         capfd,

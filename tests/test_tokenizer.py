@@ -281,6 +281,49 @@ def test_encode_text_is_tiktoken_for_llama_3(tmp_path, llama3_tokenizer, source)
         assert llama3_tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("is_fast", [True, False], ids=["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_keep_their_ids(tmp_path, tokenizer, sentencepiece_model, is_fast, file):
+    """Also where a role, such as end-of-sequence, is the last of them."""
+    if is_fast:
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink()
+    write(tmp_path / "tokenizer.model", sentencepiece_model)
+    added = {"<|im_start|>": 400, "<|im_end|>": 401, "[PAD]": 402}
+    said = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", unk_token="<unk>",
+                eos_token="<|im_end|>", pad_token="[PAD]", chat_template=CHATML)
+    if file == "added_tokens.json":
+        write(tmp_path / file, added)
+    else:
+        said["added_tokens_decoder"] = {
+            str(i): dict(content=token, special=True, normalized=False, lstrip=False,
+                         rstrip=False, single_word=False) for token, i in added.items()}
+    write(tmp_path / "tokenizer_config.json", said)
+    t = load_tokenizer(str(tmp_path))
+    assert {token: t.convert_tokens_to_ids(token) for token in added} == added
+    assert t.end_ids == [401] and t.pad_token_id == 402
+    t.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert {token: again.convert_tokens_to_ids(token) for token in added} == added
+
+
+def test_a_space_at_the_beginning_of_the_dialogue_only(tmp_path, chatml_tokenizer):
+    """So it is in a LLaMA 2 that transformers 5 has saved."""
+    chatml_tokenizer.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    said["normalizer"] = None
+    said["pre_tokenizer"] = dict(type="Metaspace", replacement="\u2581", prepend_scheme="first",
+                                 split=False)
+    write(tmp_path / "tokenizer.json", said)
+    t, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    asked = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "one dog"}]
+    for template in (CHATML, CHAT_TEMPLATE.replace("{{ bos_token }}", "")):
+        t.chat_template = theirs.chat_template = template
+        for messages in (asked[:1], [*asked, {"role": "user", "content": "two"}]):
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            assert encode_prompt(t, messages) == expected
+
+
 @pytest.mark.parametrize("pre, cut", [("smollm", smollm_pieces), ("gpt-2", gpt2_pieces)])
 def test_a_gguf_of_another_kind_splits_texts_as_it_says(tmp_path, pre, cut):
     weights = random_weights(LLAMA3["vocab_size"])
@@ -548,9 +591,9 @@ def test_a_template_that_leaves_out_what_was_said(tokenizer, tmp_path, capfd):
     # though the user's message has the same words, the system's are gone
     with pytest.raises(ValueError, match="leaves out what message 1, of the system"):
         encode_prompt(t, [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi."}])
-    # an answer to be learned must be there as a whole; what was thought earlier need not
-    with pytest.raises(ValueError, match="leaves out what message 2, of the assistant"):
-        encode_completion(t, "Hi.", "Let me think! An owl.")
+    # an answer is learned as the model is to write it; of an earlier one the thoughts are left out
+    _, answer = encode_completion(t, "Hi.", "Let me think! An owl.")
+    assert t.decode(answer[:-1]).strip() == "Let me think! An owl." and answer[-1] in t.end_ids
     earlier = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hm! Hello."}]
     assert t.decode(encode_prompt(t, [*earlier, earlier[0]])).split() == ["Hi.", "Hello.Hi."]
 
@@ -719,6 +762,27 @@ THINKS = (
     "{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def test_an_answer_with_thoughts_is_learned_as_it_is_written(chatml_tokenizer, tmp_path):
+    """As of DeepSeek-R1's distillations: the template begins the thoughts in the prompt, and leaves
+    them out of what was said."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{{ m['content'].split('</think>')[-1] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    chatml_tokenizer.save_pretrained(tmp_path)
+    write(tmp_path / "chat_template.jinja", template)
+    t = load_tokenizer(str(tmp_path))
+    said = "let me think\n</think>\n\nthe dog"
+    prompt, answer = encode_completion(t, "the fox", said)
+    assert prompt == encode_prompt(t, "the fox")
+    assert t.decode(prompt + answer).endswith("assistant\n<think>\n" + said + "<|im_end|>")
+    assert t.end_ids[0] == answer[-1] == t.convert_tokens_to_ids("<|im_end|>")
+    later = encode_prompt(t, [*({"role": role, "content": text} for role, text in
+                               (("user", "the fox"), ("assistant", said), ("user", "one")))])
+    assert "let me think" not in t.decode(later) and "the dog" in t.decode(later)
 
 
 def test_tags_of_thoughts_are_part_of_an_answer(chatml_tokenizer, tmp_path):

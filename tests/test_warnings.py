@@ -49,6 +49,7 @@ def warned(rows, updates=80):
         ("critic", dict(explained_variance=-0.2)),
         ("cut responses", dict(ended=0.3)),
         ("cut responses win", dict(ended=0.9, score_ended=-9.0, score=-8.2, score_cut=-11.0)),
+        ("cut responses win", dict(ended=0.5, score_ended=-2.0, score=-1.0, score_cut=-3.0)),
     ],
 )
 def test_each_at_its_condition(name, values):
