@@ -142,7 +142,7 @@ def test_ctrl_c_loses_nothing(tmp_path, llm):
 
 
 @pytest.mark.parametrize(
-    "code, said", [(401, "HTTP 401"), (404, "HTTP 404"), (400, "HTTP 400"), (500, "HTTP 500")]
+    "code, said", [(401, "HTTP 401"), (404, "HTTP 404"), (500, "HTTP 500")]
 )
 def test_a_server_that_refuses(tmp_path, llm, capsys, monkeypatch, code, said):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
@@ -169,6 +169,40 @@ def test_one_question_that_the_server_refuses(tmp_path, llm, capsys):
         read(tmp_path / "y_unscored.json") == [COMPLETIONS[3]]
         and len(read(tmp_path / "y.json")) == 23
     )
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_many_questions_that_the_server_refuses(tmp_path, llm, capsys, code):
+    """They come one after the other, also in the run that continues, which asks only them again."""
+    server = llm(lambda question, n: "5" if number_of(question) < 10 else code)
+    source = write(tmp_path / "x.json", COMPLETIONS)
+    for requests in (24, 14):
+        before = len(server.requests)
+        run("score", source, out=tmp_path / "y.json", **asking(server, workers=1))
+        assert len(server.requests) == before + requests
+        assert f"14 unanswered (the last: HTTP {code}: no" in capsys.readouterr().out
+        assert read(tmp_path / "y.json") == [r | {"score": 5.0} for r in COMPLETIONS[:10]]
+        assert read(tmp_path / "y_unscored.json") == COMPLETIONS[10:]
+
+
+def test_the_first_questions_of_a_run_that_continues_are_refused(tmp_path, llm):
+    server = llm(lambda question, n: "5" if number_of(question) > 5 else 400)
+    # answered first: the journal has them before any is refused
+    source = write(tmp_path / "x.json", COMPLETIONS[::-1])
+    options = dict(out=tmp_path / "y.json", **asking(server, workers=1))
+    run("score", source, **options)
+    write(tmp_path / "x.json", COMPLETIONS)
+    run("score", source, **options)
+    assert read(tmp_path / "y.json") == [r | {"score": 5.0} for r in COMPLETIONS[6:]]
+    assert len(server.requests) == 24 + 6
+
+
+def test_a_server_that_refuses_every_question(tmp_path, llm, capsys):
+    server = llm(lambda question, n: 400)
+    source = write(tmp_path / "x.json", COMPLETIONS)
+    options = dict(out=tmp_path / "y.json", **asking(server, workers=1))
+    line = refused(capsys, lambda: run("score", source, **options), code=1)
+    assert "HTTP 400" in line and "0 of 24 questions are answered" in line
 
 
 def test_nobody_answers(tmp_path, capsys):

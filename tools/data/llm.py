@@ -27,6 +27,10 @@ class Unanswered(Exception):
     """The server gave no answer to one question."""
 
 
+class Declined(Unanswered):
+    """It refuses this one: too long, say, or against its rules."""
+
+
 class Refused(Unanswered):
     """It will answer no other question either: a wrong key, model or address."""
 
@@ -120,7 +124,8 @@ def chat(args, question, stopped, forms):
                     tqdm.write(f"{args.api_base}: {FORMS[wanted]}")
                 attempt -= 1
                 continue
-            if error.code in (400, 413, 422):  # this question: too long, say
+            if error.code in (400, 413, 422):
+                failure = Declined
                 break
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 failure = Refused
@@ -141,8 +146,9 @@ def ask(args, journal, questions, read, title):
     server gave none.
 
     A question is (salt, text): the same text is asked once for each salt. At five questions in a
-    row without any answer the run ends. Whatever ends it, what has been answered is in the journal,
-    and what is being answered is waited for.
+    row without any answer the run ends; those that the server declines count only while it has
+    answered none. Whatever ends it, what has been answered is in the journal, and what is being
+    answered is waited for.
     """
     stopped, spent, forms = threading.Event(), Counter(), set()
     results, unanswered, in_a_row = {}, [], 0
@@ -168,7 +174,10 @@ def ask(args, journal, questions, read, title):
                 results[futures[future]], in_a_row = future.result(), 0
             except Unanswered as error:
                 unanswered.append(error)
-                in_a_row += 1
+                # Declined questions may follow each other: of a run that is continued, only they
+                # are asked again. "source" is in every journal.
+                answered = len(journal.answers) > 1
+                in_a_row += not (answered and isinstance(error, Declined))
                 if in_a_row == 5 or isinstance(error, Refused):
                     raise
             bar.set_postfix_str(f"{spent['unusable']} answers unusable, {len(unanswered)} "
