@@ -81,7 +81,10 @@ def read_prompts(args):
 def file_of(path, records):
     """The bytes of a data file as `read_records` reads it: a JSON array, or JSON Lines where it is
     named so; `.gz` of either."""
-    lines = [json.dumps(record, ensure_ascii=False).encode() for record in records]
+    # A field that nobody reads may hold half a character, which UTF-8 lacks; Python's escape for
+    # it, \ud83d, is JSON's too
+    lines = [json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
+             for record in records]
     data = b"[\n" + b",\n".join(lines) + b"\n]\n"
     if path.removesuffix(".gz").endswith(".jsonl"):
         data = b"\n".join(lines) + b"\n"

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from lib.data import collate, encode_records, length_batches, read_records
+from lib.data import collate, encode_records, file_of, length_batches, read_records
 from lib.dialogue import cut_left, encode_prompt
 from lib.tokenizer import load_tokenizer
 from makers import dialogue, refused, write
@@ -384,6 +384,13 @@ def test_good_files(tmp_path, name, ascii_only):
     data = (b"\xef\xbb\xbf" if ascii_only else b"") + text.encode()  # with its mark of UTF-8
     path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
     assert read_records(path, *FIELDS) == records
+
+
+def test_half_a_character_in_a_field_that_nobody_reads(tmp_path):
+    records = [{"user_input": "你好 😀", "extra": "x\ud83d", "\\\udc00": [1]}]
+    written = file_of("data.jsonl", records)
+    assert written.decode() == r'{"user_input": "你好 😀", "extra": "x\ud83d", "\\\udc00": [1]}' + "\n"
+    assert read_records(write(tmp_path / "data.jsonl", written), "user_input") == records
 
 
 def test_only_the_fields_asked_for_are_looked_at(tmp_path):
