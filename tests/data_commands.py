@@ -159,7 +159,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
     def answer(self, code, body):
         self.send_response(code)
         if code == 429:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", getattr(self.server, "retry_after", "1"))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -4,6 +4,7 @@ wrong that servers do, and transformers' server with a checkpoint of ours.
     pytest tests/test_llm.py
 """
 
+import argparse
 import email.utils
 import json
 import re
@@ -11,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from data_commands import COMPLETIONS, EN, ROOT, asking, number_of, read, refused, run, write
 
-from tools.data.llm import retry_after, without_thoughts
+from tools.data.llm import Unanswered, chat, retry_after, without_thoughts
 
 
 def judge(question, n):
@@ -69,6 +71,20 @@ def test_retry_after_is_honoured(tmp_path, llm):
     )
     (first, _, _), (second, _, _) = server.requests
     assert second - first >= 1.0
+
+
+@pytest.mark.parametrize(
+    "seconds, said", [("7200", "HTTP 429: asks for a wait of 7200 seconds\n"), ("60", "")]
+)
+def test_a_long_wait_is_told(llm, capsys, seconds, said):
+    server = llm(lambda question, n: 429)
+    server.retry_after = seconds
+    options = asking(server, temperature=0, max_tokens=9)
+    stopped = threading.Event()
+    stopped.set()  # as by Ctrl-C: the wait is over at once
+    with pytest.raises(Unanswered, match="HTTP 429: no"):
+        chat(argparse.Namespace(**options), "Why?", stopped, set())
+    assert capsys.readouterr().out == (said and f"{server.address}/v1: {said}")
 
 
 def test_retry_after_dates():

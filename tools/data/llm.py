@@ -131,6 +131,9 @@ def chat(args, question, stopped, forms):
                 failure = Refused
                 break
             wait = max(wait, retry_after(error.headers.get("Retry-After")))
+            if wait > 60 and attempt < args.retries:
+                tqdm.write(f"{args.api_base}: HTTP {error.code}: asks for a wait of {wait:.0f} "
+                           "seconds")
         except Exception as error:  # the network's, or the reply is something else
             problem = first_line(error)
             if not isinstance(error, ValueError):
