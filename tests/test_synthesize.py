@@ -91,6 +91,17 @@ def test_read_list():
             "1. **Translate:** the text\n2. **Sing a song**\n3. *Dance*",
             ["Translate: the text", "Sing a song", "Dance"],
         ),
+        ("### 1. Sing\na song\n### 2. Dance", ["Sing\na song", "Dance"]),
+        ("**1.** Sing.\n**2.** Dance.", ["Sing.", "Dance."]),
+        ("1\\. Sing.\n2\\) Dance.", ["Sing.", "Dance."]),
+        ("**Task 1:** Sing.\nTask 2: Dance.", ["Sing.", "Dance."]),
+        ("任务1：唱歌\n任务 2：跳舞", ["唱歌", "跳舞"]),
+        ("1、3个苹果\n2、5个梨", ["3个苹果", "5个梨"]),
+        (
+            "1. Sum up:\n10:30 Meeting\n2. Greet\n3.14 people",
+            ["Sum up:\n10:30 Meeting", "Greet\n3.14 people"],
+        ),
+        ("1. Order:\nStep 1: boil\n2. Sing.", ["Order:\nStep 1: boil", "Sing."]),
         ('1. "Sing"\n2. Say "hello"\n3. "A" or "B"', ["Sing", 'Say "hello"', '"A" or "B"']),
     ],
 )

@@ -74,7 +74,9 @@ def read_list(answer):
 
     A list inside an entry stays in it: it is indented further. What follows the last entry after an
     empty line belongs to it only if other entries have empty lines, too."""
-    number = r"(?m)^([ \t]*)[*#]*(?:\d+|[一二三四五六七八九十]+)[ \t]*[.)、．:：][*]*"
+    # "1.", "2)", "三、", "**4.**", "### 5.", "6\.", "Task 7:"; but no time, 10:30, and no 3.14
+    number = (r"(?m)^([ \t]*)(?:[*#]+[ \t]*)?(?:(?:Task|User|任务|用户)[ \t]*)?"
+              r"(?:\d+|[一二三四五六七八九十]+)[ \t]*\\?(?:[.．:：](?!\d)|[)、])[*]*")
     marks = list(re.finditer(number, answer["text"]))
     marks = [mark for mark in marks if len(mark[1].expandtabs()) <= len(marks[0][1].expandtabs())]
     ends = [mark.start() for mark in marks[1:]] + [len(answer["text"])]
