@@ -22,10 +22,15 @@ from tools.data.templates import fill_in, template_of
 
 DIGITS = dict(zip("零〇一二两三四五六七八九十", [0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
 NUMERAL = f"([{''.join(DIGITS)}])"
-VALUE = r"(-?\d+(?:\.\d+)?)"
-SCALE = r"满分(?:是|为)?\s*:?\s*\d+\s*分?|\b\d\s*(?:-|–|~|to|到|至)\s*\d+\b"  # "0 to 5": no score
-NAMED = (r"(?i)(?:scores?|rating|grade|评分|得分|分数|打分|给)[^\w-]{0,6}"
-         r"(?:\b(?:is|of|as)\b|是|为|打|它|出|了)?[^\w-]{0,6}"
+VALUE = r"(-?(?:\d+\.|(?<![\w.])\.)?\d+)"
+# no score: "满分5分", "max_score: 5", "[0, 5]", "0 to 5"
+SCALE = (r"(?i)满分(?:是|为)?\s*:?\s*\d+\s*分?|\bmax_?score\W{1,6}\d+|\[\s*[01]\s*,\s*\d+\s*\]|"
+         r"\b\d\s*(?:-|–|~|to|到|至)\s*\d+\b")
+# "rating", but not in "generating"; "给4" and "给4分", but not "给3个建议". The gaps are as short as
+# they can be, so that the point of ".5" stays with its number.
+NAMED = (r"(?i)(?:(?<![a-z])(?:scores?|rating|grade)|评分|得分|分数|打分|"
+         r"给(?=\D{0,15}[\d.]+(?! ?[^\W分])))[^\w-]{0,6}?"
+         r"(?:\b(?:is|of|as)\b|是|为|打|它|出|了)?[^\w-]{0,6}?"
          rf"{VALUE}(?:\s*分?\s*(?:/|out of|of)\s*(\d+))?")
 SCALED = rf"{VALUE}(?:\s*分?\s*(?:/|out of)\s*(\d+)|\s*分)"
 ALONE = rf"(?<![\w.]){VALUE}(?!\w)"
@@ -51,8 +56,8 @@ def read_score(text):
     text = re.sub(rf"(?!十分){NUMERAL}(?=\s*(?:分|/)|\s*[。.!]?\s*$)",
                   lambda m: str(DIGITS[m[1]]), text)
     text = re.sub(r"(\d)\s*分半", r"\1.5分", text)
+    text = re.sub(SCALE, " ", text)  # before decimal commas: "[0,5]"
     text = re.sub(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)
-    text = re.sub(SCALE, " ", text)
     alone = set(re.findall(ALONE, text))
     if found := re.findall(NAMED, text) or re.findall(SCALED, text):
         value, scale = found[-1]
