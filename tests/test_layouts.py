@@ -202,6 +202,8 @@ def test_cells_beyond_the_header_are_named(tmp_path, capsys):
     {"question": "Q", "response_j": "x", "response_k": "y"},
     {"prompt": "Q", "pos_resp": "x", "neg_resp": "y"},
     {"trajectory": [user("Q")], "chosen": "x", "rejected": "y"},
+    {"context": [{"role": "human", "text": "Q"}], "chosen": {"role": "assistant", "text": "x"},
+     "rejected": {"role": "assistant", "text": "y"}},  # hh_rlhf_cn
 ])
 def test_pairs(tmp_path, record):
     assert imported(tmp_path, [record]) == FIRST
@@ -275,6 +277,15 @@ def test_a_tree_too_deep(tmp_path, capsys):
             for n in range(3000)]
     assert imported(tmp_path, rows) == []
     assert "left out 1: not what OASST trees look like (records 1)" in capsys.readouterr().out
+
+
+def test_replies_that_are_the_same_compare_nothing(tmp_path):
+    """The rest of the tree is there, and what both say is a demonstration."""
+    same = [row("1", None, "Q", "prompter"), row("2", "1", "x", rank=0), row("3", "1", "y", rank=1),
+            row("4", "2", "R", "prompter"), row("5", "4", "z", rank=0), row("6", "4", "z", rank=1)]
+    assert imported(tmp_path, same) == [
+        *answers("x", 1, "y", 0),
+        {"user_input": [user("Q"), assistant("x"), user("R")], "completion": "z"}]
 
 
 def test_a_message_a_row_by_conversation(tmp_path):
@@ -383,6 +394,13 @@ def test_what_stands_before_the_first_turn_is_the_system_message(tmp_path, recor
         {"user_input": [system("S"), user("Q")], "completion": "x"}]
 
 
+def test_turns_of_helpsteer_2(tmp_path):
+    first = {"prompt": "Q", "response": "x", "helpfulness": 3}
+    second = first | {"prompt": "Q<extra_id_1>Assistant\nx\n<extra_id_1>User\nR\n\nR"}
+    assert imported(tmp_path, [first, second]) == answers("x", 3) + answers(
+        "x", 3, prompt=[user("Q"), assistant("x"), user("R\n\nR")])
+
+
 @pytest.mark.parametrize("more", ["STRAY\n", "<|im_start|>user name=Bob\nR<|im_end|>\n"])
 def test_text_between_the_messages_of_chatml(tmp_path, capsys, more):
     text = "<|im_start|>user\nQ<|im_end|>\n{}<|im_start|>assistant\nit's"  # cut: it has no end
@@ -414,9 +432,24 @@ def test_a_question_that_comes_again_in_a_dialogue_is_asked_again(tmp_path):
         {"user_input": [user("Go on."), assistant("x"), user("Go on.")], "completion": "y"}]
 
 
-def test_rated_summaries(tmp_path):
-    record = {"info": {"title": "T", "post": "P"}, "summary": {"text": "x", "axes": {"overall": 6}}}
-    assert imported(tmp_path, [record]) == answers("x", 6, prompt="T\n\nP")
+@pytest.mark.parametrize("info, prompt", [
+    ({"title": "T", "post": "P"}, "T\n\nP"),
+    ({"title": None, "post": None, "article": "A"}, "A"),  # CNN/DailyMail
+    ({"title": "T", "article": "A"}, "T\n\nA"),
+])
+def test_summaries(tmp_path, capsys, info, prompt):
+    rated = {"info": info, "summary": {"text": "x", "axes": {"overall": 6}}}
+    assert imported(tmp_path, [rated]) == answers("x", 6, prompt=prompt)
+    compared = {"info": info, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}
+    assert imported(tmp_path, [compared]) == answers("x", 0, "y", 1, prompt=prompt)
+    assert capsys.readouterr().out.count("all fields used") == 2
+
+
+def test_a_summary_of_nothing_is_left_out(tmp_path, capsys):
+    info = {"title": "", "post": None, "article": " "}
+    record = {"info": info, "summary": {"text": "x", "axes": {"overall": 6}}}
+    assert imported(tmp_path, [record]) == []
+    assert "left out 1: there is no prompt (records 1)" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

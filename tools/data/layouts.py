@@ -46,9 +46,10 @@ def named_in(fields, names):
 
 def turns_of(text):
     """Chat messages from a text: turns after "### Human:" (guanaco), after "Human:" at the
-    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML or
-    in [INST] of LLaMA 2; else one message of the user. What stands before the first turn of a
-    transcript is the system message."""
+    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML,
+    in [INST] of LLaMA 2, or after <extra_id_1> (HelpSteer 2); else one message of the user. What
+    stands before the first turn of a transcript is the system message; of HelpSteer 2, the user's.
+    """
     if text.lstrip().startswith("<|im_start|>"):
         message = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.S)
         if re.sub(r"</s>|<\|end_?of_?text\|>", "", message.sub("", text)).strip():
@@ -61,16 +62,18 @@ def turns_of(text):
         said = [turn.strip() for turn in turns if turn.strip()]
         return [("system", system)] * bool(system) + [
             (("user", "assistant")[i % 2], turn) for i, turn in enumerate(said)]
-    mark = r"(?:^|\n\n)(Human|Assistant):"
+    mark, first = r"(?:^|\n\n)(Human|Assistant):", "system"
     if re.match(r"\s*### (Human|Assistant):", text):
         mark = r"### (Human|Assistant):"
     elif text.startswith("Human:"):
         mark = r"(?:^|\n+)(Human|Assistant):"
+    elif "<extra_id_1>Assistant\n" in text:
+        mark, first = r"<extra_id_1>(User|Assistant)\n", "user"
     before, *parts = re.split(mark, text)
     if not parts:
         return [("user", text)]
     turns = [(role, said.strip()) for role, said in zip(parts[::2], parts[1::2])]
-    return [("system", before.strip())] * bool(before.strip()) + turns
+    return [(first, before.strip())] * bool(before.strip()) + turns
 
 
 def text_of(content):
@@ -87,8 +90,8 @@ def text_of(content):
 
 def dialogue(value):
     """Chat messages from a text (see `turns_of`), from a message or a list of them, {"role",
-    "content"} or ShareGPT's {"from", "value"}, from a list of texts that take turns, or from a list
-    of exchanges, {"human", "assistant"} or {"input", "output"}.
+    "content"}, {"role", "text"} or ShareGPT's {"from", "value"}, from a list of texts that take
+    turns, or from a list of exchanges, {"human", "assistant"} or {"input", "output"}.
 
     Neighbours of one role become one message: many chat templates take no other dialogue.
     """
@@ -110,7 +113,8 @@ def dialogue(value):
                          ("assistant", text_of(message[answer[0]]))]
             else:
                 role = message.get("role", message.get("from"))
-                said.append((role, text_of(message.get("content", message.get("value")))))
+                names = [name for name in ("content", "value", "text") if name in message]
+                said.append((role, text_of(message[names[0]] if names else None)))
     else:
         raise LeftOut("a dialogue is not a list of messages")
     messages = []

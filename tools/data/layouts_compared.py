@@ -216,7 +216,8 @@ def from_seed_task(r):
 
 def from_summaries(r):
     info = r["info"]
-    post = "\n\n".join(words(info.get(name)) for name in ("title", "post") if info.get(name))
+    texts = [words(info.get(name)) for name in ("title", "post", "article") if info.get(name)]
+    post = as_prompt([{"role": "user", "content": "\n\n".join(texts)}])
     if "summary" in r:
         return [{"user_input": post, "completion": words(r["summary"]["text"]).strip(),
                  "score": r["summary"]["axes"]["overall"]}]
@@ -235,11 +236,11 @@ def from_tree(r):
                    if str(reply.get("deleted")).lower() not in ("true", "1")]
         if messages[-1]["role"] == "user":
             ranked = [reply for reply in replies if is_something(reply.get("rank"))]
-            if len(ranked) > 1:
+            if len({reply["text"].strip() for reply in ranked}) > 1:
                 records.extend(scored(as_prompt(messages), [
                     (reply["text"].strip(), len(ranked) - 1 - number(reply["rank"]))
                     for reply in ranked]))
-            else:  # it was compared with nothing
+            else:  # it was compared with nothing, or with itself
                 ranked = []
             records.extend({"user_input": as_prompt(messages),
                             "completion": words(reply["text"]).strip()}
@@ -254,9 +255,10 @@ LAYOUTS = [
     ("SHP comments", {"history", "human_ref_A", "human_ref_B", "labels", "score_ratio"}, set(),
      from_shp),
     ("self-instruct seed tasks", {"instruction", "instances"}, {"input", "output"}, from_seed_task),
-    ("summaries with feedback", {"info", "summaries", "choice"}, {"title", "post", "text"},
+    ("summaries with feedback", {"info", "summaries", "choice"},
+     {"title", "post", "article", "text"}, from_summaries),
+    ("rated summaries", {"info", "summary"}, {"title", "post", "article", "text", "axes"},
      from_summaries),
-    ("rated summaries", {"info", "summary"}, {"title", "post", "text", "axes"}, from_summaries),
     ("OASST trees", {"message_tree_id", "prompt"},
      {"message_id", "parent_id", "message_tree_id", "role", "text", "replies", "rank", "deleted"},
      from_tree),

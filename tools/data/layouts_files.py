@@ -138,8 +138,8 @@ def find_layout(path, objects, mapped, keep):
     what = [f"{name} as {part}" if name != part else name
             for part, names in lists.items() for name in [" and ".join(names)]]
     used = {name for names in lists.values() for name in names}
-    inner = {"messages", "role", "from", "content", "value", "full_text", "human", "assistant",
-             "input", "output"}
+    inner = {"messages", "role", "from", "content", "value", "text", "full_text", "human",
+             "assistant", "input", "output"}
     if not compared:
         return ", ".join(what), used, inner, lambda r, all_turns: from_parts(r, parts, all_turns)
     how, used_too, inner_too, convert = compared
