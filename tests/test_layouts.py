@@ -209,6 +209,39 @@ def test_pairs(tmp_path, record):
     assert imported(tmp_path, [record]) == FIRST
 
 
+SYSTEM_AND_Q, TALK = [system("S"), user("Q")], [user("P"), assistant("w"), user("Q")]
+
+
+@pytest.mark.parametrize("before, asked, prompt", [
+    ({"system": "S", "prompt": "Q"}, [user("Q")], SYSTEM_AND_Q),
+    ({"system": "S"}, [user("Q")], SYSTEM_AND_Q),
+    ({"prompt": SYSTEM_AND_Q}, [user("Q ")], SYSTEM_AND_Q),
+    ({"system": "S", "prompt": "Q"}, SYSTEM_AND_Q, SYSTEM_AND_Q),
+    ({"system": "S", "prompt": "Q"}, TALK, [system("S"), *TALK]),
+    ({"history": [["P", "w"]], "instruction": "Q"}, [user("Q")], TALK),
+    ({"prompt": "Q"}, TALK, TALK),
+    # as a text, this prompt would be a system message and "hi"
+    ({"prompt": "Q\n\nHuman: hi"}, [user("Q\n\nHuman: hi")], "Q\n\nHuman: hi"),
+])
+def test_pairs_of_whole_dialogues_keep_what_stands_before(tmp_path, before, asked, prompt):
+    sides = [[*asked, assistant("x")], [*asked, assistant("y")]]
+    pair = before | {"chosen": sides[0], "rejected": sides[1]}
+    assert imported(tmp_path, [pair]) == answers("x", 1, "y", 0, prompt=prompt)
+
+
+@pytest.mark.parametrize("prompt", [
+    "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "<s>[INST] Q [/INST]"])
+@pytest.mark.parametrize("end", [
+    "<|im_end|>\n", " </s>", "<|eot_id|>", "<|im_end|>\n<|endoftext|>"])
+def test_the_end_of_a_turn_is_no_part_of_an_answer(tmp_path, prompt, end):
+    pair = {"prompt": prompt, "chosen": f"x</s>y{end}", "rejected": f"y{end}"}
+    assert imported(tmp_path, [pair]) == answers("x</s>y", 1, "y", 0)
+    assert imported(tmp_path, [{"prompt": prompt, "completion": f"x{end}"}]) == [
+        {"user_input": "Q", "completion": "x"}]
+    plain = {"prompt": "Q", "completion": f"x{end}"}  # a text may be about it
+    assert imported(tmp_path, [plain]) == [{"user_input": "Q", "completion": f"x{end}".strip()}]
+
+
 def test_several_chosen_and_rejected(tmp_path):
     record = {"prompt": "Q", "chosen": ["x"], "rejected": ["y", "z"]}
     assert imported(tmp_path, [record]) == answers("x", 1, "y", 0, "z", 0)
@@ -241,6 +274,23 @@ def test_a_score_on_another_scale_is_left_out(tmp_path, capsys, odd, reason):
                for n, score in enumerate([odd, "8/10", "6/10"])]
     assert [r["score"] for r in imported(tmp_path, records)] == [8, 6]
     assert f"left out 1: {reason} (records 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label, score", [
+    (True, 1), (1, 1), ("1", 1), ("True", 1), (False, 0), (0, 0), ("0", 0), ("false", 0)])
+def test_labels(tmp_path, label, score):
+    (ours,) = imported(tmp_path, [{"prompt": "Q", "completion": "x", "label": label}])
+    assert ours["score"] == score
+
+
+@pytest.mark.parametrize("label", ["science", 7, {"ability_en": ["x"]}, ["x"]])
+def test_a_label_that_is_a_topic(tmp_path, capsys, label):
+    record = {"prompt": "Q", "completion": "x", "label": label}
+    assert imported(tmp_path, [record]) == [{"user_input": "Q", "completion": "x"}]
+    assert "not used: label (in 1 records)" in capsys.readouterr().out
+    assert len(imported(tmp_path, [record, record | {"label": "1"}])) == 1
+    said = capsys.readouterr().out
+    assert "left out 1: its label is neither true nor false (records 1)" in said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -382,6 +432,47 @@ def test_json_in_a_string_that_is_a_text_stays_a_text(tmp_path):
 ])
 def test_the_same_demonstration(tmp_path, records):
     assert imported(tmp_path, records) == [{"user_input": "Q", "completion": "it's"}]
+
+
+@pytest.mark.parametrize("more, lost", [
+    ({"instruction": "You are a poet."}, "instruction"),
+    ({"problem": "algebra"}, "problem"),
+    ({"instruction": "You are a poet.", "input": "of Rome"}, "input (in 1 records), instruction"),
+    ({"prompt": "Q", "input": "of Rome"}, "input (in 1 records), prompt"),
+    ({"prompt": "S\n\nHuman: Q"}, "prompt"),
+    ({"prompt": " Q\n"}, None),  # what the user says there
+    ({"prompt": "Q"}, None),
+])
+def test_what_stands_beside_a_dialogue_with_an_answer(tmp_path, capsys, more, lost):
+    record = more | {"conversations": [user("Q"), assistant("x")]}
+    assert imported(tmp_path, [record]) == [{"user_input": "Q", "completion": "x"}]
+    said = capsys.readouterr().out
+    assert (f"not used: {lost} (in 1 records)\n" if lost else "all fields used") in said
+
+
+def test_a_prompt_that_goes_on_with_a_dialogue_is_used(tmp_path):
+    asked = {"messages": [user("P"), assistant("w")], "prompt": "Q"}
+    ours = answers("x", 1, "y", 0, prompt=TALK)
+    assert imported(tmp_path, [asked | {"chosen": "x", "rejected": "y"}]) == ours
+    record = asked | {"response_a": "x", "response_b": "y", "winner": "a"}
+    assert imported(tmp_path, [record]) == ours
+    assert imported(tmp_path, [{"messages": [system("S")], "prompt": "Q"}]) == [
+        {"user_input": SYSTEM_AND_Q}]
+
+
+FILLED = "Below is an instruction.\n\n### Instruction:\nQ\n\n### Input:\ni\n\n### Output:\n"
+
+
+@pytest.mark.parametrize("prompt, output, ours", [
+    (FILLED + "x\n", "x", "Q\n\ni"),
+    (FILLED, "x", f"{FILLED}\n\ni"),  # it does not end with the answer
+    ("Q: x or y?", "x", "Q: x or y?\n\ni"),
+])
+def test_a_prompt_with_the_answer_in_it_is_none(tmp_path, capsys, prompt, output, ours):
+    record = {"instruction": "Q", "input": "i", "output": output, "prompt": prompt}
+    assert imported(tmp_path, [record]) == [{"user_input": ours, "completion": "x"}]
+    lost = "prompt" if ours.startswith("Q\n") else "instruction"
+    assert f"not used: {lost} (in 1 records)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("record", [

@@ -3,7 +3,6 @@
 Every field of a record is used, kept, or reported: see `Found`.
 """
 
-import contextlib
 import csv
 import gzip
 import io
@@ -12,10 +11,11 @@ from collections import Counter
 
 from lib.data import read_values, what_is_wrong
 from lib.errors import explain, stop
-from tools.data.layouts import LeftOut, dialogue, named_in
+from tools.data.layouts import LeftOut, named_in
 from tools.data.layouts_compared import (LAYOUTS, find_list, find_sides, is_something, rows_of,
                                          sides_in)
-from tools.data.layouts_parts import from_parts, parts_of, score_of
+from tools.data.layouts_parts import (from_parts, has_answer, hides_answer, misnamed, parts_of,
+                                      score_of, without_ends)
 from tools.data.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
 
 # what a reward function may ask for: prompts keep it by default, where it plays no other part
@@ -100,18 +100,11 @@ class Found:
         print(f"  not used: {', '.join(lost)}" if lost else "  all fields used")
 
 
-def has_answer(messages):
-    """Whether a dialogue ends with the assistant."""
-    with contextlib.suppress(LeftOut):
-        return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
-    return False
-
-
 def find_layout(path, objects, mapped, keep):
     """(what the file holds, its fields that are used, those of what lies in them, a function from a
     record and `all_turns` to our records and the number of answers that are not used)."""
     fields = set().union(*objects)
-    parts, compared = parts_of(fields, mapped), None
+    parts, compared = parts_of(fields - misnamed(objects, fields), mapped), None
     if not mapped:
         for name, theirs, inner, convert in LAYOUTS:
             if theirs <= fields:
@@ -127,6 +120,11 @@ def find_layout(path, objects, mapped, keep):
         del parts["completion"]  # an answer to compare with, such as a number or a list of them
     if {"messages", "completion"} <= parts.keys() and has_answer(objects[0].get(parts["messages"])):
         del parts["completion"]  # the dialogue has it, or another one
+    beside = parts.keys() & {"prompt", "input"} - mapped.keys()
+    if (beside and "messages" in parts and not compared and not parts.keys() & {
+            "completion", "chosen"} and any(hides_answer(r, parts) for r in objects)):
+        for part in beside:  # a persona, say, or a topic
+            del parts[part]
     sides = sides_in(fields).values()
     if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
         stop(f"{path}: nothing says which of {' and '.join(sides)} is better")
@@ -224,7 +222,7 @@ def convert_file(path, number, mapped, all_turns, keep=()):
     for n, theirs, original in rows:
         try:
             ours, turns = convert(theirs, all_turns)
-            ours, scale = with_numbers(ours)
+            ours, scale = with_numbers(without_ends(ours, theirs))
             made.append((n, theirs, ours, turns, scale, kept_of(theirs | original, kept, keep)))
         except LeftOut as reason:
             found.leave_out(n, str(reason))

@@ -1,5 +1,6 @@
 """Foreign records to ours, where the names of their fields say which part they play."""
 
+import contextlib
 import re
 
 from tools.data.layouts import PARTS, LeftOut, as_prompt, dialogue, named_in, with_system
@@ -22,6 +23,30 @@ def parts_of(fields, mapped):
     if "prompt" in parts and parts.get("messages", "").lower() in ("text", "data"):
         del parts["messages"]  # where there is a prompt, these are something else
     return {part: names for part, names in parts.items() if names}
+
+
+TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def truth_of(value):
+    """What a label says, a boolean, 0 or 1, or a text of these; None if it is something else."""
+    return TRUTHS.get(str(value).lower())
+
+
+def misnamed(objects, fields):
+    """The fields that do not play the part that their name says: a label that is never true or
+    false, such as a topic; a `prompt` that is a template with instruction and answer in it."""
+    wrong = {field for field in named_in(fields, ["label"])
+             if all(truth_of(r.get(field)) is None for r in objects)}
+    whole, asked = named_in(fields, ["prompt"]), named_in(fields, ["instruction"])
+    answer = named_in(fields, PARTS["completion"])
+    if whole and asked and answer:
+        texts = [[str(r.get(names[0]) or "").strip() for names in (whole, asked, answer)]
+                 for r in objects]
+        filled = [bool(said) and ask in text and text.endswith(said) for text, ask, said in texts]
+        if 2 * sum(filled) > len(objects):
+            wrong.add(whole[0])
+    return wrong
 
 
 def words(value):
@@ -63,6 +88,11 @@ def score_of(value):
     return number(value), None
 
 
+def unspaced(messages):
+    """The messages to compare, whatever their white space."""
+    return [(message["role"], message["content"].split()) for message in messages]
+
+
 def asked_in(record, parts):
     """The messages before the answer, or with it where the record is a whole dialogue."""
     messages = dialogue(record[parts["messages"]]) if record.get(parts.get("messages")) else []
@@ -72,7 +102,8 @@ def asked_in(record, parts):
     asked = [] if prompt is None else dialogue(prompt)
     # no_robots has both a dialogue and its first message
     said = [message for message in messages if message["role"] != "system"]
-    is_said = bool(said) and asked in (said[:len(asked)], messages[:len(asked)])
+    is_said = bool(said) and unspaced(asked) in (unspaced(said[:len(asked)]),
+                                                 unspaced(messages[:len(asked)]))
     for pair in record.get(parts.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise LeftOut("its history is not a list of pairs")
@@ -86,6 +117,21 @@ def asked_in(record, parts):
     elif more:
         messages.append({"role": "user", "content": "\n\n".join(more)})
     return with_system(words(record.get(parts.get("system"))), messages)
+
+
+def has_answer(messages):
+    """Whether a dialogue ends with the assistant."""
+    with contextlib.suppress(LeftOut):
+        return [message["role"] for message in dialogue(messages)][-1:] == ["assistant"]
+    return False
+
+
+def hides_answer(record, parts):
+    """Whether a record's dialogue ends with the assistant, and no longer with its prompt added."""
+    with contextlib.suppress(LeftOut, TypeError):
+        said = record.get(parts["messages"])
+        return has_answer(said) and not has_answer(asked_in(record, parts))
+    return False
 
 
 def from_parts(record, parts, all_turns):
@@ -106,10 +152,8 @@ def from_parts(record, parts, all_turns):
         return [*ours, {"user_input": as_prompt(messages)}], len(answers) - len(shown)
     score = record.get(parts.get("score", parts.get("label")))
     if ("score" in parts or "label" in parts) and not (is_ours and score is None):
-        if "score" not in parts and score not in (True, False, "true", "false", "True", "False"):
+        if "score" not in parts and (score := truth_of(score)) is None:
             raise LeftOut(f"its {parts['label']} is neither true nor false")
-        if "score" not in parts:
-            score = float(score in (True, "true", "True"))
         return [answer_in(messages, answers[-1]) | {"score": score}], 0
     shown = answers if all_turns else answers[-1:]
     ours = [answer_in(messages, i) for i in shown if messages[i]["content"].strip()]
@@ -123,12 +167,37 @@ def answer_in(messages, i):
     return {"user_input": as_prompt(messages[:i]), "completion": messages[i]["content"].strip()}
 
 
+TEMPLATE = re.compile(r"\s*(<\|im_start\|>|<\|start_header_id\|>|(<s>)?\s*\[INST\])")
+ENDS = re.compile(r"(?:(?:<\|im_end\|>|</s>|<\|end_?of_?text\|>|<\|eot_id\|>)\s*)+$")
+
+
+def without_ends(ours, theirs):
+    """Our records; if a text of theirs is in a chat template, without the marks of a turn's end
+    behind the answers."""
+    if not any(isinstance(text, str) and TEMPLATE.match(text) for text in theirs.values()):
+        return ours
+    return [r | {"completion": ENDS.sub("", r["completion"]).strip()} if "completion" in r else r
+            for r in ours]
+
+
 def from_pair(before, chosen, rejected, better=1.0):
     """Where there is a prompt, `before`, a side may also be a list of texts: several answers, as in
     RewardBench 2."""
     answers = [(answer, score) for side, score in ((chosen, better), (rejected, 0.0)) for answer in
                (side if before and isinstance(side, list) and isinstance(side[0], str) else [side])]
     return from_sides(before, *zip(*answers))
+
+
+def asked_by(before, said):
+    """What a side answers that says, before its answer, `said`: `before` may have more to it, such
+    as earlier turns, or only a system message."""
+    if not said or unspaced(before[-len(said):]) == unspaced(said):
+        return before
+    first = [message for message in before[:1] if message["role"] == "system"]
+    # one that was split off a text is still in the text
+    if first and said[0]["role"] != "system" and first[0]["content"] not in said[0]["content"]:
+        return first + said
+    return said
 
 
 def from_sides(before, sides, scores):
@@ -143,7 +212,7 @@ def from_sides(before, sides, scores):
             raise LeftOut("there is no prompt")
         if not said or said[-1]["role"] != "assistant":
             raise LeftOut("a side does not end with the assistant")
-        prompts.append(said[:-1] or before)
+        prompts.append(asked_by(before, said[:-1]))
         answers.append(said[-1]["content"].strip())
     if any(prompt != prompts[0] for prompt in prompts):
         raise LeftOut(f"its {'two ' * (len(sides) == 2)}sides answer different prompts")
