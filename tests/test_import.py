@@ -663,6 +663,26 @@ def test_an_empty_completion_is_no_demonstration(tmp_path, capsys):
     assert read(tmp_path / "y/actor_training_data.json") == ANSWERS
 
 
+def test_an_answer_that_is_labelled_as_bad_is_no_demonstration(tmp_path, capsys):
+    labels = [("Name a fish.", "A crow.", False), (EN, "A stone.", False), (EN, "A crow.", True)]
+    judged = [{"prompt": p, "completion": c, "label": label} for p, c, label in labels]
+    tie = [{"prompt": ZH, "response": "Crow.", "score": 0}]  # the best that a score says
+    files = write(tmp_path / "x.json", judged), write(tmp_path / "y.json", tie)
+    run("import", *files, "--make", "actor", "reward", out=tmp_path, eval_share=0)
+    assert read(tmp_path / "actor_training_data.json") == [
+        *ANSWERS,
+        {"user_input": ZH, "completion": "Crow."},
+    ]
+    assert read(tmp_path / "reward_training_data.json") == [
+        {"user_input": "Name a fish.", "completion": "A crow.", "score": 0.0},
+        {"user_input": EN, "completion": "A stone.", "score": 0.0},
+        {"user_input": EN, "completion": "A crow.", "score": 1.0},
+        {"user_input": ZH, "completion": "Crow.", "score": 0.0},
+    ]
+    said = capsys.readouterr().out
+    assert "1 prompts have only answers that are labelled as bad" in said
+
+
 def test_import_all_turns(tmp_path, capsys):
     source = write(
         tmp_path / "x.json",

@@ -415,6 +415,58 @@ def test_json_in_a_string_that_is_a_text_stays_a_text(tmp_path):
     assert imported(tmp_path, [record]) == answers('{"a": 1}', 1, '["b"]', 0)
 
 
+def talks(n):
+    return [json.dumps([user(f"Q{i}"), assistant(f"x{i}")]) for i in range(n)]
+
+
+WITHOUT_COMMAS = "[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'x'}]"
+
+
+@pytest.mark.parametrize("cell", [talks(1)[0][:40], talks(1)[0][:1], WITHOUT_COMMAS, "nan"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_cell_costs_its_own_record(tmp_path, capsys, cell, place):
+    cells = talks(3)
+    cells.insert(place, cell)
+    ours = [{"user_input": f"Q{i}", "completion": f"x{i}"} for i in range(3)]
+    assert imported(tmp_path, [{"messages": text} for text in cells], "x.csv") == ours
+    said = capsys.readouterr().out
+    assert f"left out 1: its messages cannot be read as JSON (records {place + 1})" in said
+
+
+def test_a_damaged_side(tmp_path, capsys):
+    pairs = [{"prompt": f"Q{i}", "chosen": text, "rejected": text.replace("x", "y")}
+             for i, text in enumerate(talks(3))]
+    pairs[1]["chosen"] = pairs[1]["chosen"][:40]
+    ours = [*answers("x0", 1, "y0", 0, prompt="Q0"), *answers("x2", 1, "y2", 0, prompt="Q2")]
+    assert imported(tmp_path, pairs, "x.csv") == ours
+    turns = [{"prompt": '["Q"]', "response_a": a, "response_b": '["y"]', "winner": "a"}
+             for a in ('["x', '["x"]')]
+    assert imported(tmp_path, turns, "x.csv") == FIRST
+    said = capsys.readouterr().out
+    assert "left out 1: its chosen cannot be read as JSON (records 2)" in said
+    assert "left out 1: its response_a cannot be read as JSON (records 1)" in said
+
+
+def test_messages_without_commas_are_no_text(tmp_path, capsys):
+    assert imported(tmp_path, [{"messages": WITHOUT_COMMAS}], "x.csv") == []
+    assert imported(tmp_path, [{"prompt": WITHOUT_COMMAS, "completion": "y"}], "x.csv") == []
+    said = capsys.readouterr().out
+    assert "left out 1: its messages cannot be read as JSON (records 1)" in said
+    assert "left out 1: its prompt cannot be read as JSON (records 1)" in said
+
+
+def test_a_damaged_cell_that_plays_no_part_costs_nothing(tmp_path):
+    records = [{"prompt": f"Q{i}", "completion": "x", "meta": meta}
+               for i, meta in enumerate(['{"a": 1}', '{"a"', "[1]"])]
+    assert [r["user_input"] for r in imported(tmp_path, records, "x.csv")] == ["Q0", "Q1", "Q2"]
+
+
+def test_texts_of_which_some_are_json_stay_texts(tmp_path):
+    outputs = ['["a"]', '{"b": 1}', '["a', "plain"]
+    records = [{"instruction": "Q", "output": text} for text in outputs]
+    assert [r["completion"] for r in imported(tmp_path, records, "x.csv")] == outputs
+
+
 @pytest.mark.parametrize("records", [
     [{"conversations": str([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "it's"}])}],
     [{"conversation": [{"input": "Q", "output": "it's"}]}],

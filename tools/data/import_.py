@@ -16,7 +16,8 @@ from tools.data.sets import add_make, prompt_key, save_sets
 
 def convert(paths, number=None, mapped={}, all_turns=False, keep=()):
     """Our records of files in any layout, of each file's first `number`, without exact duplicates.
-    Those with fields to keep have them in {"kept": {field: value}}."""
+    Those with fields to keep have them in {"kept": {field: value}}; those whose score is a label's
+    have {"by_label": True}."""
     records, found = {}, 0
     for path in paths:
         made = convert_file(path, number, mapped, all_turns, keep)

@@ -16,7 +16,8 @@ from tools.data.layouts_compared import (LAYOUTS, find_list, find_sides, is_some
                                          sides_in)
 from tools.data.layouts_parts import (from_parts, has_answer, hides_answer, misnamed, parts_of,
                                       score_of, without_ends)
-from tools.data.layouts_rows import are_messages, is_task, read_strings, rows_joined, task_of
+from tools.data.layouts_rows import (DAMAGED, are_messages, is_task, read_strings, rows_joined,
+                                     task_of)
 
 # what a reward function may ask for: prompts keep it by default, where it plays no other part
 KEPT = ["answer", "answers", "ground_truth", "solution", "final_answer", "expected_answer",
@@ -146,9 +147,11 @@ def find_layout(path, objects, mapped, keep):
 
 
 def with_numbers(ours):
-    """Our records with their scores as numbers, and what these are out of (see `score_of`)."""
+    """Our records with their scores as numbers, and what these are out of (see `score_of`). One
+    whose score is a label's, true or false, has {"by_label": True}."""
     records, scales = [], set()
     for record in ours:
+        is_label = isinstance(record.get("score"), bool)
         if "score" in record:
             score, scale = score_of(record["score"])
             record = record | {"score": score}
@@ -156,7 +159,7 @@ def with_numbers(ours):
         for field, value in record.items():
             if wrong := what_is_wrong(field, value):
                 raise LeftOut(f"its {field} {wrong}")
-        records.append(record)
+        records.append(record | {"by_label": True} if is_label else record)
     if len(scales) > 1:
         raise LeftOut("its scores are on different scales")
     return records, scales.pop() if scales else None
@@ -212,15 +215,19 @@ def convert_file(path, number, mapped, all_turns, keep=()):
     rows, heading = rows_in(path, number, found)
     objects = [theirs for _, theirs, _ in rows]
     fields = set().union(*objects)
+    whole = [r for r in objects if DAMAGED not in r.values()]
     asked = [(f"--keep {field}", field) for field in keep]
     asked += [(f"--map {part}={field}", field) for part, field in mapped.items()]
     for option, field in asked:
         if field not in fields:
             stop(f"{option}: no record of {path} has it; they have {', '.join(sorted(fields))}")
-    what, used, inner, convert = find_layout(path, objects, mapped, keep)
+    what, used, inner, convert = find_layout(path, whole or objects, mapped, keep)
     kept = keep or [field for field in named_in(fields, KEPT) if field not in used]
     for n, theirs, original in rows:
         try:
+            for field in sorted(used):
+                if theirs.get(field) is DAMAGED:
+                    raise LeftOut(f"its {field} cannot be read as JSON")
             ours, turns = convert(theirs, all_turns)
             ours, scale = with_numbers(without_ends(ours, theirs))
             made.append((n, theirs, ours, turns, scale, kept_of(theirs | original, kept, keep)))

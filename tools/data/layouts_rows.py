@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 
 from tools.data.layouts import PARTS, named_in
 from tools.data.layouts_compared import is_something, sides_in
@@ -29,8 +30,14 @@ def are_turns(value):
     return isinstance(value, list) and all(isinstance(text, str | None) for text in value)
 
 
+DAMAGED = object()  # what is read of a text that should be JSON and is not
+# how a list of messages begins; pandas writes it to a table without commas
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value|human|input)['\"]\s*:")
+
+
 def read_strings(objects):
-    """The records, with what is JSON inside a string read in the fields where every record has it.
+    """The records, with what is JSON inside a string read in the fields where most have it; what
+    cannot be read there, such as a cell that was cut, is DAMAGED.
 
     The text of a prompt or of an answer may well be JSON. It is read only if it is messages, or if
     the prompt and all its answers are lists of turns, as in lmsys's files at Kaggle.
@@ -38,10 +45,12 @@ def read_strings(objects):
     fields, inside = set().union(*objects), {}
     for field in fields:
         there = [r[field] for r in objects if is_something(r.get(field))]
-        if there and json_in(there[0]) is not None:
-            values = [json_in(text) for text in there]
-            if None not in values:
-                inside[field] = values
+        read = [json_in(text) for text in there]
+        values = [value for value in read if value is not None]
+        damaged = [text for text, value in zip(there, read) if value is None
+                   and isinstance(text, str) and MESSAGES.match(text)]
+        if there and 2 * len(values + damaged) >= len(there):
+            inside[field] = values
     sides = set(sides_in(fields).values())
     texts = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
     turns = {field for field in inside if all(map(are_turns, inside[field]))}
@@ -50,8 +59,8 @@ def read_strings(objects):
         is_text = field in sides or field.lower() in texts | {"text"}
         if is_text and not all(map(are_messages, values)) and not (has_turns and field in turns):
             del inside[field]
-    return [r | {field: json_in(r[field]) for field in inside if is_something(r.get(field))}
-            for r in objects]
+    return [r | {field: DAMAGED if (value := json_in(r[field])) is None else value
+                 for field in inside if is_something(r.get(field))} for r in objects]
 
 
 # ------------------------------------------------------------------------------------------------

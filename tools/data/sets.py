@@ -22,7 +22,8 @@ def as_text(user_input):
 
 def sets_of(records, make):
     """{name: records} of the data sets `make`: the best of a prompt's scored completions becomes a
-    demonstration, and every prompt one of PPO's. With an empty `make` a record stays what it is."""
+    demonstration, unless a label says that it is bad, and every prompt one of PPO's. With an empty
+    `make` a record stays what it is."""
     prompts, others = {}, 0
     for r in records:
         if make or "completion" not in r:
@@ -31,7 +32,8 @@ def sets_of(records, make):
     if others and (not make or "rlhf" in make):
         print(f"{others} prompts come again with other values in the fields that are kept: the "
               "first is taken")
-    answered = [{field: r[field] for field in r if field != "kept"}
+    labelled = {prompt_key(r["user_input"]) for r in records if "by_label" in r}
+    answered = [{field: r[field] for field in r if field not in ("kept", "by_label")}
                 for r in records if "completion" in r]
     records = list({json.dumps(r, sort_keys=True): r for r in answered}.values())
     if len(records) < len(answered) and make != ["rlhf"]:
@@ -44,8 +46,12 @@ def sets_of(records, make):
         now = best.setdefault(prompt_key(r["user_input"]), r)
         if r["score"] > now["score"]:
             best[prompt_key(r["user_input"])] = r
+    good = [r for key, r in best.items() if r["score"] > 0 or key not in labelled]
+    if len(good) < len(best) and "actor" in make:
+        print(f"{len(best) - len(good)} prompts have only answers that are labelled as bad, which "
+              "are not demonstrations")
     demonstrations += [{"user_input": r["user_input"], "completion": r["completion"]}
-                       for r in best.values()]
+                       for r in good]
     shown = [r for r in demonstrations if r["completion"].strip()]
     if len(shown) < len(demonstrations) and (not make or "actor" in make):
         print(f"{len(demonstrations) - len(shown)} empty completions, unscored or the best of "
