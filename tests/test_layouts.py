@@ -461,6 +461,12 @@ def test_a_damaged_cell_that_plays_no_part_costs_nothing(tmp_path):
     assert [r["user_input"] for r in imported(tmp_path, records, "x.csv")] == ["Q0", "Q1", "Q2"]
 
 
+def test_a_list_is_a_list_where_others_are_texts(tmp_path):
+    records = [{"messages": text} for text in talks(3)]
+    records[1]["messages"] = json.loads(talks(3)[1])
+    assert [r["completion"] for r in imported(tmp_path, records)] == ["x0", "x1", "x2"]
+
+
 def test_texts_of_which_some_are_json_stay_texts(tmp_path):
     outputs = ['["a"]', '{"b": 1}', '["a', "plain"]
     records = [{"instruction": "Q", "output": text} for text in outputs]

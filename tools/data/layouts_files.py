@@ -121,11 +121,11 @@ def find_layout(path, objects, mapped, keep):
         del parts["completion"]  # an answer to compare with, such as a number or a list of them
     if {"messages", "completion"} <= parts.keys() and has_answer(objects[0].get(parts["messages"])):
         del parts["completion"]  # the dialogue has it, or another one
+    is_dialogue = "messages" in parts and not parts.keys() & {"completion", "chosen"}
     beside = parts.keys() & {"prompt", "input"} - mapped.keys()
-    if (beside and "messages" in parts and not compared and not parts.keys() & {
-            "completion", "chosen"} and any(hides_answer(r, parts) for r in objects)):
-        for part in beside:  # a persona, say, or a topic
-            del parts[part]
+    if is_dialogue and beside and not compared and any(hides_answer(r, parts) for r in objects):
+        for part in beside:
+            del parts[part]  # a persona, say, or a topic
     sides = sides_in(fields).values()
     if not compared and any(isinstance(r.get(side), list) for r in objects for side in sides):
         stop(f"{path}: nothing says which of {' and '.join(sides)} is better")

@@ -21,6 +21,10 @@ def json_in(text):
     return None
 
 
+def is_text(value):
+    return isinstance(value, str) and value != ""
+
+
 def are_messages(value):
     messages = value if isinstance(value, list) else [value]
     return all(isinstance(m, dict) and m.keys() & {"role", "from", "messages"} for m in messages)
@@ -44,23 +48,23 @@ def read_strings(objects):
     """
     fields, inside = set().union(*objects), {}
     for field in fields:
-        there = [r[field] for r in objects if is_something(r.get(field))]
-        read = [json_in(text) for text in there]
+        texts = [r[field] for r in objects if is_text(r.get(field))]
+        read = [json_in(text) for text in texts]
         values = [value for value in read if value is not None]
-        damaged = [text for text, value in zip(there, read) if value is None
-                   and isinstance(text, str) and MESSAGES.match(text)]
-        if there and 2 * len(values + damaged) >= len(there):
+        damaged = [text for text, value in zip(texts, read)
+                   if value is None and MESSAGES.match(text)]
+        if texts and 2 * len(values + damaged) >= len(texts):
             inside[field] = values
     sides = set(sides_in(fields).values())
-    texts = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
+    names = {name for part in PARTS if part not in ("messages", "history") for name in PARTS[part]}
     turns = {field for field in inside if all(map(are_turns, inside[field]))}
     has_turns = sides and sides <= turns and turns & set(PARTS["prompt"])
     for field, values in list(inside.items()):
-        is_text = field in sides or field.lower() in texts | {"text"}
-        if is_text and not all(map(are_messages, values)) and not (has_turns and field in turns):
+        is_said = field in sides or field.lower() in names | {"text"}
+        if is_said and not all(map(are_messages, values)) and not (has_turns and field in turns):
             del inside[field]
     return [r | {field: DAMAGED if (value := json_in(r[field])) is None else value
-                 for field in inside if is_something(r.get(field))} for r in objects]
+                 for field in inside if is_text(r.get(field))} for r in objects]
 
 
 # ------------------------------------------------------------------------------------------------
