@@ -676,7 +676,7 @@ def with_optimizers(args, **models):
     """{name: (model, its optimizer)} of those that learn."""
     # Huang et al. 2022 and 2024 take an epsilon of 1e-5. But the more weights, the smaller each
     # entry of a gradient of length 1: at 135M that takes half of the first step (docs/log.md).
-    options = dict(eps=args.adam_eps, weight_decay=0.0, fused=WORLD == 1)
+    options = dict(eps=args.adam_eps, weight_decay=0.0, fused=True)
     return {name: (model, torch.optim.AdamW(trainable(model), **options))
             for name, model in models.items()}
 

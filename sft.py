@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records, text_lengths
-from lib.distributed import (WORLD, clip_gradients, largest, my_parts, start_processes, to_device,
-                             total)
+from lib.distributed import clip_gradients, largest, my_parts, start_processes, to_device, total
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -125,7 +124,7 @@ def main(argv=None):
 
     train, held_out = read(args.data), read(args.eval_data) if args.eval_data else []
     optimizer = torch.optim.AdamW(trainable(model), lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=args.weight_decay, fused=WORLD == 1)
+                                  weight_decay=args.weight_decay, fused=True)
     lengths = text_lengths(train)
     order = torch.Generator().manual_seed(args.seed)  # its own, so nothing else changes the order
     batches = [batch for _ in range(args.epochs)

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, on, read_records
-from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, my_parts, release,
-                             start_processes, to_device, total)
+from lib.distributed import (RANK, clip_gradients, gather_rows, my_parts, release, start_processes,
+                             to_device, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -217,7 +217,7 @@ def main(argv=None):
         stop(f"{args.demonstrations}: all demonstrations are the same; at least two different ones "
              "are needed to scale the scores")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.01, fused=WORLD == 1)
+                                  weight_decay=0.01, fused=True)
     lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
     order = torch.Generator().manual_seed(args.seed)
     batches = [batch for _ in range(args.epochs)

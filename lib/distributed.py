@@ -29,6 +29,9 @@ def start_processes(args):
     """
     if WORLD == 1 or started():
         return
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise SystemExit(f"error: torch {torch.__version__}: many processes need a newer one, "
+                         "whose FSDP2 can sum gradients")
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

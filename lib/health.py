@@ -161,8 +161,8 @@ def unhealthy(rows, first, updates):
     if len(fixed) == 3:
         wrong["cut responses win"] = (
             f"responses that ended score {row['score_ended']:.2f}, those that were cut get "
-            f"{fixed[-1]:.2f}: the policy learns not to end; lower --no_eos_score (the default suits "
-            "reward models of train_rm.py)")
+            f"{fixed[-1]:.2f}: the policy learns not to end; lower --no_eos_score (the default "
+            "suits reward models of train_rm.py)")
     judged = [r for r in [first, *rows] if "eval_gold" in r]
     if judged and judged[-1] is row:
         best = max(judged, key=lambda r: r["eval_gold"])

@@ -2,12 +2,25 @@
 Nothing here changes what is computed, beyond the order of sums."""
 
 import ctypes
+import os
+import platform
 import sys
 
 import torch
 import torch.nn.functional as F
 
 AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no AVX-512
+
+
+def is_intel():
+    """Whether this is a processor of Intel's, as MKL is Intel's library."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return "Intel" in platform.processor()
+    with open("/proc/cpuinfo") as file:
+        return "GenuineIntel" in file.read()
+
+
+INTEL = is_intel()
 
 
 def attention(q, k, v, mask):
@@ -35,10 +48,10 @@ def attention(q, k, v, mask):
 def linear(x, weight, bias=None):
     """`F.linear`: `x` (..., in), `weight` (out, in) -> (..., out).
 
-    In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN, which
-    on some processors with AVX-512 is twice as fast, in the backward pass too. (With AVX2 only it
-    is slower, except for the few rows that are decoded at a time, and for matrices as long as the
-    vocabulary.) A product is a convolution with a window of one pixel: one matrix is the image, a
+    In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN. On
+    AMD's processors with AVX-512 the latter is twice as fast, in the backward pass too; on Intel's
+    it is half as fast. (With AVX2 only it is slower, except for the few rows that are decoded at a
+    time, and for matrices as long as the vocabulary.) A product is a convolution with a window of one pixel: one matrix is the image, a
     row per pixel, the other holds the filters. If one is much longer, it is the image, since oneDNN
     copies filters into a layout of its own.
     """
@@ -46,7 +59,7 @@ def linear(x, weight, bias=None):
     # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix
     small = weight.numel() < 2**18 or rows == 0
     slower = AVX2_ONLY and not 4 <= rows <= 64 and out <= 8 * max(weight.shape[1], rows)
-    if (small or slower or x.device.type != "cpu" or x.dtype != torch.float32
+    if (INTEL or small or slower or x.device.type != "cpu" or x.dtype != torch.float32
             or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
             or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)

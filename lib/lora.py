@@ -90,12 +90,13 @@ def merged(model, dtype=torch.float32, everywhere=False):
     """{name: tensor} of the same function as a plain model in `dtype`, with W + alpha / r B A in
     place of each adapter. With many processes all take part, and rank 0 gets it, or with
     `everywhere` each."""
-    tensors = dict(named_wholes(model, everywhere))
-    if RANK > 0 and not everywhere:
-        return {}
-    for name, part in model.named_modules():
-        if isinstance(part, LoRALinear):
-            a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
-            whole = tensors[f"{name}.weight"].float() + part.scale * b @ a
-            tensors[f"{name}.weight"] = whole.to(dtype)  # at once: one float32 matrix at a time
+    adapted = {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
+    tensors = {}
+    for name, whole in named_wholes(model, everywhere):
+        if RANK == 0 or everywhere:  # in dtype at once: one in float32 at a time
+            tensors[name] = whole if name.rpartition(".")[0] in adapted else whole.to(dtype)
+    for name, part in adapted.items() if tensors else ():
+        a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
+        whole = tensors[f"{name}.weight"].float() + part.scale * b @ a
+        tensors[f"{name}.weight"] = whole.to(dtype)
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

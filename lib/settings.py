@@ -60,6 +60,10 @@ def usable_device(text):
         torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used ({first_line(error)})") from None
+    if torch.device(text).type == "cuda":
+        # cuDNN's attention, which PyTorch prefers on some GPUs, makes a plan for each new shape
+        # (pytorch#191612), and here nearly every batch has one
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.device(text).type == "mps":
         print("mps: untested here; bfloat16 and many processes are not supported")
     return text

@@ -64,8 +64,8 @@ def read_tokenizer_model(path):
 
 def read_tokenizer_gguf(path):
     """The tokenizer of a `.gguf` file. One of byte pairs is built by transformers, and four errors
-    of its versions are mended: an <|endoftext|> that the embedding lacks, words that no merge makes,
-    where a text is split before merging, and a space lost at its beginning."""
+    of its versions are mended: an <|endoftext|> that the embedding lacks, words that no merge
+    makes, where a text is split before merging, and a space lost at its beginning."""
     reader = open_gguf(path)
 
     def said(key, default=None):
@@ -119,8 +119,8 @@ def read_tokenizer_hugging_face(path):
     if content("tokenizer.json"):
         theirs = PreTrainedTokenizerFast.from_pretrained(path)
     elif model:
-        added = sorted(theirs.added_tokens_decoder.items())
-        return made_from(model, theirs.chat_template, roles_of(theirs), [token for _, token in added])
+        added = [token for _, token in sorted(theirs.added_tokens_decoder.items())]
+        return made_from(model, theirs.chat_template, roles_of(theirs), added)
     theirs.sentencepiece = model
     return theirs
 

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 import model
+from lib import graphs
 from model import DEMO_MODEL, decoding_copy, generate, random_llama
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33]]
@@ -73,11 +74,12 @@ def test_a_captured_step_gives_what_the_plain_step_does(llama, monkeypatch):
     def capture(step, state):
         captures.append(len(state[0]))
         graph = SimpleNamespace()
-        monkeypatch.setattr(torch.cuda, "Stream", StandIn)
+        monkeypatch.setattr(graphs, "side_stream", lambda device: StandIn())
+        monkeypatch.setattr(torch.cuda, "device", lambda device: StandIn())
         monkeypatch.setattr(torch.cuda, "current_stream", StandIn)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: StandIn())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
 
         def replay():
             replays.append(1)

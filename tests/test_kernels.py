@@ -14,11 +14,12 @@ from makers import assert_close
     [((1,), 512), ((5,), 16500), ((2, 3), 16500), ((40,), 512), ((3, 50), 512), ((1, 70), 600)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("avx2_only", [False, True])
-def test_linear_maps_and_their_gradients(rows, out, bias, avx2_only, monkeypatch):
+@pytest.mark.parametrize("processor", ["AMD, AVX-512", "AMD, AVX2", "Intel"])
+def test_linear_maps_and_their_gradients(rows, out, bias, processor, monkeypatch):
     """Against the products and their derivatives in float64, in every combination of what needs a
-    gradient, by the rules for either processor."""
-    monkeypatch.setattr(kernels, "AVX2_ONLY", avx2_only)
+    gradient, by the rules for each processor."""
+    monkeypatch.setattr(kernels, "AVX2_ONLY", "AVX2" in processor)
+    monkeypatch.setattr(kernels, "INTEL", processor == "Intel")
     torch.manual_seed(0)
     weight, x, of_y = torch.randn(out, 260), torch.randn(*rows, 260), torch.randn(*rows, out)
     b = torch.randn(out) if bias else None
@@ -64,7 +65,7 @@ def test_attention_is_one_fused_kernel(T, masked, dtype, device):
         mask[1:, ..., 20:] = -1e30
     else:
         k, v = k[:, :, :T], v[:, :, :T]
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(fused):
         found = attention(q, k, v, mask)
     scores = q.double() @ k.double().repeat_interleave(3, 1).mT / 8

@@ -283,12 +283,21 @@ def test_labels(tmp_path, label, score):
     assert ours["score"] == score
 
 
-@pytest.mark.parametrize("label", ["science", 7, {"ability_en": ["x"]}, ["x"]])
-def test_a_label_that_is_a_topic(tmp_path, capsys, label):
+@pytest.mark.parametrize("label", [{"ability_en": ["x"]}, ["x"]])
+def test_a_label_of_topics(tmp_path, capsys, label):
     record = {"prompt": "Q", "completion": "x", "label": label}
     assert imported(tmp_path, [record]) == [{"user_input": "Q", "completion": "x"}]
     assert "not used: label (in 1 records)" in capsys.readouterr().out
     assert len(imported(tmp_path, [record, record | {"label": "1"}])) == 1
+    said = capsys.readouterr().out
+    assert "left out 1: its label is neither true nor false (records 1)" in said
+
+
+@pytest.mark.parametrize("label", ["bad", "science", 7])
+def test_a_label_that_may_be_a_verdict_makes_no_demonstration(tmp_path, capsys, label):
+    good = {"prompt": "Q", "completion": "x"}
+    assert imported(tmp_path, [good | {"label": label}, good | {"label": True}]) == [
+        {"user_input": "Q", "completion": "x", "score": 1.0}]
     said = capsys.readouterr().out
     assert "left out 1: its label is neither true nor false (records 1)" in said
 

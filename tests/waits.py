@@ -51,7 +51,8 @@ def waits():
     found = []
     if torch.cuda.is_available():
         with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", message=".*called a synchronizing")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 yield found

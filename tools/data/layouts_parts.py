@@ -34,10 +34,10 @@ def truth_of(value):
 
 
 def misnamed(objects, fields):
-    """The fields that do not play the part that their name says: a label that is never true or
-    false, such as a topic; a `prompt` that is a template with instruction and answer in it."""
+    """The fields that do not play the part that their name says: a label that is an object or a
+    list, such as topics; a `prompt` that is a template with instruction and answer in it."""
     wrong = {field for field in named_in(fields, ["label"])
-             if all(truth_of(r.get(field)) is None for r in objects)}
+             if all(isinstance(r.get(field), dict | list | None) for r in objects)}
     whole, asked = named_in(fields, ["prompt"]), named_in(fields, ["instruction"])
     answer = named_in(fields, PARTS["completion"])
     if whole and asked and answer:
