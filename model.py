@@ -251,7 +251,7 @@ class ScalarHead(nn.Module):
 def over_vocabulary(llama, states, tokens, function, piece=PIECE):
     """`function(logits, tokens)` for `states` (N, ..., d), `tokens` (N, ...) and the logits
     (N, ..., V), which are the largest tensors of a pass: so they are made for `piece` of the N at a
-    time, and if there are several pieces again in the backward pass. The results are joined."""
+    time, and, if there are several pieces, again in the backward pass. The results are joined."""
     def compute(states, tokens):
         return function(llama.lm_head(states), tokens)
 

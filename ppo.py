@@ -134,7 +134,7 @@ METRICS = [
     ("policy_loss",       "the clipped surrogate, negated"),
     ("value_loss",        "half the squared error of the critic, clipped"),
     ("ptx_loss",          "cross entropy on demonstrations, nats per token; empty without PTX"),
-    ("clip_fraction",     "no gradient of policy_loss there", "share of tokens clipped", "policy"),
+    ("clip_fraction",     "no gradient from policy_loss", "share of tokens clipped", "policy"),
     ("value_clip_fraction", "likewise the critic", "share of tokens clipped", "value"),
     ("approx_kl",         "KL(policy that sampled || policy now), nats per token"),
     ("explained_variance", "1: the critic knows the returns; 0: no better than their mean; below: "
@@ -361,8 +361,8 @@ def response_values(critic, input_ids, places, mask):
 def answer(actor, prompts, tokenizer, args, temperature, generator=None):
     """The actor's responses to tokenized prompts -> texts, and a `model.Generation`."""
     generator = own_stream(generator)
-    # Decoding reads each weight once per token: under --dtype bfloat16 a copy in bf16, its adapters
-    # merged, is faster. So is a whole copy with many processes, of which each holds a part.
+    # Decoding reads every weight for each token. So under --dtype bfloat16 it uses a copy in bf16,
+    # its adapters merged, and with many processes a copy that each of them holds whole.
     as_it_is = (args.dtype == "float32" and WORLD == 1) or args.shard_rollout
     writer = actor if as_it_is else decoding_copy(actor, getattr(torch, args.dtype))
 
@@ -387,7 +387,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     texts in training, and `counted` puts a fixed score in place of its own."""
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
-    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores strings
+    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores strings, decoded
         # rank 0 asks it, and the others add zeros
         return total(on(args.device, reward_model.scores(texts, ends))), ended
 
@@ -428,10 +428,10 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     model_scores, ended = score_responses(reward_model, texts, tokenizer, args)
     scores = counted(model_scores, ended, args)
 
-    # In bf16 or TF32 a log probability of the sampling differs from that of a training pass, and
-    # with the other rows of the batch: sums are rounded differently. So actor, reference and critic
-    # are asked about the very micro-batches of the first training pass: before its first step all
-    # ratios are then 1, and the KL begins at 0.
+    # In float32 the log probabilities of the sampling are as good as those of a training pass. In
+    # bf16 or TF32 they are not, nor are they the same in two batches: sums are rounded differently.
+    # So actor, reference and critic are asked about the very micro-batches of the first training
+    # pass: before its first step all ratios are then 1, and the KL begins at 0.
     sampling_is_exact = args.dtype == args.base_dtype == "float32" and not args.tf32
 
     def ask(rows):
@@ -567,7 +567,7 @@ def value_backward(critic, parts, experience, sums, args):
 
 def step(model, optimizer, wanted, args):
     """An optimizer step, if it is `wanted`, the gradient being scaled down as a whole if it is too
-    long (Huang et al. 2022, global gradient clipping) -> the length that it had."""
+    long (Huang et al. 2022, global gradient clipping) -> its length before that."""
     norm = clip_gradients(model, args.max_grad_norm)
     if wanted:
         optimizer.step()
@@ -581,8 +581,8 @@ def train_minibatch(trained, experience, rows, demonstrations, tokenizer, args):
     one of them has gradients in memory.) If there is a ptx_coef, there are as many `demonstrations`
     as rows. `trained`: {name: (model, its optimizer)}.
     """
-    # On the device until the end (see sft.py). To add a statistic: to `sums` in a *_backward, and
-    # its column to METRICS.
+    # On the device until the end: asking a GPU for a number waits until it is done. To add a
+    # statistic: add it to `sums` in a *_backward, and its column to METRICS.
     sums = defaultdict(lambda: torch.zeros((), device=args.device))
     parts = list(parts_of(experience, rows, tokenizer, args))
     policy_backward(trained["actor"][0], parts, experience, sums, args)
@@ -675,7 +675,7 @@ def four_models(args, tokenizer, text_reward):
 def with_optimizers(args, **models):
     """{name: (model, its optimizer)} of those that learn."""
     # Huang et al. 2022 and 2024 take an epsilon of 1e-5. But the more weights, the smaller each
-    # entry of a gradient of length 1: at 135M that takes half of the first step (docs/log.md).
+    # entry of a gradient of length 1: at 135M it takes over half of the first step (docs/log.md).
     options = dict(eps=args.adam_eps, weight_decay=0.0, fused=True)
     return {name: (model, torch.optim.AdamW(trainable(model), **options))
             for name, model in models.items()}
@@ -766,7 +766,7 @@ def main(argv=None):
 
         steps = []
         for rows in sum(passes, []):
-            ptx = [demonstrations[i] for _, i in zip(rows, next_ptx)]  # rows first: it ends there
+            ptx = [demonstrations[i] for _, i in zip(rows, next_ptx)]  # rows first: zip ends there
             steps.append(train_minibatch(trained, experience, rows, ptx, tokenizer, args))
             # too far from the policy that sampled: no step was taken (as in Spinning Up)
             if args.target_kl and steps[-1]["approx_kl"] > args.target_kl:

@@ -170,7 +170,7 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 def backward(reward_model, batch, examples, labels, args, pad_token_id):
     """Add the gradient of --loss on a batch of prompts, each given by the indices of its
     completions -> the loss, how many pairs of completions the model puts in the right order, and
-    how many there are. The first two stay on the device (see sft.py)."""
+    how many there are. The first two stay on the device: asking a GPU for a number waits for it."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     loss, right, number = 0.0, 0.0, 0
     for part, weight in my_parts(batch, args.micro_batch_size):

@@ -63,7 +63,7 @@ FULL = dict(batch=64, new=40, demonstrations=1200, ratings=2800, poor=100, held_
 SMALL = dict(batch=8, new=8, demonstrations=16, ratings=16, poor=8, held_out=12, eval=8, best_of=4,
              best_of_prompts=4, every=2, trl_episodes=32, short_episodes=32,
              over_updates=2)
-LR, CRITIC_LR, KL_COEF, ADAM_EPS = "2.5e-5", "5e-5", "0.05", "1e-5"
+LR, CRITIC_LR, KL_COEF = "2.5e-5", "5e-5", "0.05"
 
 
 def run(args, folder, script, *options):
@@ -140,13 +140,13 @@ def train(args):
     for seed in args.seeds if "trl" in args.steps else ():
         updates = args.trl_episodes // args.batch
         run(args, f"beside-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed),
-            "--critic_lr", LR, "--adam_eps", "1e-8")
+            "--critic_lr", LR)
     for step in [step for step in variants.STEPS if step in args.steps]:
         for seed, (name, options) in itertools.product(
                 args.seeds, variants.variants(step, args.batch).items()):
             updates = args.short_episodes // args.batch
             run(args, variants.folder(name, seed), "ppo", *ppo_options(
-                args, "rm", updates, KL_COEF, seed), "--adam_eps", "1e-8", *options)
+                args, "rm", updates, KL_COEF, seed), *options)
 
 
 def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
@@ -157,8 +157,7 @@ def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
             f"{ROOT}/bench/gold_judge.py", "--updates", updates, "--batch_size", args.batch,
             "--minibatch_size", args.batch // 2, "--micro_batch_size", min(16, args.batch),
             "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", lr,
-            "--critic_lr", CRITIC_LR, "--adam_eps", ADAM_EPS, "--kl_coef", kl_coef, "--eval_every",
-            args.every,
+            "--critic_lr", CRITIC_LR, "--kl_coef", kl_coef, "--eval_every", args.every,
             "--save_every", 3, "--seed", seed]
 
 

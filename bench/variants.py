@@ -3,7 +3,6 @@ bench/real_run.py. `epsilon 1e-8` changes nothing: it is what the others are com
 
 import csv
 import json
-import os
 
 from model import load_llama, load_tokenizer
 
@@ -13,22 +12,21 @@ LAST = 3  # updates whose means the tables give
 
 def variants(step, batch):
     """{name: options of ppo.py} of a step."""
-    small_epsilon, all_at_once = ["--adam_eps", "1e-5"], ["--minibatch_size", batch]
-    no_clipping = ["--max_grad_norm", "inf"]
+    large_epsilon, all_at_once = ["--adam_eps", "1e-5"], ["--minibatch_size", batch]
+    no_clipping, twice = ["--max_grad_norm", "inf"], ["--lr", "5e-5", "--critic_lr", "1e-4"]
     if step == "adam":
         return {
             "epsilon 1e-8": [],
-            "epsilon 1e-5": small_epsilon,
+            "epsilon 1e-5": large_epsilon,
             "no clipping": no_clipping,
-            "epsilon 1e-5, no clipping": small_epsilon + no_clipping,
+            "epsilon 1e-5, no clipping": large_epsilon + no_clipping,
             "one mini-batch": all_at_once,
-            "epsilon 1e-5, one mini-batch": small_epsilon + all_at_once,
+            "epsilon 1e-5, one mini-batch": large_epsilon + all_at_once,
         }
     return {  # what might make an answer count for more, or a nat
         "epsilon 1e-8": [],
-        "twice the learning rates": ["--lr", "5e-5", "--critic_lr", "1e-4"],
-        "epsilon 1e-5, twice the learning rates": small_epsilon + ["--lr", "5e-5", "--critic_lr",
-                                                                   "1e-4"],
+        "twice the learning rates": twice,
+        "epsilon 1e-5, twice the learning rates": large_epsilon + twice,
         "lambda 1": ["--lam", 1],
         "two passes": ["--ppo_epochs", 2],
         "kl_coef 0.1": ["--kl_coef", 0.1],
@@ -51,14 +49,12 @@ def moved(before, after, rates):
 
 
 def report(args, step):
-    """`step`.md in --out: each variant and seed that has been run."""
+    """`step`.md in --out: each variant and seed, all of which have been run."""
     tokenizer = load_tokenizer(f"{args.out}/sft")
     before, lines = load_llama(f"{args.out}/sft", tokenizer), []
     for name in variants(step, args.batch):
         for seed in args.seeds:
             path = f"{args.out}/{folder(name, seed)}"
-            if not os.path.exists(f"{path}/done"):
-                continue
             with open(f"{path}/metrics.csv", encoding="utf-8") as file:
                 rows = [{key: float(value) for key, value in row.items() if value}
                         for row in csv.DictReader(file)]

@@ -95,21 +95,21 @@ def encode_dialogue(tokenizer, messages):
                 raise ValueError("the checkpoint's chat template leaves out what message "
                                  f"{i + 1}, of the {message['role']}, says")
             marked[i] = message
-    borders, as_they_are = {}, set()  # place in the text: the answer that begins there
+    borders = {}  # place in the text: the answer that begins there, None if it is not as it was
     for i, message in enumerate(marked):
         if message["role"] == "assistant" and text.startswith(before := render(i, True)):
-            borders[len(before)] = i
-            if message["content"].strip() in text[len(before):]:
-                as_they_are.add(i)
+            is_whole = message["content"].strip() in text[len(before):]
+            borders[len(before)] = i if is_whole else None
     found = list(control.finditer(text))
     controls = {match.start(): control_tokens(tokenizer)[match[0]] for match in found}
     cuts = sorted({0, len(text), *borders, *controls, *(match.end() for match in found)})
-    # Some control tokens swallow the white space on their right (rstrip) or left. After one some
-    # tokenizers begin a text with a space, others only at the beginning of the whole dialogue.
+    # Some control tokens swallow the white space on their right (rstrip) or left. After one most of
+    # LLaMA 2's tokenizers begin a text with a space; where they do so only at the beginning of the
+    # whole dialogue, a character that stands before the text keeps the space away.
     tokens, answers, before, swallows = [], {}, "", False
     inside = "\0" if getattr(tokenizer, "one_space", False) else ""
     for start, end in zip(cuts, cuts[1:]):
-        if start in borders and borders[start] in as_they_are:
+        if borders.get(start) is not None:
             answers[borders[start]] = len(tokens)
         if start in controls:
             tokens.append(tokenizer.convert_tokens_to_ids(text[start:end]))

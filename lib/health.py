@@ -156,13 +156,13 @@ def unhealthy(rows, first, updates):
         wrong["cut responses"] = (
             f"{1 - recent('ended', 5):.0%} of the responses are cut at the limit: raise "
             "--max_new_tokens, or train the SFT model longer, until it ends its answers")
-    fixed = [score for r in rows[-3:] if (score := no_eos_score(r)) is not None
-             and score > r["score_ended"]]
-    if len(fixed) == 3:
+    both = [(no_eos_score(r), r["score_ended"]) for r in rows[-3:]]
+    if len(both) == 3 and all(cut is not None and cut > ended for cut, ended in both):
+        cut, ended = both[-1]
         wrong["cut responses win"] = (
-            f"responses that ended score {row['score_ended']:.2f}, those that were cut get "
-            f"{fixed[-1]:.2f}: the policy learns not to end; lower --no_eos_score (the default "
-            "suits reward models of train_rm.py)")
+            f"responses that ended score {ended:.2f}, those that were cut get {cut:.2f}: the "
+            "policy learns not to end; lower --no_eos_score (the default suits reward models of "
+            "train_rm.py)")
     judged = [r for r in [first, *rows] if "eval_gold" in r]
     if judged and judged[-1] is row:
         best = max(judged, key=lambda r: r["eval_gold"])

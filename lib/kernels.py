@@ -51,15 +51,15 @@ def linear(x, weight, bias=None):
     In float32 on a CPU PyTorch gives products of matrices to MKL, and convolutions to oneDNN. On
     AMD's processors with AVX-512 the latter is twice as fast, in the backward pass too; on Intel's
     it is half as fast. (With AVX2 only it is slower, except for the few rows that are decoded at a
-    time, and for matrices as long as the vocabulary.) A product is a convolution with a window of one pixel: one matrix is the image, a
-    row per pixel, the other holds the filters. If one is much longer, it is the image, since oneDNN
-    copies filters into a layout of its own.
+    time, and for matrices as long as the vocabulary.) A product is a convolution with a window of
+    one pixel: one matrix is the image, a row per pixel, the other holds the filters. If one is much
+    longer, it is the image, since oneDNN copies filters into a layout of its own.
     """
     rows, out = x.numel() // x.shape[-1], weight.shape[0]
     # oneDNN compiles a kernel for each new shape: more than it gains for a small matrix
     small = weight.numel() < 2**18 or rows == 0
-    slower = AVX2_ONLY and not 4 <= rows <= 64 and out <= 8 * max(weight.shape[1], rows)
-    if (INTEL or small or slower or x.device.type != "cpu" or x.dtype != torch.float32
+    slower = INTEL or AVX2_ONLY and not 4 <= rows <= 64 and out <= 8 * max(weight.shape[1], rows)
+    if (small or slower or x.device.type != "cpu" or x.dtype != torch.float32
             or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
             or not torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)

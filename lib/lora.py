@@ -93,9 +93,11 @@ def merged(model, dtype=torch.float32, everywhere=False):
     adapted = {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
     tensors = {}
     for name, whole in named_wholes(model, everywhere):
-        if RANK == 0 or everywhere:  # in dtype at once: one in float32 at a time
+        if RANK == 0 or everywhere:  # cast at once, so that few are whole in float32 at a time
             tensors[name] = whole if name.rpartition(".")[0] in adapted else whole.to(dtype)
-    for name, part in adapted.items() if tensors else ():
+    if not tensors:
+        return {}
+    for name, part in adapted.items():
         a, b = tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B")
         whole = tensors[f"{name}.weight"].float() + part.scale * b @ a
         tensors[f"{name}.weight"] = whole.to(dtype)

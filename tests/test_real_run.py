@@ -149,7 +149,7 @@ def test_the_options_of_a_variant(real_run, step):
     usual = [str(option) for option in real_run.ppo_options(args, "rm", 4, 0.05, 0)]
     seen = []
     for name, options in variants.variants(step, args.batch).items():
-        options = [*usual, "--adam_eps", "1e-8", *map(str, options)]
+        options = [*usual, *map(str, options)]
         args_of_run, _ = parse("ppo.py", "", ppo.SETTINGS, options, real_if=["sft"])
         seen.append(vars(args_of_run))
     assert all(seen.count(settings) == 1 for settings in seen)  # each changes something
