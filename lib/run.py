@@ -1,4 +1,4 @@
-"""The run directory: metrics, signals, when its state is saved (lib/state.py) and put back.
+"""The run directory: metrics, and when its state is saved (lib/state.py) and put back.
 
     runs/sft/metrics.csv   a row per logged step        runs/sft/curves.png   drawn from it
     runs/ppo/samples.jsonl a row per held-out answer of each evaluation
@@ -13,17 +13,15 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
 
 import torch
 from tqdm import tqdm
 
 from lib import kernels, state
 from lib.curves import draw_curves
-from lib.distributed import RANK, WORLD, largest, wait_for_all
+from lib.distributed import RANK, WORLD, wait_for_all
 from lib.errors import explain, stop
+from lib.signals import Signals
 
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
 SAVED_IS_LEFT = "; --resume continues from what is saved in last/"
@@ -258,34 +256,3 @@ class Run:
         state.write(self.last, tensors, dict(
             log_bytes=log_bytes, settings=vars(self.args), inputs=self.inputs,
             progress=dict(self.kept, step=self.step)))
-
-
-class Signals:
-    """Ctrl-C and SIGTERM let the step finish: after `agree`, `caught` is the signal, 0 without one.
-    A second one ends the program at once."""
-
-    def __init__(self):
-        self.came = self.caught = 0
-        in_main_thread = threading.current_thread() is threading.main_thread()  # only there
-        self.before = {number: signal.signal(number, self.catch)
-                       for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
-
-    def catch(self, number, frame):
-        self.came = number
-        self.restore()
-
-    def agree(self):
-        """Signals reach the processes at different moments; all must end after the same step."""
-        self.caught = largest(self.came)
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def leave(self, folder):
-        """The end of an interrupted run, its state being saved: exit code 128 + the signal's
-        number."""
-        self.restore()
-        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume continues",
-                   file=sys.stderr)
-        raise SystemExit(128 + self.caught)

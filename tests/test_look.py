@@ -28,6 +28,7 @@ import train_rm
 from lib.settings import COMMON
 from model import load_scalar_head, load_tokenizer, random_llama, save_checkpoint
 from tools import look
+from tools.texts import pieces
 
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])),
                None)
@@ -285,7 +286,7 @@ def test_pieces_join_to_the_text(home):
     tokenizer = load_tokenizer(home.sft)
     for text in NASTY[:4]:
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        parts = look.pieces(tokenizer, tokens)
+        parts = pieces(tokenizer, tokens)
         assert len(parts) == len(tokens)
         own = [part["text"] for part in parts
                if part["text"] != part["raw"] or not re.match("<0x|␣$", part["raw"])]

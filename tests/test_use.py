@@ -40,7 +40,7 @@ from lib.dialogue import encode_prompt, encode_text
 from model import ScalarHead, generate, load_llama, load_tokenizer, random_llama, save_checkpoint
 from tools import chat, tables
 from tools import quantize as quantization
-from tools.chat import text_of, text_pieces
+from tools.texts import text_of, text_pieces
 
 TEXTS = [
     f"User: what is {a} plus {b}?\nAssistant: it is {a + b}, of course. "

@@ -29,6 +29,7 @@ from lib.settings import DEVICE, any_whole, positive, usable_device
 from model import decode, generate, load_llama, load_scalar_head, load_tokenizer
 from tools.quantize import need_bitsandbytes, quantize, weight_bytes
 from tools.tables import write_table
+from tools.texts import text_of, text_pieces
 
 
 def parse_args(argv):
@@ -101,25 +102,6 @@ def sampling(args):
     """The options of `decode` and `generate`."""
     return dict(temperature=args.temperature, top_p=args.top_p,
                 generator=torch.Generator(args.device).manual_seed(args.seed))
-
-
-def text_of(tokenizer, tokens):
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def text_pieces(tokenizer, tokens):
-    """From tokens as they come, texts that join to what all of them decode to, and never end inside
-    a character: while the text ends with U+FFFD, which stands for bytes that make no character, the
-    rest of one may still come."""
-    seen, shown = [], ""
-    for token in tokens:
-        seen.append(token)
-        text = text_of(tokenizer, seen)
-        if len(text) > len(shown) and not text.endswith("\ufffd"):
-            yield text[len(shown):]
-            shown = text
-    if rest := text_of(tokenizer, seen)[len(shown):]:
-        yield rest  # cut in the middle of a character
 
 
 def new_tokens(steps, ends):

@@ -32,6 +32,7 @@ from lib.state import FREE
 from lib.training import autocast, set_lr
 from model import last_token, load_llama, load_scalar_head, load_tokenizer, states_of, tokens_of
 from tools.data.sets import as_text
+from tools.texts import pieces, shown
 
 TEMPLATE = os.path.splitext(__file__)[0] + ".html"
 COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advantages", ratio="ratio",
@@ -78,26 +79,6 @@ def find(path, folder, option, local=True):
         if os.path.exists(now) or not local:
             return now
     stop(f"{path}: missing, where {folder} read it; {option} says where it is now")
-
-
-def shown(tokenizer, token):
-    """A token's name; ␣ is a space."""
-    name, text = str(tokenizer.convert_ids_to_tokens(token)), tokenizer.decode([token])
-    if name[:3] == "<0x" or "\u2581" in name or "\ufffd" in text or not text:
-        return name.replace("\u2581", "␣")
-    return text.replace(" ", "␣")
-
-
-def pieces(tokenizer, tokens):
-    """{text, raw} of each token. The texts join to that of all, but where a part of a character
-    shows its name."""
-    found, before = [], ""
-    for n, token in enumerate(tokens, 1):
-        text, raw = tokenizer.decode(tokens[:n]), shown(tokenizer, token)
-        own = "" if text.endswith("\ufffd") else text[len(before):]
-        found.append(dict(text=own or raw, raw=raw))
-        before += own
-    return found
 
 
 def digits(x):
