@@ -27,7 +27,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lib import checkpoints, kernels
 from lib.data import left_pad
 from lib.distributed import RANK, is_sharded, total, wait_for_all
-from lib.errors import explain, refuse_nan, stop
 from lib.graphs import can_be_captured, captured
 from lib.lora import merged
 from lib.memory import PIECE
@@ -302,7 +301,7 @@ def load_llama(path, tokenizer, dtype=torch.float32, resize=False):
         with torch.device("meta"):
             llama = Llama(config)
         llama.generation_config = generation_config
-        fill(llama, tensors, path, dtype)
+        checkpoints.fill(llama, tensors, path, dtype)
         llama.tie()
     unused = [row not in ids for row in range(llama.config.vocab_size)]
     if any(unused):
@@ -326,27 +325,8 @@ def load_scalar_head(path, dtype=torch.float32):
     config, tensors, _ = checkpoints.read(path, dtype, scalar=True)
     with torch.device("meta"):
         scalar = ScalarHead(LlamaBackbone(config))
-    fill(scalar, tensors, path, dtype)
+    checkpoints.fill(scalar, tensors, path, dtype)
     return scalar.eval()
-
-
-def fill(model, tensors, path, dtype):
-    """Make these tensors, in `dtype`, the parameters of `model`, which is on the meta device; they
-    are not copied. A tensor without a parameter, or the reverse, ends the program, and so does one
-    that is not finite."""
-    if getattr(model.config, "tie_word_embeddings", False):
-        tensors.pop("lm_head.weight", None)
-    names = {name for name, _ in model.named_parameters()}
-    missing, unused = names - tensors.keys(), tensors.keys() - names
-    for wrong, why in ((missing, "missing"), (unused, "of no use here")):
-        if wrong:
-            stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
-    refuse_nan(path, tensors)
-    with explain(f"{path}: its tensors do not match its configuration"):
-        model.load_state_dict(tensors, strict=False, assign=True)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_()
 
 
 def save_checkpoint(model, tokenizer, folder):

@@ -36,8 +36,9 @@ import torch.nn.functional as F
 
 from lib import health
 from lib.data import collate, deal, encode_inputs, left_pad, on, read_prompts, text_lengths
-from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, largest, micro_batches,
-                             my_parts, own_stream, start_processes, to_device, total, wait_for_all)
+from lib.distributed import (RANK, WORLD, clip_gradients, from_rank_0, gather_rows, largest,
+                             micro_batches, my_parts, own_stream, start_processes, to_device, total,
+                             wait_for_all)
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import PIECE, micro_batch
@@ -388,8 +389,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
     if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores strings, decoded
-        # rank 0 asks it, and the others add zeros
-        return total(on(args.device, reward_model.scores(texts, ends))), ended
+        return on(args.device, reward_model.scores(texts, ends)), ended
 
     # Where several tokens end a text, the reward model is asked about the one that it knows.
     known = [(prompt, response[:-1] + tokenizer.end_ids[:1] if end else response)
@@ -699,11 +699,8 @@ def evaluate(actor, reward_model, records, prompts, gold, tokenizer, args):
                                 gold=None, length=len(response), ended=end))
     result = dict(eval_score=sum(sample["score"] for sample in samples) / len(samples))
     if gold:
-        judged = [0.0] * len(samples)
-        if RANK == 0:  # it is asked once, and the other processes add zeros
-            judged = gold(records, [sample["completion"] for sample in samples],
-                          [sample["ended"] for sample in samples])
-        judged = total(torch.tensor(judged, dtype=torch.float64)).tolist()
+        completions, ends = ([sample[key] for sample in samples] for key in ("completion", "ended"))
+        judged = from_rank_0(lambda: gold(records, completions, ends), len(samples))
         for sample, score in zip(samples, judged):
             sample["gold"] = score
         result["eval_gold"] = sum(judged) / len(judged)

@@ -173,6 +173,25 @@ def match_embedding(path, config, tensors, tokenizer, resize):
     config.vocab_size += more
 
 
+def fill(model, tensors, path, dtype):
+    """Make these tensors, in `dtype`, the parameters of `model`, which is on the meta device; they
+    are not copied. A tensor without a parameter, or the reverse, ends the program, and so does one
+    that is not finite."""
+    if getattr(model.config, "tie_word_embeddings", False):
+        tensors.pop("lm_head.weight", None)
+    names = {name for name, _ in model.named_parameters()}
+    missing, unused = names - tensors.keys(), tensors.keys() - names
+    for wrong, why in ((missing, "missing"), (unused, "of no use here")):
+        if wrong:
+            stop(f"{path}: {len(wrong)} tensors are {why}, such as {min(wrong)}")
+    refuse_nan(path, tensors)
+    with explain(f"{path}: its tensors do not match its configuration"):
+        model.load_state_dict(tensors, strict=False, assign=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_()
+
+
 def write(folder, config, tensors, tokenizer, generation_config, scalar):
     """A plain Hugging Face directory: every file whole or not there, config.json last.
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from lib.data import collate
 from lib.dialogue import (as_messages, cut_left, encode_completion, encode_dialogue,
                           in_template)
-from lib.distributed import RANK
+from lib.distributed import RANK, from_rank_0
 from lib.errors import explain, quiet, stop
 from lib.judge import Judge
 from lib.tokenizer import load_tokenizer
@@ -70,14 +70,12 @@ class TextReward:
         self.asked |= {id(prompt): record for prompt, record in zip(prompts, records)}
 
     def scores(self, texts, ended):
-        """[(prompt, response)] in tokens, and whether each ended -> their scores, a list. Of many
-        processes rank 0 asks, and the others give zeros."""
-        if RANK > 0:
-            return [0.0] * len(texts)
+        """[(prompt, response)] in tokens, and whether each ended -> their scores, a list."""
         started = time.perf_counter()
         completions = [self.tokenizer.decode(response, skip_special_tokens=True).strip()
                        for _, response in texts]
-        scores = self.function([self.asked[id(prompt)] for prompt, _ in texts], completions, ended)
+        records = [self.asked[id(prompt)] for prompt, _ in texts]
+        scores = from_rank_0(lambda: self.function(records, completions, ended), len(texts))
         self.seconds += time.perf_counter() - started
         return scores
 
