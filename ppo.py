@@ -42,7 +42,7 @@ from lib.distributed import (RANK, WORLD, clip_gradients, from_rank_0, gather_ro
 from lib.errors import clean_exit, stop
 from lib.lora import adapters_off, add_lora, trainable
 from lib.memory import PIECE, micro_batch
-from lib.rewards import RunningDeviation, judges, reward_of_texts, share_of_time
+from lib.rewards import RunningDeviation, TextReward, judges, reward_of_texts, share_of_time
 from lib.run import Run
 from lib.settings import above_0, finite, finite_above_0, parse, whole
 from lib.training import autocast, numbers, set_lr
@@ -74,7 +74,7 @@ SETTINGS = [
     ("out",               "runs/ppo", "runs/ppo", "run directory"),
     "experience",
     ("updates",           80,       1000,   "rounds of experience and training"),
-    ("batch_size",        64,       64,     "prompts per round"),
+    ("batch_size",        64,       64,     "responses per round"),
     ("max_prompt_length", 128,      384,    "tokens; a longer prompt loses its beginning"),
     ("max_new_tokens",    40,       128,    "tokens; a longer response is cut"),
     ("temperature",       1.0,      1.0,    "of the sampling, and of all log probabilities",
@@ -388,7 +388,7 @@ def score_responses(reward_model, texts, tokenizer, args):
     texts in training, and `counted` puts a fixed score in place of its own."""
     ends = [response[-1] in tokenizer.end_ids for _, response in texts]
     ended = on(args.device, ends)
-    if not isinstance(reward_model, ScalarHead):  # lib.rewards: it scores strings, decoded
+    if isinstance(reward_model, TextReward):  # it scores strings, decoded
         return on(args.device, reward_model.scores(texts, ends)), ended
 
     # Where several tokens end a text, the reward model is asked about the one that it knows.
@@ -414,7 +414,7 @@ def counted(model_scores, ended, args):
 
 @torch.no_grad()
 def make_experience(actor, critic, reward_model, ref, prompts, minibatches, tokenizer, args,
-                    kl_coef, generator, normalize=lambda scores: scores):
+                    kl_coef, generator, deviation_of=lambda scores: 1.0):
     """Answer the prompts, and turn what the other three models say of the answers into advantages
     and returns.
 
@@ -452,11 +452,12 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     old_logprobs, ref_logprobs, values = gather_rows(ask, parts, len(texts))
 
     kl = kl_estimate(old_logprobs, ref_logprobs, args.kl_kind)
-    normalized = normalize(scores)
+    deviation = deviation_of(scores)  # 1 without --normalize_reward
+    normalized = scores / deviation
     rewards = token_rewards(normalized, kl, mask, kl_coef)
     if args.whiten_rewards:
-        # about their mean, which stays: moving it would pay for long or for short responses
-        # (lm-human-preferences; Huang et al. 2024)
+        # about their mean, which stays (lm-human-preferences; Huang et al. 2024). Still the sum of
+        # a response now depends on its length, too
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     if not args.no_whiten_advantages:
@@ -633,7 +634,7 @@ def run_missing_stages(args):
 def check(args, demo):
     """Settings that do not go together end the program with one line."""
     if not args.prompts:
-        stop("--sft and --rm need --prompts: the built-in ones are for the demo")
+        stop("--sft, --rm and --reward need --prompts: the built-in ones are for the demo")
     if args.reward and args.rm != "runs/rm":
         stop("--reward takes the place of --rm: give one of them")
     if args.kl_target and not args.kl_coef:
@@ -712,7 +713,7 @@ def main(argv=None):
     args, demo = parse("ppo.py", __doc__, SETTINGS, argv, real_if=["sft", "rm", "reward"])
     check(args, demo)
     start_processes(args)
-    run = Run(args, "ppo", METRICS)
+    run = Run(args, "ppo", SETTINGS, METRICS)
     if demo:  # only the default paths: what the user named must exist
         run_missing_stages(args)
     torch.manual_seed(args.seed)
@@ -738,7 +739,7 @@ def main(argv=None):
     kept = run.begin(args.updates, trained, {"sampling": generator}, dict(first={}, last={},
         first_texts=[], history=[], warned={}, deviation={}, kl_coef=args.kl_coef))
     kl_control = AdaptiveKL(kept["kl_coef"], args.kl_target, args.kl_horizon)
-    normalize = RunningDeviation(args.normalize_reward, **kept["deviation"])
+    deviation_of = RunningDeviation(args.normalize_reward, **kept["deviation"])
     held_out = eval_records, eval_prompts, gold, tokenizer, args
     if run.step == 0:
         samples, kept["first"] = evaluate(actor, reward_model, *held_out)
@@ -758,7 +759,7 @@ def main(argv=None):
                       for _ in range(args.ppo_epochs)]
             experience, row = make_experience(actor, critic, reward_model, ref, batch, passes[0],
                                               tokenizer, args, kl_control.coef, generator,
-                                              normalize)
+                                              deviation_of)
         health.must_be_finite(row["score"], "the reward model's score", args.out)
 
         steps = []
@@ -782,7 +783,7 @@ def main(argv=None):
         run.log(update=update, **row)
         kept["history"].append(row)
         health.warn(kept, args.updates)
-        kept |= dict(kl_coef=kl_control.coef, deviation=normalize.state())
+        kept |= dict(kl_coef=kl_control.coef, deviation=deviation_of.state())
         run.end_step(health.in_short(row) + share_of_time(reward_model),
                      lambda folder: save_checkpoint(actor, tokenizer, folder))
 

@@ -112,7 +112,7 @@ def main(argv=None):
         stop("--model needs --data: the built-in data is for the demo")
     start_processes(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "sft", METRICS)
+    run = Run(args, "sft", SETTINGS, METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     model = load_llama(args.model, tokenizer, resize=args.resize_embedding)
     model = to_device(add_lora(model, args), args)

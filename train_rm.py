@@ -146,7 +146,7 @@ def score_texts(reward_model, examples, args, pad_token_id):
         return [last_token(reward_model(input_ids), places)]
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
-    # micro_batch_size counts prompts, of about 4 texts each; a bar, since it can take minutes
+    # micro_batch_size counts prompts, taken as 4 texts each; a bar, since it can take minutes
     parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                  disable=RANK > 0)
     with torch.no_grad(), autocast(args):
@@ -202,13 +202,13 @@ def main(argv=None):
         stop("runs/sft: missing; run python sft.py first, or name a --model")
     start_processes(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "reward model", METRICS)
+    run = Run(args, "reward model", SETTINGS, METRICS)
     tokenizer = load_tokenizer(args.tokenizer or args.model, args.model)
     reward_model = ScalarHead(load_llama(args.model, tokenizer, resize=args.resize_embedding).model)
     reward_model = to_device(add_lora(reward_model, args), args)
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
 
-    given = tokenizer, max_length, args
+    given = tokenizer, max_length, args.loss == "ranking"
     examples, groups, labels = read_scored(args.data, *given)
     held_out = read_scored(args.eval_data, *given) if args.eval_data else None
     demonstrations = encode_records(read_records(args.demonstrations, "user_input", "completion"),

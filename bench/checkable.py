@@ -35,7 +35,7 @@ sys.path.insert(0, ROOT)
 
 from bench.break_it import DEMO, cell, metrics, run, value  # noqa: E402
 from bench.checkable_reward import score  # noqa: E402
-from bench.fork_table import FORKS, GONE, launch  # noqa: E402
+from bench.fork_table import FORKS, launch  # noqa: E402
 from lib.data import encode_prompts, left_pad  # noqa: E402
 from model import generate, load_llama, load_tokenizer  # noqa: E402
 from tools.data.sums import slip  # noqa: E402
@@ -67,9 +67,7 @@ def train(folder, seed, name, updates):
                                out=out)
     if name == "RLOO":
         settings["ppo_epochs"] = 1
-    gone = [] if name == "PPO" else GONE
-    launch(folder, FORKS[name], name,
-           {option: x for option, x in settings.items() if option not in gone})
+    launch(folder, FORKS[name], name, settings)
     print(f"seed {seed}, {name}: {value(metrics(out), 'eval_score'):.3f} right", file=sys.stderr,
           flush=True)
     return out

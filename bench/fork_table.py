@@ -26,7 +26,6 @@ sys.path.insert(0, ROOT)
 from bench.break_it import DEMO, cell, metrics, run, value  # noqa: E402
 
 FORKS = {"PPO": None, "dense": "dense", "REINFORCE": "reinforce", "RLOO": "rloo", "GRPO": "grpo"}
-GONE = ["critic", "critic_lr", "value_clip"]  # options of the critic, which these forks lack
 COLUMNS = {"gold score": "eval_gold", "score, held out": "eval_score",
            "KL, nats per response": "kl", "seconds": "seconds", "peak MB": "megabytes"}
 
@@ -58,6 +57,10 @@ def launch(folder, fork, name, settings):
     if os.path.exists(f"{out}/cost.json"):
         return
     script, started = forked(f"{folder}/forks/{name}", fork), time.time()
+    with open(script, encoding="utf-8") as file:
+        source = file.read()
+    settings = {option: x for option, x in settings.items()  # a fork may lack some of ppo.py's
+                if option not in DEMO or f'("{option}",' in source}
     with open(f"{folder}/{name}.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, script, "--overwrite",
@@ -77,8 +80,6 @@ def train(folder, seed, name, updates):
     settings = DEMO | dict(updates=updates, eval_every=updates, eval_number=100, seed=seed, out=out)
     if fork in ("reinforce", "rloo"):
         settings["ppo_epochs"] = 1
-    if fork in ("reinforce", "rloo", "grpo"):
-        settings = {option: x for option, x in settings.items() if option not in GONE}
     launch(folder, fork, name, settings)
     rows = metrics(out)
     with open(f"{out}/cost.json") as file:

@@ -136,7 +136,7 @@ def unhealthy(rows, first, updates):
         wrong["KL running away"] = (
             f"the KL is {row['kl']:.1f} nats per response: the policy leaves the SFT model behind; "
             "raise --kl_coef or lower --lr")
-    if row["clip_fraction"] > CLIPPED:
+    if row.get("clip_fraction", 0) > CLIPPED:  # a fork may not clip
         wrong["clipping"] = (
             f"{row['clip_fraction']:.0%} of the tokens are clipped, so most ratios left the clip "
             "range: the steps are too large; lower --lr or --ppo_epochs")

@@ -89,7 +89,7 @@ def micro_batch(stage, trained, args, state, texts=4):
     if state:
         return state["settings"]["micro_batch_size"]
     if torch.device(args.device).type != "cuda":
-        return LAPTOP[stage]
+        return LAPTOP.get(stage, 2)  # a stage of a fork: 2
     models = [model for model, _ in trained.values()]
     learns = [sum((p.to_local() if hasattr(p, "to_local") else p).nbytes
                   for p in model.parameters() if p.requires_grad) for model in models]

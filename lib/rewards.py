@@ -181,9 +181,8 @@ def from_model(path, tokenizer, args, load_scalar_head, last_token):
 
 
 class RunningDeviation:
-    """Divides scores by the standard deviation of all that came so far (Welford 1962), for
-    --normalize_reward; leaves them alone if it is not `wanted`. `state` is what --resume
-    needs."""
+    """The standard deviation of all scores so far (Welford 1962), by which --normalize_reward
+    divides; 1 if it is not `wanted`. `state` is what --resume needs."""
 
     def __init__(self, wanted=True, number=0, mean=0.0, squares=0.0):
         self.wanted, self.number, self.mean, self.squares = wanted, number, mean, squares
@@ -192,12 +191,11 @@ class RunningDeviation:
         return dict(number=self.number, mean=self.mean, squares=self.squares)
 
     def __call__(self, scores):
-        """`scores` (B,) -> (B,), divided by the deviation of all so far, these included; unchanged
-        while that is 0."""
+        """The deviation of all so far, these (B,) included; 1 while it is 0."""
         for score in scores.tolist() if self.wanted else []:
             self.number += 1
             distance = score - self.mean
             self.mean += distance / self.number
             self.squares += distance * (score - self.mean)
         deviation = math.sqrt(self.squares / max(1, self.number))
-        return scores / deviation if deviation > 0 else scores
+        return deviation if deviation > 0 else 1.0

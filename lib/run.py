@@ -9,6 +9,7 @@ import contextlib
 import csv
 import errno
 import glob
+import itertools
 import json
 import os
 import re
@@ -27,16 +28,17 @@ LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the
 SAVED_IS_LEFT = "; --resume continues from what is saved in last/"
 # files that a new run removes first, since they would say that the model is whole
 RESULTS = ["config.json", "critic/config.json", "curves.png", *LOGS]
-# the settings that name what a run reads
-INPUTS = ["model", "tokenizer", "sft", "rm", "reward", "data", "eval_data", "prompts",
-          "eval_prompts", "demonstrations", "gold"]
 
 
-def inputs_of(args):
-    """{setting: path} of the files and folders that a run reads. (A hub name is neither.)"""
-    return {name: path for name in INPUTS
-            if (path := getattr(args, name, None)) and os.path.exists(path)
-            and not (name == "rm" and getattr(args, "reward", None))}  # --reward takes its place
+def inputs_of(args, settings):
+    """{setting: path} of the files and folders that a run reads: what the first group of its table
+    names, but --out. (A hub name is neither.)"""
+    first_group = itertools.takewhile(lambda row: not isinstance(row, str), settings[1:])
+    names = [row[0] for row in first_group if row[0] != "out" and not isinstance(row[-1], list)]
+    given = {name: path for name in names if isinstance(path := getattr(args, name), str)}
+    if given.get("reward"):  # it takes the place of --rm
+        given.pop("rm", None)
+    return {name: path for name, path in given.items() if os.path.exists(path)}
 
 
 def locked(folder):
@@ -60,16 +62,16 @@ def locked(folder):
 class Run:
     """A run in `args.out`: its metrics, its saved state, its progress bar.
 
-    `metrics`: a row (column, what it is) or (column, what it is, panel, label) of each; the columns
-    of metrics.csv, and the panels of curves.png.
+    `settings`: the stage's table (lib.settings). `metrics`: a row (column, what it is) or (column,
+    what it is, panel, label) of each; the columns of metrics.csv, and the panels of curves.png.
 
     Made before anything is loaded: it refuses a folder that holds another run. `begin` once all
     input is read: only then does an earlier run in the folder end, or the folder get a file.
     """
 
-    def __init__(self, args, name, metrics):
+    def __init__(self, args, name, settings, metrics):
         self.args, self.folder, self.name, self.state = args, args.out, name, None
-        self.metrics = metrics
+        self.settings, self.metrics = settings, metrics
         self.last = os.path.join(args.out, "last")
         if args.resume and args.overwrite:
             stop("--resume continues a run, --overwrite starts it over: give one of them")
@@ -78,7 +80,7 @@ class Run:
         if holds and not (args.resume or args.overwrite):
             stop(f"{args.out}: holds an earlier run; --resume continues it, --overwrite "
                  "replaces it, --out names another")
-        for setting, path in inputs_of(args).items():
+        for setting, path in inputs_of(args, settings).items():
             whole_out, whole_path = (os.path.join(os.path.realpath(name), "")
                                      for name in (args.out, path))
             if whole_out.startswith(whole_path) or whole_path.startswith(whole_out):
@@ -106,7 +108,8 @@ class Run:
         `trained`: {name: (model, its optimizer)}; `generators`: {name: torch.Generator}.
         """
         self.trained, self.generators = trained, generators
-        self.inputs = {name: state.fingerprint(path) for name, path in inputs_of(self.args).items()}
+        self.inputs = {name: state.fingerprint(path)
+                       for name, path in inputs_of(self.args, self.settings).items()}
         for name, before in (self.state or {}).get("inputs", {}).items():
             if self.inputs.get(name) != before and not self.args.accept_changed_data:
                 stop(f"--{name} {getattr(self.args, name)}: no longer what it was when this run "
@@ -154,6 +157,8 @@ class Run:
 
     def log(self, **row):
         """A row of metrics.csv, on disk at once. Fields that a step does not have stay empty."""
+        if strangers := row.keys() - set(self.writer.fieldnames):
+            raise KeyError(f"{min(strangers)}: logged, but not in the table METRICS")
         with explain(f"{self.file.name}: cannot be written", SAVED_IS_LEFT, code=1):
             self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
                                   for key, value in row.items()})

@@ -18,10 +18,10 @@ def group_by_prompt(records, examples):
     return list(groups.values())
 
 
-def read_scored(path, tokenizer, max_length, args):
+def read_scored(path, tokenizer, max_length, ranking):
     """Scored completions -> [(prompt, completion, number of the record, from 1)] in tokens; of each
-    prompt the indices of its completions, with --loss ranking only where these have different
-    scores; and all scores (n,)."""
+    prompt the indices of its completions, for `ranking` only where these have different scores; and
+    all scores (n,)."""
     records = read_records(path, "user_input", "completion", "score")
     examples = encode_records(records, tokenizer, max_length, path)
     groups = group_by_prompt(records, examples)
@@ -30,7 +30,7 @@ def read_scored(path, tokenizer, max_length, args):
     warn_of_labels(path, records, examples)
     if len(set(labels.tolist())) == 1:
         stop(f"{path}: every score is {labels[0]}, so there is nothing to learn")
-    if args.loss == "regression":
+    if not ranking:
         return examples, groups, labels
     useful, same = [], []
     for group in groups:

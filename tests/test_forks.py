@@ -106,6 +106,7 @@ def test_each_fork_is_small_and_does_what_its_paper_says(
                     assert dense[i, t].item() == pytest.approx(expected, abs=1e-3)
             continue
         assert kl_coef == (0.0 if name == "grpo" else 0.1) and "gae" not in update
+        assert name != "grpo" or experience["kl_coef"] == 0.1  # of the loss, as --kl_target has it
         expected = slow_advantages(name, rewards.tolist(), mask.tolist(), 4)
         for i, advantage in enumerate(expected):
             length = int(mask[i].sum())
@@ -119,6 +120,42 @@ def test_each_fork_is_small_and_does_what_its_paper_says(
                 all(prompts[i] == prompts[i // 4 * 4] for i in range(8))
                 and prompts[0] != prompts[4]
             )
+
+
+@pytest.mark.parametrize("fork", ["grpo", "rloo"], indirect=True)
+@pytest.mark.parametrize("size, group", [(8, 3), (8, 1)])
+def test_a_batch_is_whole_groups(fork, size, group, ppo_argv, tmp_path, capsys):
+    argv = ppo_argv(critic_lr=None, batch_size=size, group_size=group, out=tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        fork[1].main(argv)
+    assert ended.value.code == 2 and "a multiple of --group_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fork", ["grpo"], indirect=True)
+def test_the_kl_coefficient_in_the_loss_adapts(fork, ppo_argv, tmp_path, monkeypatch):
+    """With --kl_target that of the second update is not --kl_coef."""
+    _, module = fork
+    used, policy_backward = [], module.policy_backward
+
+    def spy(actor, parts, experience, *rest):
+        used.append(experience["kl_coef"])
+        policy_backward(actor, parts, experience, *rest)
+
+    monkeypatch.setattr(module, "policy_backward", spy)
+    module.main(ppo_argv(critic_lr=None, updates=2, ppo_epochs=1, kl_target=1, kl_horizon=20,
+                         out=tmp_path / "out"))
+    rows = read_rows(tmp_path / "out")[-2:]
+    assert used == pytest.approx([row["kl_coef"] for row in rows for _ in range(2)], rel=1e-4)
+    assert used[0] == 0.1 and used[-1] != 0.1
+
+
+@pytest.mark.parametrize("fork", ["dense"], indirect=True)
+def test_dense_rewards_need_a_reward_model_on_tokens(fork, ppo_argv, tmp_path, capsys):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def score(user_input, completion):\n    return 1.0\n")
+    with pytest.raises(SystemExit) as ended:
+        fork[1].main(ppo_argv(rm=None, reward=reward, out=tmp_path / "out"))
+    assert ended.value.code == 2 and "dense rewards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FORKS)

@@ -288,7 +288,7 @@ def test_experience_against_one_response_at_a_time(
 
 def test_the_objective_is_what_is_maximized(home, ppo_args, four_models):
     experience, said = make_experience(
-        four_models, home, ppo_args(), normalize=lambda scores: scores / 4
+        four_models, home, ppo_args(), deviation_of=lambda scores: 4
     )
     assert said["objective"] == pytest.approx(experience["rewards"].sum(1).mean().item(), abs=1e-5)
     assert said["score"] == pytest.approx(experience["scores"].mean().item(), abs=1e-5)

@@ -6,6 +6,7 @@ mistake.
 Each run that is killed is a process of its own (forked.py).
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ import ppo
 import sft
 import train_rm
 from forked import fork, redirect
+from lib.run import Run, inputs_of
 
 TINY = dict(
     hidden_size=32,
@@ -497,3 +499,29 @@ def test_what_an_earlier_run_left_does_not_look_whole(argv, tmp_path, monkeypatc
         ppo.main(options + ["--overwrite"])
     left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
     assert not {"config.json", "critic/config.json", "curves.png"} & left
+
+
+def test_what_a_run_reads_is_in_the_first_group_of_its_table(tmp_path):
+    """A fork's own row, too; not --out, a choice, a switch, a hub name, or what --reward
+    replaces."""
+    names = ["rm", "second_rm", "reward", "hub", "critic", "switch", "out"]
+    table = ["input and output", *((name, None, None, "what it is") for name in names),
+             "training", ("later", None, None, "no input")]
+    table[5] += (["rm", "sft"],)
+    there = str(tmp_path)
+    args = argparse.Namespace(rm=there, second_rm=there, reward=None, hub="someone/llama",
+                              critic=there, switch=True, out=there, later=there)
+    assert inputs_of(args, table) == dict(rm=there, second_rm=there)
+    args.reward = there
+    assert inputs_of(args, table) == dict(second_rm=there, reward=there)
+
+
+def test_a_statistic_without_a_column_is_named(argv, tmp_path):
+    """It is an error in a fork's code: no run of the user's can mend it."""
+    run = Run(argparse.Namespace(out=str(tmp_path / "out"), resume=False, overwrite=False,
+                                 tensorboard=False, device="cpu", accept_changed_data=False),
+              "test", ["input and output"], [("step", "counted from 1")])
+    run.begin(1, {}, {}, {})
+    with pytest.raises(KeyError, match="loss: logged, but not in the table METRICS"):
+        run.log(step=1, loss=0.5)
+    run.finish()

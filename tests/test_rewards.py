@@ -171,14 +171,14 @@ def test_a_reward_of_your_own(ppo_argv, home, tmp_path, monkeypatch, capsys, cod
 
 
 def test_the_running_deviation():
-    normalize, seen = rewards.RunningDeviation(), []
+    deviation_of, seen = rewards.RunningDeviation(), []
     for seed, number in enumerate((1, 5, 8)):
         scores = torch.randn(number, generator=torch.Generator().manual_seed(seed)) * 3 + 10
         seen += scores.tolist()
         mean = sum(seen) / len(seen)
         deviation = math.sqrt(sum((x - mean) ** 2 for x in seen) / len(seen))
-        expected = scores / deviation if deviation else scores
-        assert normalize(scores).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert deviation_of(scores) == pytest.approx(deviation or 1, rel=1e-5)
+    assert rewards.RunningDeviation(wanted=False)(scores) == 1
 
 
 @pytest.mark.parametrize(

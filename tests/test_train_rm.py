@@ -317,8 +317,7 @@ def test_scores_keep_their_order_however_large_they_are(home, tmp_path):
     numbers = [1700000001, 1700000002, 1e39, 2e39]
     data = write_records(tmp_path / "data.json", [
         {"user_input": "Count.", "completion": str(n), "score": x} for n, x in enumerate(numbers)])
-    args = SimpleNamespace(loss="ranking")
-    _, groups, labels = read_scored(str(data), home.tokenizer, 64, args)
+    _, groups, labels = read_scored(str(data), home.tokenizer, 64, ranking=True)
     better, worse = train_rm.pairs(labels[groups[0]])
     assert sorted(zip(better.tolist(), worse.tolist())) == [
         (i, j) for i in range(4) for j in range(i)]

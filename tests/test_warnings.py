@@ -76,6 +76,12 @@ def test_none_within_the_usual(values):
     assert warned(run(**values)) == []
 
 
+@pytest.mark.parametrize("lacking", ["clip_fraction", "explained_variance"])
+def test_a_fork_may_lack_a_statistic(lacking):
+    rows = [{name: value for name, value in row.items() if name != lacking} for row in run()]
+    assert warned(rows) == [] and lacking not in rows[0]
+
+
 def test_a_long_response_may_be_further_away():
     assert warned(run(kl=20.0, response_length=100.0)) == []
 

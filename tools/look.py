@@ -41,7 +41,8 @@ COLUMNS = dict(kl="kl", value="old_values", reward="rewards", advantage="advanta
 
 def about_run(folder, settings, progress, table):
     """What a run's folder says without its models."""
-    rows = [row for row in table + COMMON if not isinstance(row, str) and row[0] not in FREE]
+    rows = [row for row in table + COMMON  # a fork may lack some
+            if not isinstance(row, str) and row[0] in settings and row[0] not in FREE]
     said = settings | (dict(no_eos_score=None) if settings.get("no_eos_score") == -1 else {})
     differ = [[f"{row[0]} {said[row[0]]}" for row in rows if said[row[0]] != row[column]]
               for column in (1, 2)]  # the demo's, a real model's
@@ -107,11 +108,11 @@ def experience_of(folder, args, progress, records):
     set_lr(trained["actor"][1], args.lr, 0, 1, "linear")
     set_lr(trained["critic"][1], args.critic_lr, 0, 1, "linear")
     ref = to_device(load_llama(args.sft, tokenizer), args)
-    normalize = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
+    deviation_of = rewards.RunningDeviation(args.normalize_reward, **progress["deviation"])
     everything = list(range(len(prompts)))
     experience, _ = ppo.make_experience(
         actor, critic, reward_model, ref, prompts, [everything], tokenizer, args,
-        progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), normalize)
+        progress["kl_coef"], torch.Generator(args.device).manual_seed(args.seed), deviation_of)
     texts = experience["texts"]
 
     def ask(model):
@@ -175,7 +176,8 @@ def judge(folder, args):
     reward_model = to_device(load_scalar_head(folder), args)
     records = read_records(args.eval_data, "user_input")
     max_length = min(args.max_length, reward_model.config.max_position_embeddings)
-    examples, groups, labels = read_scored(args.eval_data, tokenizer, max_length, args)
+    examples, groups, labels = read_scored(args.eval_data, tokenizer, max_length,
+                                           args.loss == "ranking")
     groups = with_pairs(groups, labels)
     scores = train_rm.score_texts(reward_model, examples, args, tokenizer.pad_token_id).cpu()
     accuracy, margin, _ = map(torch.cat, zip(*(
@@ -241,7 +243,10 @@ def main(argv=None):
         data["runs"].append(about_run(folder, settings, progress, script.SETTINGS))
         args = argparse.Namespace(**settings | dict(
             number=given.number, device=given.device, state=saved))
-        if script is ppo and not data["inside"]:
+        critic = os.path.join(folder, "critic", "config.json")
+        if script is ppo and not os.path.exists(critic):  # a fork may have none
+            print(f"{critic}: missing, so no tokens are shown")
+        elif script is ppo and not data["inside"]:
             asked = args.eval_prompts or args.prompts
             args.prompts = given.prompts or find(asked, folder, "--prompts")
             local = state["inputs"]
