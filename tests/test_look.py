@@ -318,6 +318,19 @@ def test_a_bad_run_is_one_line(home, tmp_path, capsys, what, said):
     assert not (run / "look.html").exists()
 
 
+def test_a_run_of_a_fork_without_a_critic(home, tmp_path, capsys):
+    run = tmp_path / "runs" / "rloo"
+    shutil.copytree(home.ppo, run)
+    shutil.rmtree(run / "critic")
+    state = json.loads((run / "last" / "state.json").read_text("utf-8"))
+    for name in ("critic", "critic_lr", "value_clip", "lam"):
+        del state["settings"][name]
+    (run / "last" / "state.json").write_text(json.dumps(state), "utf-8")
+    look.main([str(run)])
+    assert "config.json: missing, so no tokens are shown" in capsys.readouterr().out
+    assert (run / "look.html").exists()
+
+
 def test_a_model_of_the_hub_is_looked_for_there(tmp_path, capsys):
     assert look.find("someone/sft", str(tmp_path), "--sft", local=False) == "someone/sft"
     with pytest.raises(SystemExit):
