@@ -18,7 +18,11 @@ from lib.generation_config import generation_config_of
 
 
 def refuse_others(path):
-    """End the program with one line if `path` is something that only looks like a checkpoint."""
+    """End the program with one line if `path` is something that only looks like a checkpoint, or a
+    local path, and no name of the hub, that does not exist."""
+    is_local = path.startswith((".", "/", "~", "runs/", "data/")) or path.count("/") > 1
+    if is_local and not os.path.exists(path):
+        stop(f"{path}: no such file or folder")
     with explain(f"{path}: cannot be read"):
         names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     for file in [os.path.join(path, name) for name in names] or [path]:

@@ -65,7 +65,8 @@ def read_records(path, *fields):
             stop(f"{path}: record {number}: not a JSON object")
         for field in fields:
             if field not in record:
-                stop(f"{path}: record {number}: field '{field}' is missing")
+                stop(f"{path}: record {number}: field '{field}' is missing; python data_gen.py "
+                     "import converts other layouts")
             if wrong := what_is_wrong(field, record[field]):
                 stop(f"{path}: record {number}: field '{field}' {wrong}")
     return records

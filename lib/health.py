@@ -53,11 +53,12 @@ class LossWatch:
 
 
 def warn_of_labels(path, records, examples):
-    """Report texts that occur with different scores: no model can learn both."""
+    """Report texts with different scores in one comparison: no model can learn both."""
     seen, twice = {}, []
     for *_, number in examples:
         record = records[number - 1]
-        text = json.dumps([record["user_input"], record["completion"]])
+        text = json.dumps([record.get(name) for name in ("user_input", "completion",
+                                                         "comparison")])
         first = seen.setdefault(text, number)
         if records[first - 1]["score"] != record["score"]:
             twice.append(f"{first} and {number}")

@@ -10,11 +10,14 @@ from lib.health import warn_of_labels
 
 
 def group_by_prompt(records, examples):
-    """[[index into `examples`, ...] of each prompt]: several records share a user_input."""
+    """[[index into `examples`, ...] of each prompt]: several records share a user_input and, if they
+    have one, a `comparison`. (Answers of two comparisons were never compared, and their scores may
+    not have the same scale.)"""
     groups = {}
     for i, (_, _, number) in enumerate(examples):
-        prompt = json.dumps(records[number - 1]["user_input"], sort_keys=True)
-        groups.setdefault(prompt, []).append(i)
+        record = records[number - 1]
+        key = json.dumps([record["user_input"], record.get("comparison")], sort_keys=True)
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.checkpoints import refuse_others
-from lib.dialogue import check_template, encode_completion
+from lib.dialogue import check_template, encode_completion, in_template
 from lib.errors import explain, quiet, stop
 from lib.formats import is_meta, open_gguf, said_in
 from lib.generation_config import stated
@@ -220,8 +220,12 @@ def padding_token(tokenizer, vocab_size, path):
     """A token to pad with: the tokenizer's own unless that may end an answer, else one that no text
     holds: one named so, the unknown one, any other control token that has no part in the template,
     the beginning of a text; or a new one, if the embedding of `vocab_size` rows has room for it."""
+    said = [dict(role=role, content="a") for role in ("system", "user", "assistant")]
+    written = str(tokenizer.chat_template) + in_template(tokenizer, said[1:])
+    with contextlib.suppress(Exception):  # some templates refuse a system message
+        written += in_template(tokenizer, said)
     control = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special and token.content not in str(tokenizer.chat_template)]
+               if token.special and token.content not in written]
     named = [token for token in control if re.search("pad|reserved|unused", token, re.IGNORECASE)]
     roles = roles_of(tokenizer).values()
     idle = [token for token in control if token not in roles]

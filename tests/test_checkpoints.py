@@ -280,7 +280,7 @@ def test_a_name_of_the_hub(tmp_path, tokenizer):
 def test_paths_that_are_no_checkpoint(tmp_path, tokenizer, capfd):
     (tmp_path / "empty").mkdir()
     for path, reason in [
-        (tmp_path / "nothing" / "here", "no configuration"),
+        (tmp_path / "nothing" / "here", "no such file or folder"),
         (tmp_path / "empty", "no config.json"),
         (tmp_path / "no.gguf", "no such file"),
         (write(tmp_path / "notes.txt", "hello"), "not .gguf"),

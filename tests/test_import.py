@@ -30,6 +30,8 @@ from data_commands import (
 import ppo
 import sft
 import train_rm
+from lib.health import warn_of_labels
+from lib.scored import group_by_prompt
 from makers import options
 from tools.data import layouts
 
@@ -186,10 +188,8 @@ def test_import_splits_by_prompt_and_drops_duplicates(tmp_path, capsys):
             eval_share=0.2,
             seed=seed,
         )
-    # "Bad" once a prompt, and all of the second file
-    assert (
-        f"{40 + 20} exact duplicates dropped" in capsys.readouterr().out
-    )
+    # all of the second file; "Bad" stands in both pairs of a prompt
+    assert "20 exact duplicates dropped" in capsys.readouterr().out
     sides = [
         {
             r["user_input"]
@@ -209,11 +209,34 @@ def test_import_splits_by_prompt_and_drops_duplicates(tmp_path, capsys):
     records = read(tmp_path / "a/reward_training_data.json") + read(
         tmp_path / "a/reward_training_data_eval.json"
     )
-    assert Counter(r["score"] for r in records) == {1.0: 80, 0.0: 40}
+    assert Counter((r["score"], r["comparison"]) for r in records) == dict.fromkeys(
+        [(score, n) for score in (0.0, 1.0) for n in (1, 2)], 40)
     demonstrated = read(tmp_path / "a/actor_training_data.json")
     assert len(demonstrated) == 32 and all(
         r["completion"].startswith("Good") and "score" not in r for r in demonstrated
     )
+
+
+def test_only_what_the_pairs_of_a_prompt_say_is_learned(tmp_path, capsys):
+    """best > meh > bad: "meh" beats nothing else, "best" and "bad" are never compared, and the
+    answer that is demonstrated is the one that never lost."""
+    pairs = [{"prompt": "P", "chosen": better, "rejected": worse}
+             for better, worse in (("meh", "bad"), ("best", "meh"))]
+    lone = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+    run("import", write(tmp_path / "x.json", [*pairs, lone]), "--make", "actor", "reward",
+        out=tmp_path, eval_share=0)
+    records = read(tmp_path / "reward_training_data.json")
+    assert ["comparison" in r for r in records] == [True] * 4 + [False] * 2
+    examples = [([], [], n) for n in range(1, 7)]
+    warn_of_labels("x", records, examples)
+    assert "again with another score" not in capsys.readouterr().out
+    groups = group_by_prompt(records, examples)
+    stated = [{(records[a]["completion"], records[b]["completion"])
+               for a in group for b in group if records[a]["score"] > records[b]["score"]}
+              for group in groups]
+    assert stated == [{("meh", "bad")}, {("best", "meh")}, {("yes", "no")}]
+    demonstrated = read(tmp_path / "actor_training_data.json")
+    assert [r["completion"] for r in demonstrated] == ["best", "yes"]
 
 
 def test_import_leaves_out_what_is_no_pair_and_says_why(tmp_path, capsys):
@@ -725,6 +748,27 @@ def test_import_of_other_files(tmp_path, capsys, name, text):
     run("import", write(tmp_path / name, text), out=tmp_path / "out", eval_share=0)
     assert read(tmp_path / "out/actor_training_data.json") == ANSWERS
     assert "not used: source (in 1 records)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, table, said",
+    [
+        ("x.csv", "prompt,response\n你好,好\n".encode("gbk"), "not UTF-8 at byte 16; save the file "
+         "as UTF-8"),
+        ("x.csv", b"prompt;response\nhi, you;ok\n", "its header is one column, 'prompt;response'; "
+         "save the file with commas, not ';', between the columns"),
+        ("x.csv", b"prompt\tresponse\nhi\tok\n", "save the file with commas, not '\\t', between"),
+        ("x.tsv", b"prompt,response\nhi,ok\n", "save the file with tabs, not ',', between"),
+    ],
+)
+def test_a_table_that_says_how_to_save_it(tmp_path, capsys, name, table, said):
+    source = tmp_path / name
+    source.write_bytes(table)
+    line = refused(capsys, lambda: run("import", source, out=tmp_path / "out"))
+    assert f"{source}: " in line and said in line and not (tmp_path / "out").exists()
+    write(source, f"prompt\n{EN}\n")
+    run("import", source, out=tmp_path / "out", eval_share=0)
+    assert read(tmp_path / "out/rlhf_training_data.json") == [{"user_input": EN}]
 
 
 def test_scores_of_a_table_are_numbers(tmp_path, capsys):

@@ -189,7 +189,10 @@ def test_odd_items_of_a_list(tmp_path, capsys):
     assert imported(tmp_path, [*odd, good]) == answers("x", 3, "y", 5)
     said = capsys.readouterr().out
     assert "left out 4: not what question as prompt, answers: text as completion" in said
-    assert "left out 1: its completions are all the same (records 5)" in said
+    assert "left out 1: fewer than two of its completions have a score (records 5)" in said
+    record = {"prompt": "Q", "generations": ["x", "y"], "ratings": [4, None]}
+    assert imported(tmp_path, [record]) == []
+    assert "fewer than two of its completions have a score" in capsys.readouterr().out
 
 
 def test_cells_beyond_the_header_are_named(tmp_path, capsys):
@@ -201,6 +204,8 @@ def test_cells_beyond_the_header_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("record", [
     {"question": "Q", "response_j": "x", "response_k": "y"},
     {"prompt": "Q", "pos_resp": "x", "neg_resp": "y"},
+    {"system": "", "history": [], "question": "Q", "response_chosen": "x",
+     "response_rejected": "y"},  # shibing624
     {"trajectory": [user("Q")], "chosen": "x", "rejected": "y"},
     {"context": [{"role": "human", "text": "Q"}], "chosen": {"role": "assistant", "text": "x"},
      "rejected": {"role": "assistant", "text": "y"}},  # hh_rlhf_cn
@@ -227,6 +232,83 @@ def test_pairs_of_whole_dialogues_keep_what_stands_before(tmp_path, before, aske
     sides = [[*asked, assistant("x")], [*asked, assistant("y")]]
     pair = before | {"chosen": sides[0], "rejected": sides[1]}
     assert imported(tmp_path, [pair]) == answers("x", 1, "y", 0, prompt=prompt)
+
+
+def form(begin, end, last=None, model="assistant"):
+    """What begins a question and an answer, and what ends them."""
+    return begin.format("user"), begin.format(model), end, last or end
+
+
+HUMAN = ["Human: ", "Assistant: ", "\n\n", "\n\n"]
+GUANACO = ["### Human: ", "### Assistant: ", "\n", "\n"]
+HEADED = [
+    form("<|im_start|>{}\n", "<|im_end|>\n"),  # ChatML
+    form("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),  # LLaMA 3
+    form("<start_of_turn>{}\n", "<end_of_turn>\n", model="model"),  # Gemma
+    form("<|{}|>\n", "</s>\n"),  # Zephyr
+    form("<|{}|>\n", "<|end|>\n", "<|end|>\n<|endoftext|>"),  # Phi 3
+    form("<|im_start|>{}<|im_sep|>", "<|im_end|>"),  # Phi 4
+    form("<|{}|>\n", "\n", "</s>\n")]  # Tulu
+FORMS = [*HEADED, ("<s>[INST] ", "", " [/INST]", " </s>")]  # LLaMA 2
+
+
+@pytest.mark.parametrize("first", ["", "<|begin_of_text|>", "<bos>", "<s>"])
+@pytest.mark.parametrize("marks", FORMS)
+def test_templates(tmp_path, marks, first):
+    asks, says, asked, end = marks
+    first = first if not asks.startswith("<s>") else ""
+    prompt, before = f"{first}{asks}Q{asked}{says}", f"{first}{asks}P{asked}{says}w{end}"
+    pair = {"prompt": prompt, "chosen": f"x{end}", "rejected": f"y{end}"}
+    assert imported(tmp_path, [pair]) == FIRST
+    assert imported(tmp_path, [pair | {"prompt": prompt.strip()}]) == FIRST
+    ours = {"user_input": TALK, "completion": "x\n\n1 < 2"}
+    text = f"{before}{asks}Q{asked}{says}x\n\n1 < 2{end}"
+    assert imported(tmp_path, [{"text": text}, {"text": text.strip()}]) == [ours]
+
+
+def test_a_template_with_a_system_message(tmp_path):
+    for said, ours in ("S", SYSTEM_AND_Q), ("", "Q"):  # Zephyr's writes an empty one
+        text = f"<|system|>\n{said}</s>\n<|user|>\nQ</s>\n<|assistant|>\nx</s>"
+        assert imported(tmp_path, [{"text": text}]) == [{"user_input": ours, "completion": "x"}]
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+@pytest.mark.parametrize("marks", [*FORMS, HUMAN, GUANACO])
+def test_an_answer_that_is_the_whole_dialogue(tmp_path, marks, ending):
+    asks, says, asked, end = marks
+    short = f"{asks}Q{asked}{says}"
+    talk = f"{asks}P{asked}{says}w{end}{short}"
+    for prompt, before, ours in [("Q", short, "Q"), (short, short, "Q"), ("Q", talk, TALK),
+                                 (talk, talk, TALK), (talk, short, TALK),
+                                 *[("Q", says, "Q")] * (marks in HEADED)]:
+        x, y = f"{before}x{end}", f"{before}y{end}"
+        for record in ({"chosen": x, "rejected": y},
+                       {"response_a": x, "response_b": y, "winner": "a"}):
+            assert imported(tmp_path, [record | {"prompt": prompt}], f"x.{ending}") == answers(
+                "x", 1, "y", 0, prompt=ours)
+        assert imported(tmp_path, [{"prompt": prompt, "completion": x}], f"x.{ending}") == [
+            {"user_input": ours, "completion": "x"}]
+
+
+def test_an_answer_about_a_dialogue_is_an_answer(tmp_path):
+    """Only one that repeats the question is the dialogue."""
+    x = "Human: Hello.\n\nAssistant: Hi."
+    pair = {"prompt": "Write a dialogue.", "chosen": x, "rejected": "y"}
+    assert imported(tmp_path, [pair]) == answers(x, 1, "y", 0, prompt="Write a dialogue.")
+    assert imported(tmp_path, [{"prompt": "Write a dialogue.", "completion": x}]) == [
+        {"user_input": "Write a dialogue.", "completion": x}]
+
+
+def test_an_answer_that_is_a_dialogue_of_another_kind(tmp_path, capsys):
+    good = {"prompt": "Q", "completion": "x"}
+    open_end = "Human: Q\n\nAssistant: x\n\nHuman: Thanks"
+    assert imported(tmp_path, [good, good | {"completion": open_end}]) == [
+        {"user_input": "Q", "completion": "x"}]
+    talks = [f"Human: Q\n\nAssistant: {said}\n\nHuman: R\n\nAssistant: z" for said in "xy"]
+    assert imported(tmp_path, [{"prompt": "Q", "chosen": talks[0], "rejected": talks[1]}]) == []
+    said = capsys.readouterr().out
+    assert "left out 1: its completion does not end with the assistant (records 2)" in said
+    assert "left out 1: its two sides answer different prompts (records 1)" in said
 
 
 @pytest.mark.parametrize("prompt", [
@@ -559,16 +641,17 @@ def test_turns_of_helpsteer_2(tmp_path):
         "x", 3, prompt=[user("Q"), assistant("x"), user("R\n\nR")])
 
 
-@pytest.mark.parametrize("more", ["STRAY\n", "<|im_start|>user name=Bob\nR<|im_end|>\n"])
-def test_text_between_the_messages_of_chatml(tmp_path, capsys, more):
+@pytest.mark.parametrize("more, reason", [
+    ("STRAY\n", "there is text outside its messages"),
+    ("<|im_start|>user name=Bob\nR<|im_end|>\n", "a message is of 'user name=Bob'")])
+def test_text_between_the_messages_of_chatml(tmp_path, capsys, more, reason):
     text = "<|im_start|>user\nQ<|im_end|>\n{}<|im_start|>assistant\nit's"  # cut: it has no end
     whole = text.format("") + "<|im_end|>\n</s>"  # the end of the text says nothing
     assert imported(tmp_path, [{"text": whole}, {"text": text.format(more)}]) == [
         {"user_input": "Q", "completion": "it's"}]
     assert imported(tmp_path, [{"text": text.format("")}]) == [
         {"user_input": "Q", "completion": "it's"}]
-    said = capsys.readouterr().out
-    assert "left out 1: there is text outside its messages (records 2)" in said
+    assert f"left out 1: {reason} (records 2)" in capsys.readouterr().out
 
 
 def test_llama_2_text_before_the_system_message_stays(tmp_path):

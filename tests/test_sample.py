@@ -12,10 +12,22 @@ from data_commands import DIALOGUE, read, refused, run, write
 import model
 from lib.data import left_pad
 from lib.dialogue import encode_prompt
-from tools.data import sets
+from tools.data import sample, sets
 
 
-def test_sample(tmp_path, checkpoint, capsys):
+@pytest.fixture(autouse=True)
+def many_ends(monkeypatch):
+    """Every sixth token ends an answer: of a random model few would end otherwise."""
+    def load(*given):
+        tokenizer = model.load_tokenizer(*given)
+        tokenizer.end_ids += range(10, len(tokenizer), 6)
+        return tokenizer
+
+    monkeypatch.setattr(sample, "load_tokenizer", load)
+    return load
+
+
+def test_sample(tmp_path, checkpoint, capsys, many_ends):
     prompts = [{"user_input": f"Say {i}."} for i in range(9)] + [
         {"user_input": DIALOGUE},
         {"user_input": "Say 0."},
@@ -30,12 +42,9 @@ def test_sample(tmp_path, checkpoint, capsys):
     assert list(dict.fromkeys(sets.prompt_key(r["user_input"]) for r in records)) == [
         sets.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
     ]
-    assert (
-        len(records)
-        == 11 * 4 - int(re.search(r"(\d+) that repeat another", said)[1])
-        == len({json.dumps(r) for r in records})
-        > 22
-    )
+    cut, same = (int(re.search(rf"(\d+) that {why}", said)[1]) for why in ("were cut", "repeat"))
+    assert len(records) == 11 * 4 - cut - same == len({json.dumps(r) for r in records}) > 22
+    assert cut > 0
     # a run that was stopped goes on with the same result
     journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
     (tmp_path / "b.json.journal.jsonl").write_bytes(b"\n".join(journal[:6]))
@@ -45,13 +54,26 @@ def test_sample(tmp_path, checkpoint, capsys):
     assert read(tmp_path / "c.json") != records
     greedy = dict(options, temperature=0, k=2, batch_size=3)
     run("sample", source, out=tmp_path / "d.json", **greedy)
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = many_ends(checkpoint)
     llama = model.load_llama(checkpoint, tokenizer)
-    ids, mask = left_pad([encode_prompt(tokenizer, "Say 3.")], tokenizer.pad_token_id)
-    tokens = model.generate(llama, ids, mask, 12, tokenizer.eos_token_id, temperature=0).tokens[0]
-    assert [r["completion"] for r in read(tmp_path / "d.json") if r["user_input"] == "Say 3."] == [
-        tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    ]
+    expected = []
+    for prompt in prompts[:9]:
+        ids, mask = left_pad([encode_prompt(tokenizer, prompt["user_input"])],
+                             tokenizer.pad_token_id)
+        tokens = model.generate(llama, ids, mask, 12, tokenizer.end_ids, temperature=0).tokens[0]
+        if tokens[-1] in tokenizer.end_ids:
+            expected.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    assert [r["completion"] for r in read(tmp_path / "d.json")
+            if str(r["user_input"]).startswith("Say")] == expected and 0 < len(expected)
+
+
+def test_every_completion_is_cut(tmp_path, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "load_tokenizer", model.load_tokenizer)
+    source = write(tmp_path / "x.json", [{"user_input": "Say 1."}])
+    with pytest.raises(SystemExit) as ended:
+        run("sample", source, out=tmp_path / "a.json", model=checkpoint, k=2, max_new_tokens=1)
+    assert ended.value.code == 1 and "every completion was cut" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):

@@ -67,8 +67,10 @@ def test_a_missing_tokenizer(tmp_path, meta, hf, gguf_file, capfd):
     (meta / "tokenizer.model").unlink()
     (tmp_path / "empty").mkdir()
     cut(gguf_file, 0.5)
-    for path in [meta, hf, tmp_path / "empty", tmp_path / "nothing" / "here"]:
+    for path in [meta, hf, tmp_path / "empty"]:
         assert f"error: {path}: no tokenizer" in refused(capfd, load_tokenizer, str(path))
+    nothing = str(tmp_path / "nothing" / "here")
+    assert f"error: {nothing}: no such file" in refused(capfd, load_tokenizer, nothing)
     assert f"error: {gguf_file}: damaged" in refused(capfd, load_tokenizer, str(gguf_file))
     assert f"error: {tmp_path / 'no.gguf'}: no such file" in refused(
         capfd, load_tokenizer, str(tmp_path / "no.gguf")
@@ -653,6 +655,19 @@ def test_where_one_token_plays_all_roles_another_pads(tmp_path, more, rows, pad,
         t = load_tokenizer(str(tmp_path))
         assert t.pad_token == pad and t.end_ids == [256]
         assert len(t) <= (rows or 300) and t.pad_token_id != 256
+
+
+def test_a_token_that_the_template_composes_does_not_pad(tmp_path):
+    backend = Tokenizer(models.BPE(vocab={chr(256 + i): i for i in range(256)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|spare|>"])
+    t.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + "
+                       "eos_token }}{% endfor %}{% if add_generation_prompt %}"
+                       "{{ '<|' + 'assistant' + '|>' }}{% endif %}")
+    t.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|spare|>"
 
 
 TEMPLATES = {

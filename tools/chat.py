@@ -208,7 +208,7 @@ def score_all(prompts, answers, args):
     checkpoint are. An answer that was cut has no token that ends it, and is scored at its last one.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        tokenizer, config = load_tokenizer(args.reward), read_config(args.reward)
+        config, tokenizer = read_config(args.reward), load_tokenizer(args.reward)
         reward_model = load_scalar_head(args.reward, getattr(torch, args.dtype)).to(args.device)
 
     def score(user_input, text, ended):

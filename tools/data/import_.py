@@ -17,17 +17,25 @@ from tools.data.sets import add_make, prompt_key, save_sets
 def convert(paths, number=None, mapped={}, all_turns=False, keep=()):
     """Our records of files in any layout, of each file's first `number`, without exact duplicates.
     Those with fields to keep have them in {"kept": {field: value}}; those whose score is a label's
-    have {"by_label": True}."""
-    records, found = {}, 0
+    have {"by_label": True}; those of a prompt of which several source records compare answers have
+    the number of theirs, {"comparison": 1}."""
+    records, found, comparisons = {}, 0, {}
     for path in paths:
         made = convert_file(path, number, mapped, all_turns, keep)
         found += len(made)
         for ours in made:
-            key = (prompt_key(ours["user_input"]), ours.get("completion"), ours.get("score"),
+            prompt, compared = prompt_key(ours["user_input"]), ours.pop("compared", None)
+            if compared:
+                of_prompt = comparisons.setdefault(prompt, {})
+                ours["comparison"] = of_prompt.setdefault(compared, len(of_prompt) + 1)
+            key = (prompt, ours.get("completion"), ours.get("score"), ours.get("comparison"),
                    json.dumps(ours.get("kept"), sort_keys=True))
             records.setdefault(key, ours)
     if found > len(records):
         print(f"{found - len(records)} exact duplicates dropped")
+    for ours in records.values():
+        if len(comparisons.get(prompt_key(ours["user_input"]), [])) < 2:
+            ours.pop("comparison", None)
     return list(records.values())
 
 

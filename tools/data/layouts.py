@@ -19,10 +19,10 @@ PARTS = {
     "input": ["input", "context"],     # what the prompt is about, where it is not the prompt
     "completion": ["completion", "output", "response", "solution", "answer", "target",
                    "targets"],
-    "chosen": ["chosen", "chosen_response", "preferred_output", "preferred", "response_j",
-               "pos_resp"],
-    "rejected": ["rejected", "rejected_response", "non_preferred_output", "dispreferred",
-                 "response_k", "neg_resp"],
+    "chosen": ["chosen", "chosen_response", "response_chosen", "preferred_output", "preferred",
+               "response_j", "pos_resp"],
+    "rejected": ["rejected", "rejected_response", "response_rejected", "non_preferred_output",
+                 "dispreferred", "response_k", "neg_resp"],
     "score": ["score", "rating", "overall_score", "helpfulness"],
     "label": ["label", "kto_tag", "is_safe", "is_correct"],  # whether the completion is a good one
 }
@@ -44,17 +44,35 @@ def named_in(fields, names):
 # ------------------------------------------------------------------------------------------------
 # Dialogues
 
+# How a chat template writes a message: what begins it, with the role in it, and what ends it. A
+# prompt that somebody stripped ends with the role.
+TEMPLATES = {
+    r"<\|im_start\|>([^\n<]*)(?:\n|<\|im_sep\|>|$)": r"<\|im_end\|>",       # ChatML, Phi 4
+    r"<\|start_header_id\|>([^\n<]*)<\|end_header_id\|>": r"<\|eot_id\|>",  # LLaMA 3
+    r"<start_of_turn>([^\n<]*)(?:\n|$)": "<end_of_turn>",                   # Gemma
+    r"<\|(system|user|assistant)\|>(?:\n|$)": r"</s>|<\|end\|>",            # Zephyr, Tulu, Phi 3
+}
+START = r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>)?\s*"
+TEMPLATE = re.compile(rf"{START}(?:{'|'.join(TEMPLATES)}|\[INST\])")
+ENDS = re.compile(r"(?:(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|</s>|<eos>|"
+                  r"<\|end_?of_?text\|>)\s*)+$")
+
+
 def turns_of(text):
     """Chat messages from a text: turns after "### Human:" (guanaco), after "Human:" at the
-    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in ChatML,
-    in [INST] of LLaMA 2, or after <extra_id_1> (HelpSteer 2); else one message of the user. What
-    stands before the first turn of a transcript is the system message; of HelpSteer 2, the user's.
+    beginning of a paragraph (HH) or, where the text begins with it, of a line (BELLE), in one of
+    TEMPLATES, in [INST] of LLaMA 2, or after <extra_id_1> (HelpSteer 2); else one message of the
+    user. What stands before the first turn of a transcript is the system message; of HelpSteer 2,
+    the user's.
     """
-    if text.lstrip().startswith("<|im_start|>"):
-        message = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.S)
-        if re.sub(r"</s>|<\|end_?of_?text\|>", "", message.sub("", text)).strip():
-            raise LeftOut("there is text outside its messages")
-        return [(role, said.strip()) for role, said in message.findall(text)]
+    for begin, end in TEMPLATES.items():
+        if re.match(START + begin, text):
+            _, *parts = re.split(begin, text)
+            said = [ENDS.sub("", part).strip() for part in parts[1::2]]
+            if any(re.search(end, part) for part in said):
+                raise LeftOut("there is text outside its messages")
+            return [(role, part) for role, part in zip(parts[::2], said)
+                    if part or role != "system"]  # Zephyr's template writes an empty one
     if re.match(r"\s*(<s>)?\s*\[INST\]", text):
         system, rest = re.fullmatch(r"(?:(?:<s>|\[INST\]|\s)*<<SYS>>\s*(.*?)\s*<</SYS>>)?(.*)",
                                     text, re.S).groups()

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections import Counter
 
 from lib.data import read_values, what_is_wrong
@@ -61,11 +62,17 @@ def read_file(path):
         return values
     with explain(f"{path}: cannot be read"):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+            try:
+                text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+            except UnicodeDecodeError as error:
+                stop(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8")
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",",
-                              restkey="cells beyond the header")
+        by, called = ("\t", "tabs") if name.endswith(".tsv") else (",", "commas")
+        rows = csv.DictReader(text, delimiter=by, restkey="cells beyond the header")
         names = Counter(filter(None, rows.fieldnames or []))
+        if len(names) == 1 and (other := re.search("[;,|\t]", *names)):
+            stop(f"{path}: its header is one column, {[*names][0]!r}; save the file with {called}, "
+                 f"not {other[0]!r}, between the columns")
         if again := [field for field, n in names.items() if n > 1]:
             stop(f"{path}: its header names {', '.join(map(repr, again))} more than once: rename "
                  "these columns")

@@ -3,7 +3,8 @@
 import contextlib
 import re
 
-from tools.data.layouts import PARTS, LeftOut, as_prompt, dialogue, named_in, with_system
+from tools.data.layouts import (ENDS, PARTS, TEMPLATE, LeftOut, as_prompt, dialogue, named_in,
+                                with_system)
 
 
 def parts_of(fields, mapped):
@@ -144,7 +145,10 @@ def from_parts(record, parts, all_turns):
     if completion is None and "completion" in parts and not is_ours:  # ours may be a bare prompt
         raise LeftOut(f"its {parts['completion']} is missing")
     if completion is not None:
-        messages = [*messages, {"role": "assistant", "content": answer_of(completion)}]
+        said = said_in(answer_of(completion), messages)
+        if not said or said[-1]["role"] != "assistant":
+            raise LeftOut("its completion does not end with the assistant")
+        messages = [*asked_by(messages, said[:-1]), said[-1]]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not messages or messages[-1]["role"] != "assistant":
         shown = answers if all_turns else []
@@ -167,10 +171,6 @@ def answer_in(messages, i):
     return {"user_input": as_prompt(messages[:i]), "completion": messages[i]["content"].strip()}
 
 
-TEMPLATE = re.compile(r"\s*(<\|im_start\|>|<\|start_header_id\|>|(<s>)?\s*\[INST\])")
-ENDS = re.compile(r"(?:(?:<\|im_end\|>|</s>|<\|end_?of_?text\|>|<\|eot_id\|>)\s*)+$")
-
-
 def without_ends(ours, theirs):
     """Our records; if a text of theirs is in a chat template, without the marks of a turn's end
     behind the answers."""
@@ -186,6 +186,17 @@ def from_pair(before, chosen, rejected, better=1.0):
     answers = [(answer, score) for side, score in ((chosen, better), (rejected, 0.0)) for answer in
                (side if before and isinstance(side, list) and isinstance(side[0], str) else [side])]
     return from_sides(before, *zip(*answers))
+
+
+def said_in(text, before):
+    """The messages of a text that answers `before`: the answer; or a dialogue that ends with it, if
+    the text is in a chat template, begins as HH's do, or repeats the question. Any other text with
+    turns in it is an answer about a dialogue."""
+    said, asked = dialogue(text), unspaced(before[-1:])
+    if TEMPLATE.match(text) or text.startswith("\n\nHuman:") or any(
+            turn in asked for turn in unspaced(said[:-1])):
+        return said
+    return [{"role": "assistant", "content": text}]
 
 
 def asked_by(before, said):
@@ -204,10 +215,7 @@ def from_sides(before, sides, scores):
     """Each side is an answer to the messages `before`, or the whole dialogue."""
     prompts, answers = [], []
     for side in sides:
-        if before and isinstance(side, str) and not side.startswith("\n\nHuman:"):
-            said = [{"role": "assistant", "content": side}]
-        else:
-            said = dialogue(side)
+        said = said_in(side, before) if before and isinstance(side, str) else dialogue(side)
         if not before and len(said) < 2:
             raise LeftOut("there is no prompt")
         if not said or said[-1]["role"] != "assistant":
@@ -220,7 +228,10 @@ def from_sides(before, sides, scores):
 
 
 def scored(prompt, answers):
-    """Records of [(text, score)], answers to one prompt."""
+    """Records of [(text, score)], answers to one prompt, compared with each other."""
+    if len(answers) < 2:
+        raise LeftOut("fewer than two of its completions have a score")
     if len({text for text, _ in answers}) < 2:
         raise LeftOut("its completions are all the same")
-    return [{"user_input": prompt, "completion": text, "score": score} for text, score in answers]
+    return [{"user_input": prompt, "completion": text, "score": score,
+             "compared": repr(answers)} for text, score in answers]

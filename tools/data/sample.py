@@ -22,8 +22,8 @@ from tools.data.sets import prompt_key
 
 def sample(args):
     """K completions per prompt, each with the fields of the prompt's record, which a judge may ask
-    for. Each batch has its own random numbers, so a run that was stopped and continued gives the
-    same result."""
+    for; without those that were cut, which a reward model must not take for whole ones. Each batch
+    has its own random numbers, so a run that was stopped and continued gives the same result."""
     records, again = {}, set()
     for record in read_records(args.file, "user_input"):
         # what was said to it before, and its score, are not those of a sample
@@ -50,7 +50,7 @@ def sample(args):
     journal = journal_of(args, **options)
     how = list(options.values())
     tokens = encode_prompts(prompts, tokenizer, room, args.file)
-    keys = [digest("sample", how, prompt_key(prompt)) for prompt in prompts]
+    keys = [digest("ended", how, prompt_key(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # little padding
     step = max(1, args.batch_size // args.k)
     bar = tqdm(total=len(prompts), desc="sample", unit="prompt", dynamic_ncols=True)
@@ -66,23 +66,30 @@ def sample(args):
                 journal.add(keys[i], {"completions": texts[n * args.k:(n + 1) * args.k]})
         bar.update(len(batch))
     bar.close()
-    written = [journal.answers[key]["completions"] for key in keys]
-    same = sum(len(texts) - len(set(texts)) for texts in written)
-    print(f"{len(prompts)} prompts, {args.k} completions each; {same} that repeat another of the "
-          "same prompt are left out")
+    written = [[text for text in journal.answers[key]["completions"] if text is not None]
+               for key in keys]
+    whole = sum(map(len, written))
+    same = whole - sum(len(set(texts)) for texts in written)
+    print(f"{len(prompts)} prompts, {args.k} completions each; left out: "
+          f"{len(prompts) * args.k - whole} that were cut at --max_new_tokens, {same} that repeat "
+          "another of the same prompt")
+    if not whole:
+        stop(f"--max_new_tokens {args.max_new_tokens}: every completion was cut; raise it, or train "
+             f"{args.model} longer, until it ends its answers", code=1)
     save(args.out, [record | {"completion": text}
                     for record, texts in zip(records.values(), written)
                     for text in dict.fromkeys(texts)])
 
 
 def write(prompts, seed, llama, tokenizer, args):
-    """One text for each of the prompts, which are lists of tokens."""
+    """A text for each of the prompts, which are lists of tokens; None where it was cut."""
     input_ids, mask = left_pad(prompts, tokenizer.pad_token_id, args.device)
     generator = torch.Generator(args.device).manual_seed(seed)
     out = generate(llama, input_ids, mask, args.max_new_tokens, tokenizer.end_ids,
                    args.temperature, args.top_k, args.top_p, generator)
-    return [tokenizer.decode(row[used.bool()].tolist(), skip_special_tokens=True).strip()
-            for row, used in zip(out.tokens, out.mask)]
+    rows = [row[used.bool()].tolist() for row, used in zip(out.tokens, out.mask)]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip()
+            if row[-1] in tokenizer.end_ids else None for row in rows]
 
 
 def main(name, argv):

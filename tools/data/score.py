@@ -46,8 +46,8 @@ def read_score(text):
     """The score in [0, 5] that a judge's text gives, or None: of "Score: 4/5", "**4.5**", "4,5",
     "8 out of 10" (4.0), "四分半" (4.5).
 
-    The last number after a word for score counts; else the last one with a scale ("4/5", "4分");
-    else a number that is the only one.
+    The last number after a word for score counts, if one of these words begins a line the last of
+    those that do; else the last one with a scale ("4/5", "4分"); else a number that is the only one.
     """
     text = unicodedata.normalize("NFKC", text).replace("负", "-")
     # Chinese numerals where a score can stand: with 点, before 分, or at the end. (第一 is no score,
@@ -59,8 +59,11 @@ def read_score(text):
     text = re.sub(SCALE, " ", text)  # before decimal commas: "[0,5]"
     text = re.sub(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])", r"\1.\2", text)
     alone = set(re.findall(ALONE, text))
-    if found := re.findall(NAMED, text) or re.findall(SCALED, text):
-        value, scale = found[-1]
+    named = list(re.finditer(NAMED, text))
+    first = [match for match in named
+             if not text[:match.start()].rpartition("\n")[2].strip(" *#>_-'\"{[")]
+    if found := first or named or list(re.finditer(SCALED, text)):
+        value, scale = found[-1].groups()
     elif len(alone) == 1:
         value, scale = alone.pop(), ""
     else:

@@ -41,12 +41,14 @@ def sets_of(records, make):
               "fields that prompts keep")
     scored = [r for r in records if "score" in r]
     demonstrations = [r for r in records if "score" not in r]
-    best = {}
+    marks, best = {}, {}  # an answer may stand in several comparisons: its mean score counts
     for r in scored if make else []:
-        now = best.setdefault(prompt_key(r["user_input"]), r)
-        if r["score"] > now["score"]:
-            best[prompt_key(r["user_input"])] = r
-    good = [r for key, r in best.items() if r["score"] > 0 or key not in labelled]
+        marks.setdefault((prompt_key(r["user_input"]), r["completion"]), []).append(r)
+    for (prompt, _), rows in marks.items():
+        mean = sum(r["score"] for r in rows) / len(rows)
+        if prompt not in best or mean > best[prompt][0]:
+            best[prompt] = mean, rows[0]
+    good = [r for key, (mean, r) in best.items() if mean > 0 or key not in labelled]
     if len(good) < len(best) and "actor" in make:
         print(f"{len(best) - len(good)} prompts have only answers that are labelled as bad, which "
               "are not demonstrations")
