@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import torch
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from lib.distributed import RANK, WORLD, wait_for_all
 from lib.errors import explain, stop
 from lib.signals import Signals
 
+TIDY_EVERY = 20  # seconds; memory that was given back comes again a page at a time, which takes time
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
 SAVED_IS_LEFT = "; --resume continues from what is saved in last/"
 # files that a new run removes first, since they would say that the model is whole
@@ -93,6 +95,7 @@ class Run:
             os.makedirs(args.out, exist_ok=True)
         if torch.device(args.device).type == "cpu":
             kernels.keep_freed_memory()
+        self.tidy_at = 0.0
         if args.resume and os.path.exists(os.path.join(self.last, "state.json")):
             self.state = state.read(self.last, args)
         elif args.resume and "curves.png" in holds:  # it is complete
@@ -195,6 +198,9 @@ class Run:
         self.step += 1
         self.bar.set_postfix_str(postfix, refresh=False)
         self.bar.update()
+        if torch.device(self.args.device).type == "cpu" and time.monotonic() > self.tidy_at:
+            kernels.return_freed_memory()
+            self.tidy_at = time.monotonic() + TIDY_EVERY
         self.signals.agree()
         if self.step % self.args.save_every == 0 or self.step == self.steps or self.signals.caught:
             if self.signals.caught:  # there may be little time

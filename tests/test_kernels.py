@@ -1,12 +1,15 @@
 """lib/kernels.py: the faster products are the plain ones."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib import kernels
 from lib.kernels import attention, linear
-from makers import assert_close
+from makers import ROOT, assert_close
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,23 @@ def test_attention_is_one_fused_kernel(T, masked, dtype, device):
                else mask.double())
     expected = scores.softmax(-1) @ v.double().repeat_interleave(3, 1)
     assert_close(found.double(), expected, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_freed_memory_between_blocks_in_use_is_returned():
+    """Half of 64 blocks of 4 MB are freed, each beside one in use: 128 MB, in holes."""
+    code = """if True:
+        import torch
+        from lib import kernels
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * 4096 / 1e6
+        kernels.keep_freed_memory()
+        blocks = [torch.ones(1_000_000) for _ in range(64)]
+        del blocks[::2]
+        kept = resident()
+        kernels.return_freed_memory()
+        assert kept - resident() > 110, (kept, resident())
+        assert all(block.sum() == 1_000_000 for block in blocks)
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

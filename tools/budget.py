@@ -66,7 +66,8 @@ def budget(stage, config, args):
     (lib.distributed.to_device). "gradients": of one model, since actor and critic step one after
     the other. "peak": what is there at one time; gradients are freed before a rollout. "resident":
     on a CPU freed memory is kept (lib.kernels.keep_freed_memory), and its holes add three quarters
-    of the activations, as bench/memory.py measures.
+    of the activations, as bench/memory.py measures, in two steps; more in a long run
+    (docs/memory.md).
     """
     def size(parameters):
         return sum(p.nbytes for p in parameters)
