@@ -239,6 +239,15 @@ def test_only_what_the_pairs_of_a_prompt_say_is_learned(tmp_path, capsys):
     assert [r["completion"] for r in demonstrated] == ["best", "yes"]
 
 
+def test_scored_answers_that_repeat_the_dialogue(tmp_path):
+    asked = "Human: Q\n\nAssistant:"
+    theirs = {"prompt": asked, "responses": [f"{asked} good", f"{asked} bad"], "scores": [2, 1]}
+    run("import", write(tmp_path / "x.json", [theirs]), out=tmp_path, eval_share=0)
+    assert read(tmp_path / "reward_training_data.json") == [
+        {"user_input": "Q", "completion": text, "score": score}
+        for text, score in (("good", 2), ("bad", 1))]
+
+
 def test_import_leaves_out_what_is_no_pair_and_says_why(tmp_path, capsys):
     good = {"chosen": HH + "Good.", "rejected": HH + "Bad."}
     bad = [

@@ -68,9 +68,10 @@ def find_list(objects, fields, parts):
 
     def convert(r):
         items = rows_of({name: r[name] for name in used} if len(used) > 1 else r[used[0]])
-        found = [(answer_of(item[text]).strip(), -number(item[mark]) if is_rank else item[mark])
-                 for item in items if is_something(item.get(mark))]
-        return scored(as_prompt(asked_in(r, parts)), found), len(items) - len(found)
+        marked = [item for item in items if is_something(item.get(mark))]
+        scores = [-number(item[mark]) if is_rank else item[mark] for item in marked]
+        answers = [answer_of(item[text]) for item in marked]
+        return from_sides(asked_in(r, parts), answers, scores), len(items) - len(marked)
     of = "" if len(used) > 1 else f"{used[0]}: "
     what = f"{of}{text} as completion, {mark} as {'rank, 1 the best' if is_rank else 'score'}"
     # the sides of GPT-4-LLM's comparisons stand in its list too

@@ -213,6 +213,8 @@ def asked_by(before, said):
 
 def from_sides(before, sides, scores):
     """Each side is an answer to the messages `before`, or the whole dialogue."""
+    if len(sides) < 2:
+        raise LeftOut("fewer than two of its completions have a score")
     prompts, answers = [], []
     for side in sides:
         said = said_in(side, before) if before and isinstance(side, str) else dialogue(side)
@@ -229,8 +231,6 @@ def from_sides(before, sides, scores):
 
 def scored(prompt, answers):
     """Records of [(text, score)], answers to one prompt, compared with each other."""
-    if len(answers) < 2:
-        raise LeftOut("fewer than two of its completions have a score")
     if len({text for text, _ in answers}) < 2:
         raise LeftOut("its completions are all the same")
     return [{"user_input": prompt, "completion": text, "score": score,
