@@ -456,8 +456,8 @@ def make_experience(actor, critic, reward_model, ref, prompts, minibatches, toke
     normalized = scores / deviation
     rewards = token_rewards(normalized, kl, mask, kl_coef)
     if args.whiten_rewards:
-        # about their mean, which stays (lm-human-preferences; Huang et al. 2024). Still the sum of
-        # a response now depends on its length, too
+        # about their mean, which stays (lm-human-preferences; Huang et al. 2024). Even so, the sum
+        # of a response's rewards comes to depend on its length
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
     if not args.no_whiten_advantages:

@@ -10,9 +10,9 @@ from lib.health import warn_of_labels
 
 
 def group_by_prompt(records, examples):
-    """[[index into `examples`, ...] of each prompt]: several records share a user_input and, if they
-    have one, a `comparison`. (Answers of two comparisons were never compared, and their scores may
-    not have the same scale.)"""
+    """[[index into `examples`, ...] of each prompt]: several records share a user_input and, where
+    they have one, a `comparison`. (Answers in different comparisons were never compared, and their
+    scores may not have the same scale.)"""
     groups = {}
     for i, (_, _, number) in enumerate(examples):
         record = records[number - 1]

@@ -166,6 +166,27 @@ def test_two_processes_equal_one(argv, tmp_path, tmp_path_factory, stage, more):
     same(stage, two, alone(argv, stage, tmp_path_factory, more if more == LORA else ()))
 
 
+def test_one_process_asks_reward_and_gold_judge(argv, tmp_path):  # noqa: F811
+    """Two processes have the curves of one, and the files are asked as often, about as many
+    texts."""
+    judge, log = tmp_path / "judge.py", tmp_path / "asked"
+    judge.write_text(f"""def scores(user_inputs, completions):
+    with open({str(log)!r}, "a") as file:
+        file.write(f"{{len(completions)}}\\n")
+    return [len(asked + text) % 7 for asked, text in zip(user_inputs, completions)]
+""")
+    options = short(argv, "ppo")
+    at = options.index("--rm")
+    options[at : at + 2] = ["--reward", str(judge), "--gold", str(judge)]
+    asked = []
+    for number in (1, 2):
+        check(launch(number, "ppo", options, tmp_path / str(number)))
+        asked.append(log.read_text().split())
+        log.unlink()
+    same("ppo", tmp_path / "2", tmp_path / "1")
+    assert asked[0] == asked[1] and rows(tmp_path / "2")[-1]["eval_gold"] > 0
+
+
 RESUMED = [("sft", 1, 2), ("sft", 2, 1), ("train_rm", 2, 1), ("ppo", 1, 2)]
 
 

@@ -243,10 +243,10 @@ def main(argv=None):
         data["runs"].append(about_run(folder, settings, progress, script.SETTINGS))
         args = argparse.Namespace(**settings | dict(
             number=given.number, device=given.device, state=saved))
-        critic = os.path.join(folder, "critic", "config.json")
-        if script is ppo and not os.path.exists(critic):  # a fork may have none
+        critic, is_first = os.path.join(folder, "critic", "config.json"), not data["inside"]
+        if script is ppo and is_first and not os.path.exists(critic):  # a fork may have none
             print(f"{critic}: missing, so no tokens are shown")
-        elif script is ppo and not data["inside"]:
+        elif script is ppo and is_first:
             asked = args.eval_prompts or args.prompts
             args.prompts = given.prompts or find(asked, folder, "--prompts")
             local = state["inputs"]

@@ -27,7 +27,8 @@ def sample(args):
     records, again = {}, set()
     for record in read_records(args.file, "user_input"):
         # what was said to it before, and its score, are not those of a sample
-        record = {k: value for k, value in record.items() if k not in ("completion", "score")}
+        record = {k: value for k, value in record.items()
+                  if k not in ("completion", "score", "comparison")}
         key = prompt_key(record["user_input"])
         if records.setdefault(key, record) != record:
             again.add(key)
