@@ -14,13 +14,18 @@ from lib.data import left_pad
 from lib.dialogue import encode_prompt
 from tools.data import sample, sets
 
+HOT = 1000.0  # a temperature
+
 
 @pytest.fixture(autouse=True)
 def many_ends(monkeypatch):
-    """Every sixth token ends an answer: of a random model few would end otherwise."""
+    """Every third token ends an answer, and HOT makes all tokens about equally probable. Which
+    answers end may differ between processors, which round differently; that some do, and some do
+    not, is certain but for one chance in a hundred thousand.
+    """
     def load(*given):
         tokenizer = model.load_tokenizer(*given)
-        tokenizer.end_ids += range(10, len(tokenizer), 6)
+        tokenizer.end_ids += range(10, len(tokenizer), 3)
         return tokenizer
 
     monkeypatch.setattr(sample, "load_tokenizer", load)
@@ -34,7 +39,7 @@ def test_sample(tmp_path, checkpoint, capsys, many_ends):
         {"user_input": "long " * 3000},
     ]
     source = write(tmp_path / "x.json", prompts)
-    options = dict(model=checkpoint, k=4, max_new_tokens=12, batch_size=16, temperature=1.5)
+    options = dict(model=checkpoint, k=4, max_new_tokens=3, batch_size=16, temperature=HOT)
     run("sample", source, out=tmp_path / "a.json", **options)
     said = capsys.readouterr().out
     assert "of 11 prompts, 1 cut on the left" in said
@@ -43,7 +48,7 @@ def test_sample(tmp_path, checkpoint, capsys, many_ends):
         sets.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
     ]
     cut, same = (int(re.search(rf"(\d+) that {why}", said)[1]) for why in ("were cut", "repeat"))
-    assert len(records) == 11 * 4 - cut - same == len({json.dumps(r) for r in records}) > 22
+    assert len(records) == 11 * 4 - cut - same == len({json.dumps(r) for r in records}) > 11
     assert cut > 0
     # a run that was stopped goes on with the same result
     journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
@@ -52,7 +57,7 @@ def test_sample(tmp_path, checkpoint, capsys, many_ends):
     assert read(tmp_path / "b.json") == records
     run("sample", source, out=tmp_path / "c.json", seed=1, **options)
     assert read(tmp_path / "c.json") != records
-    greedy = dict(options, temperature=0, k=2, batch_size=3)
+    greedy = dict(options, temperature=0, k=2, max_new_tokens=12, batch_size=3)
     run("sample", source, out=tmp_path / "d.json", **greedy)
     tokenizer = many_ends(checkpoint)
     llama = model.load_llama(checkpoint, tokenizer)
@@ -79,7 +84,7 @@ def test_every_completion_is_cut(tmp_path, checkpoint, capsys, monkeypatch):
 def test_a_prompt_more_leaves_the_other_completions(tmp_path, checkpoint):
     """People may have ranked them."""
     prompts = [{"user_input": f"Say {i}."} for i in range(5)]
-    options = dict(model=checkpoint, k=2, max_new_tokens=8, batch_size=8, temperature=1.5,
+    options = dict(model=checkpoint, k=4, max_new_tokens=8, batch_size=8, temperature=HOT,
                    out=tmp_path / "a.json")
     run("sample", write(tmp_path / "x.json", prompts), **options)
     before = read(tmp_path / "a.json")
@@ -98,7 +103,7 @@ def test_the_fields_of_a_prompt_stay_with_its_samples(tmp_path, checkpoint, caps
         {"user_input": "Say 1.", "answer": "V"},
     ]
     source = write(tmp_path / "x.json", prompts)
-    options = dict(model=checkpoint, k=3, max_new_tokens=8, batch_size=3, temperature=1.5)
+    options = dict(model=checkpoint, k=4, max_new_tokens=8, batch_size=3, temperature=HOT)
     run("sample", source, out=tmp_path / "a.json", **options)
     assert f"{source}: 1 prompts came again with other fields" in capsys.readouterr().out
     records = read(tmp_path / "a.json")
@@ -121,7 +126,7 @@ def test_completions_sampled_in_another_way_do_not_take_their_place(
     tmp_path, checkpoint, capsys, option, value
 ):
     source = write(tmp_path / "x.json", [{"user_input": "Say 1."}])
-    options = dict(model=checkpoint, k=2, max_new_tokens=8, temperature=1.5,
+    options = dict(model=checkpoint, k=4, max_new_tokens=8, temperature=HOT,
                    out=tmp_path / "a.json")
     run("sample", source, **options)
     before = (tmp_path / "a.json").read_bytes()
