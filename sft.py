@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, read_records, text_lengths
-from lib.distributed import clip_gradients, largest, my_parts, start_processes, to_device, total
+from lib.distributed import (clip_gradients, largest, micro_batches, start_processes, to_device,
+                             total)
 from lib.errors import clean_exit, stop
 from lib.health import LossWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -46,8 +47,9 @@ SETTINGS = [
     "training",
     ("epochs",            6,      3,      "passes over the demonstrations"),
     ("batch_size",        32,     128,    "demonstrations per optimizer step"),
-    ("micro_batch_size",  32,     0,      "demonstrations per forward pass: only bounds the "
-                                          "memory. 0: 4 on a CPU, on a GPU as many as fit", whole),
+    ("micro_batch_size",  32,     0,      "demonstrations per forward pass, more if they are "
+                                          "short: only bounds the memory. 0: 4 on a CPU, on a GPU "
+                                          "as many as fit", whole),
     ("lr",                1e-3,   2e-5,   "peak of AdamW's learning rate; warm-up, then a cosine"),
     ("weight_decay",      0.1,    0.0,    "AdamW's weight decay"),
     ("max_length",        256,    512,    "tokens per demonstration; a longer one loses the "
@@ -96,9 +98,9 @@ def evaluate(model, examples, args, pad_token_id):
     """Mean loss over all completion tokens, nats. `examples`: (prompt, completion, number of the
     record), the texts as lists of tokens."""
     loss, tokens = 0.0, 0
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+    lengths = text_lengths(examples)
     with torch.no_grad():
-        for part, weight in my_parts(order, args.micro_batch_size):
+        for part, weight in micro_batches(range(len(lengths)), lengths, args.micro_batch_size):
             batch = collate([examples[i] for i in part], pad_token_id, args.device)
             losses = completion_losses(model, *batch, args)
             loss, tokens = loss + weight * losses.sum().item(), tokens + weight * len(losses)
@@ -147,7 +149,7 @@ def main(argv=None):
         # loss and per_text, each record's loss per token, stay on the device until the step's end:
         # asking a GPU for a number waits until it is done
         loss, per_text, records = 0.0, [], []
-        for part, weight in my_parts(batch, args.micro_batch_size):
+        for part, weight in micro_batches(batch, lengths, args.micro_batch_size):
             examples = [train[i] for i in part]
             losses = completion_losses(
                 model, *collate(examples, tokenizer.pad_token_id, args.device), args,

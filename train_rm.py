@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.data import collate, encode_records, length_batches, on, read_records
-from lib.distributed import (RANK, clip_gradients, gather_rows, my_parts, release, start_processes,
-                             to_device, total)
+from lib.data import collate, encode_records, length_batches, on, read_records, text_lengths
+from lib.distributed import (RANK, clip_gradients, gather_rows, micro_batches, my_parts, release,
+                             start_processes, to_device, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -57,8 +57,9 @@ SETTINGS = [
     ("loss",              "ranking", "ranking", "what to learn", ["ranking", "regression"]),
     ("epochs",            3,        1,      "passes over the prompts"),
     ("batch_size",        4,        64,     "prompts per optimizer step, with all completions"),
-    ("micro_batch_size",  4,        0,      "prompts per forward pass: only bounds the memory. "
-                                            "0: 2 on a CPU, on a GPU as many as fit", whole),
+    ("micro_batch_size",  4,        0,      "prompts per forward pass, more if their texts are "
+                                            "short: only bounds the memory. 0: 2 on a CPU, on a "
+                                            "GPU as many as fit", whole),
     ("lr",                5e-4,     9e-6,   "peak of AdamW's learning rate; warm-up, then a cosine "
                                             "to a tenth"),
     ("max_length",        256,      512,    "tokens per text; a longer one loses the beginning of "
@@ -167,20 +168,21 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     return accuracy.mean().item(), margin.mean().item(), error, by_gap
 
 
-def backward(reward_model, batch, examples, labels, args, pad_token_id):
-    """Add the gradient of --loss on a batch of prompts, each given by the indices of its
-    completions -> the loss, how many pairs of completions the model puts in the right order, and
-    how many there are. The first two stay on the device: asking a GPU for a number waits for it."""
+def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id):
+    """Add the gradient of --loss on a batch of so many `prompts`, in `parts` [(part, weight)]; in a
+    part each prompt is given by the indices of its completions -> the loss, how many pairs of
+    completions the model puts in the right order, and how many there are. The first two stay on the
+    device: asking a GPU for a number waits for it."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     loss, right, number = 0.0, 0.0, 0
-    for part, weight in my_parts(batch, args.micro_batch_size):
+    for part, weight in parts:
         rows, sizes = sum(part, []), [len(group) for group in part]
         input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
         with autocast(args):
             scores = last_token(reward_model(input_ids), places)
         by_prompt = list(zip(scores.split(sizes), labels[rows].split(sizes)))
         # the mean over the prompts of the batch: each weighs the same, however many completions
-        micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / len(batch)
+        micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / prompts
         micro_loss.backward()
         loss += micro_loss.detach()
         # where each prompt has one completion, they are compared across prompts
@@ -218,21 +220,25 @@ def main(argv=None):
              "are needed to scale the scores")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
-    lengths = [sum(len(examples[i][0]) + len(examples[i][1]) for i in group) for group in groups]
+    tokens, sizes = text_lengths(examples), [len(group) for group in groups]
+    lengths = [sum(tokens[i] for i in group) for group in groups]
+    longest = [max(tokens[i] for i in group) for group in groups]
     order = torch.Generator().manual_seed(args.seed)
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     steps, steps_per_epoch = len(batches), len(batches) // args.epochs
     trained = {"reward_model": (reward_model, optimizer)}
-    args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(map(len, groups)))
+    args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(sizes))
     kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = RankingWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches, 1))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step - 1, steps, floor=0.1)
-        loss, right, number = backward(reward_model, [groups[g] for g in batch], examples, labels,
-                                       args, tokenizer.pad_token_id)
+        parts = [([groups[g] for g in part], weight) for part, weight in micro_batches(
+            batch, longest, args.micro_batch_size, sizes)]
+        loss, right, number = backward(reward_model, parts, len(batch), examples, labels, args,
+                                       tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)
         loss, right, grad_norm = torch.stack([loss, right, grad_norm]).tolist()
         loss, right, number = total(loss), total(right), total(number)  # of all processes
