@@ -143,7 +143,7 @@ def train(args):
             "--critic_lr", LR)
     for step in [step for step in variants.STEPS if step in args.steps]:
         for seed, (name, options) in itertools.product(
-                args.seeds, variants.variants(step, args.batch).items()):
+                args.seeds, variants.variants(step, args).items()):
             updates = args.short_episodes // args.batch
             run(args, variants.folder(name, seed), "ppo", *ppo_options(
                 args, "rm", updates, KL_COEF, seed), *options)

@@ -10,9 +10,9 @@ STEPS = ["adam", "levers"]
 LAST = 3  # updates whose means the tables give
 
 
-def variants(step, batch):
-    """{name: options of ppo.py} of a step."""
-    large_epsilon, all_at_once = ["--adam_eps", "1e-5"], ["--minibatch_size", batch]
+def variants(step, args):
+    """{name: options of ppo.py} of a step. `args`: the sizes of bench/real_run.py."""
+    large_epsilon, all_at_once = ["--adam_eps", "1e-5"], ["--minibatch_size", args.batch]
     no_clipping, twice = ["--max_grad_norm", "inf"], ["--lr", "5e-5", "--critic_lr", "1e-4"]
     if step == "adam":
         return {
@@ -23,12 +23,16 @@ def variants(step, batch):
             "one mini-batch": all_at_once,
             "epsilon 1e-5, one mini-batch": large_epsilon + all_at_once,
         }
+    small_batch = ["--batch_size", args.batch // 2, "--minibatch_size", args.batch // 4,
+                   "--updates", 2 * args.short_episodes // args.batch, "--eval_every",
+                   2 * args.every]
     return {  # what might make an answer count for more, or a nat
         "epsilon 1e-8": [],
         "twice the learning rates": twice,
         "epsilon 1e-5, twice the learning rates": large_epsilon + twice,
         "lambda 1": ["--lam", 1],
         "two passes": ["--ppo_epochs", 2],
+        "batches half as large": small_batch,
         "kl_coef 0.1": ["--kl_coef", 0.1],
         "kl_coef 0.2": ["--kl_coef", 0.2],
         "k3": ["--kl_kind", "k3"],
@@ -52,7 +56,7 @@ def report(args, step):
     """`step`.md in --out: each variant and seed, all of which have been run."""
     tokenizer = load_tokenizer(f"{args.out}/sft")
     before, lines = load_llama(f"{args.out}/sft", tokenizer), []
-    for name in variants(step, args.batch):
+    for name in variants(step, args):
         for seed in args.seeds:
             path = f"{args.out}/{folder(name, seed)}"
             with open(f"{path}/metrics.csv", encoding="utf-8") as file:

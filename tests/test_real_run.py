@@ -117,7 +117,7 @@ def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(real_run.subprocess, "run", stage)
     one = {"no clipping": ["--max_grad_norm", "inf"]}
-    monkeypatch.setattr(real_run.variants, "variants", lambda step, batch: one)
+    monkeypatch.setattr(real_run.variants, "variants", lambda step, args: one)
     steps = ["data", "sft", "rm", "ppo", "over", "levers", "report"]
     options = ["--small", "--seeds", "0", "--device", "cpu", "--dtype", "float32", "--steps", *steps]
     monkeypatch.setattr(sys, "argv", ["real_run.py", *options, "--out", str(tmp_path / "run")])
@@ -146,12 +146,15 @@ def test_the_whole_run_in_small(real_run, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("step", variants.STEPS)
 def test_the_options_of_a_variant(real_run, step):
     args = SimpleNamespace(out="runs", **real_run.SMALL)
-    usual = [str(option) for option in real_run.ppo_options(args, "rm", 4, 0.05, 0)]
+    usual = [str(option) for option in real_run.ppo_options(
+        args, "rm", args.short_episodes // args.batch, 0.05, 0)]
     seen = []
-    for name, options in variants.variants(step, args.batch).items():
+    for name, options in variants.variants(step, args).items():
         options = [*usual, *map(str, options)]
         args_of_run, _ = parse("ppo.py", "", ppo.SETTINGS, options, real_if=["sft"])
         seen.append(vars(args_of_run))
+        assert args_of_run.updates * args_of_run.batch_size == args.short_episodes, name
+        assert args_of_run.eval_every * args_of_run.batch_size == args.every * args.batch, name
     assert all(seen.count(settings) == 1 for settings in seen)  # each changes something
 
 
