@@ -118,24 +118,28 @@ def my_parts(rows, size):
 
 def micro_batches(rows, lengths, size, texts=None):
     """Cut rows into parts, similar lengths together, so that little is padded -> [(part, weight)];
-    of many processes, the parts of this one (my_parts). A part has at most as many tokens, padding
-    included, as `size` of the largest rows: many short ones go through in one pass.
+    of many processes, those of this one, as in `my_parts`. A part has at most as many tokens,
+    padding included, as `size` of the largest rows: many short ones go through in one pass.
 
     `lengths`: the tokens of each row, or, of a row of several `texts`, those of the longest. Such
     rows keep their order."""
     if texts is None:
         rows, texts = sorted(rows, key=lambda i: lengths[i]), [1] * len(lengths)
-    if WORLD > 1:  # all processes need the same number of parts: `size` rows each
-        return my_parts(rows, size)
     most = size * max((n * length for n, length in zip(texts, lengths)), default=0)
-    parts, number, longest = [], 0, 0  # number, longest: of the texts of the last part
-    for i in rows:
-        number, longest = number + texts[i], max(longest, lengths[i])
-        if not parts or number * longest > most:
-            parts.append([])
-            number, longest = texts[i], lengths[i]
-        parts[-1].append(i)
-    return [(part, 1) for part in parts]
+
+    def cut(rows):
+        parts, number, longest = [], 0, 0  # number, longest: of the texts of the last part
+        for i in rows:
+            number, longest = number + texts[i], max(longest, lengths[i])
+            if not parts or number * longest > most:
+                parts.append([])
+                number, longest = texts[i], lengths[i]
+            parts[-1].append(i)
+        return parts
+
+    everyones = [cut(rows[rank::WORLD]) for rank in range(WORLD)]
+    passes, mine = max(map(len, everyones)), everyones[RANK]
+    return [(part, 1) for part in mine] + [(rows[:1], 0)] * (passes - len(mine))
 
 
 def own_stream(generator):

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from lib import distributed
 from lib.distributed import micro_batches
 
 
@@ -44,3 +45,19 @@ def test_rows_of_several_texts_keep_their_order():
 
 def test_no_rows_are_no_micro_batches():
     assert micro_batches([], [], 4) == []
+
+
+@pytest.mark.parametrize("rows", [[6, 0, 1, 5], [4, 7]])
+def test_all_processes_have_as_many_micro_batches(monkeypatch, rows):
+    """One that has fewer repeats a row with weight 0; each row counts once."""
+    lengths = [1, 1, 1, 30, 1, 40, 50, 2, 60]
+    everyones = []
+    monkeypatch.setattr(distributed, "WORLD", 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "RANK", rank)
+        everyones.append(micro_batches(rows, lengths, 1))
+    assert len(set(map(len, everyones))) == 1
+    assert sorted(i for parts in everyones for part, weight in parts if weight for i in part) == (
+        sorted(rows))
+    assert {weight for parts in everyones for _, weight in parts} == {0, 1}
+    assert all(part for parts in everyones for part, _ in parts)
