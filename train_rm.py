@@ -154,12 +154,17 @@ def score_texts(reward_model, examples, args, pad_token_id):
         return gather_rows(read, parts, len(examples))[0]
 
 
+def compare(scores, groups, labels):
+    """The `pair_statistics` of all pairs in groups of completions."""
+    found = [pair_statistics(scores[group], labels[group]) for group in with_pairs(groups, labels)]
+    return map(torch.cat, zip(*found))
+
+
 def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     """Held-out pair accuracy, mean margin, root mean squared error, and the accuracy by label gap:
     [(upper end of the gap, accuracy, number of pairs)]."""
     scores = score_texts(reward_model, examples, args, pad_token_id).cpu()
-    accuracy, margin, gap = map(torch.cat, zip(*(
-        pair_statistics(scores[group], labels[group]) for group in with_pairs(groups, labels))))
+    accuracy, margin, gap = compare(scores, groups, labels)
     edges = torch.linspace(0, 1, 5, dtype=gap.dtype)[1:] * (gap.max() if len(gap) else 1)
     bins = torch.bucketize(gap, edges)
     by_gap = [(edges[b].item(), accuracy[bins == b].mean().item(), int((bins == b).sum()))
@@ -170,11 +175,10 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 
 def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id):
     """Add the gradient of --loss on a batch of so many `prompts`, in `parts` [(part, weight)]; in a
-    part each prompt is given by the indices of its completions -> the loss, how many pairs of
-    completions the model puts in the right order, and how many there are. The first two stay on the
-    device: asking a GPU for a number waits for it."""
+    part each prompt is given by the indices of its completions -> the loss, and the scores, each at
+    its index, 0 elsewhere. Both stay on the device: asking a GPU for a number waits for it."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
-    loss, right, number = 0.0, 0.0, 0
+    loss, all_scores = 0.0, torch.zeros(len(labels), device=args.device)
     for part, weight in parts:
         rows, sizes = sum(part, []), [len(group) for group in part]
         input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
@@ -185,11 +189,8 @@ def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id)
         micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / prompts
         micro_loss.backward()
         loss += micro_loss.detach()
-        # where each prompt has one completion, they are compared across prompts
-        for s, t in by_prompt if max(sizes) > 1 else [(scores, labels[rows])]:
-            accuracy = pair_statistics(s.detach(), t)[0]
-            right, number = right + weight * accuracy.sum(), number + weight * len(accuracy)
-    return loss, right, number
+        all_scores[on(args.device, rows)] += weight * scores.detach()
+    return loss, all_scores
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,11 +238,13 @@ def main(argv=None):
         lr = set_lr(optimizer, args.lr, step - 1, steps, floor=0.1)
         parts = [([groups[g] for g in part], weight) for part, weight in micro_batches(
             batch, longest, args.micro_batch_size, sizes)]
-        loss, right, number = backward(reward_model, parts, len(batch), examples, labels, args,
-                                       tokenizer.pad_token_id)
+        loss, scores = backward(reward_model, parts, len(batch), examples, labels, args,
+                                tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)
-        loss, right, grad_norm = torch.stack([loss, right, grad_norm]).tolist()
-        loss, right, number = total(loss), total(right), total(number)  # of all processes
+        found = torch.cat([torch.stack([loss, grad_norm]), scores]).cpu()
+        loss, grad_norm = found[:2].tolist()
+        loss, scores = total(loss), total(found[2:])  # of all processes
+        accuracy, *_ = compare(scores, [groups[g] for g in batch], labels)
         records = [examples[i][2] for g in batch for i in groups[g]]
         check_finite(step, loss, grad_norm, args.data, records)
         watch.see(loss, records)
@@ -249,7 +252,7 @@ def main(argv=None):
         optimizer.zero_grad()
 
         row = dict(step=step, epoch=(step - 1) // steps_per_epoch + 1, loss=loss, lr=lr,
-                   accuracy=right / number if number else None, grad_norm=grad_norm,
+                   accuracy=accuracy.mean().item() if len(accuracy) else None, grad_norm=grad_norm,
                    tokens_per_s=sum(lengths[g] for g in batch) / (time.perf_counter() - started))
         if held_out and (step % args.eval_every == 0 or step == steps):
             row["eval_accuracy"], row["eval_margin"], error, _ = evaluate(

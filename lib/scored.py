@@ -54,5 +54,6 @@ def with_pairs(groups, labels):
     useful = [group for group in groups if len(set(labels[group].tolist())) > 1]
     if 2 * sum(map(len, useful)) >= sum(map(len, groups)):
         return useful
-    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(64)
-    return [group.tolist() for group in mixed]
+    together = sorted(i for group in groups for i in group)
+    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(0))
+    return [[together[i] for i in part] for part in order.split(64)]

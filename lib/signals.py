@@ -6,7 +6,7 @@ import threading
 
 from tqdm import tqdm
 
-from lib.distributed import largest
+from lib.distributed import RANK, largest, wait_for_all
 
 
 class Signals:
@@ -34,7 +34,9 @@ class Signals:
     def leave(self, folder):
         """The end of an interrupted run, its state being saved: exit code 128 + the signal's
         number."""
+        wait_for_all()  # rank 0 saves, and where one process ends, torchrun ends all
         self.restore()
-        tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume continues",
-                   file=sys.stderr)
+        if RANK == 0:
+            tqdm.write(f"interrupted; saved in {folder}/last: the same command with --resume "
+                       "continues", file=sys.stderr)
         raise SystemExit(128 + self.caught)

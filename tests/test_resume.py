@@ -22,6 +22,7 @@ import torch
 import data_gen
 import lib.checkpoints
 import lib.run
+import lib.signals
 import lib.state
 import model
 import ppo
@@ -525,3 +526,15 @@ def test_a_statistic_without_a_column_is_named(argv, tmp_path):
     with pytest.raises(KeyError, match="loss: logged, but not in the table METRICS"):
         run.log(step=1, loss=0.5)
     run.finish()
+
+
+def test_an_interrupted_process_waits_until_the_state_is_saved(monkeypatch, capsys):
+    """Rank 0 saves. Where another ended before, torchrun would end rank 0 too."""
+    done, run = [], lib.signals.Signals()
+    run.restore()
+    run.caught = signal.SIGTERM
+    monkeypatch.setattr(lib.signals, "RANK", 1)
+    monkeypatch.setattr(lib.signals, "wait_for_all", lambda: done.append("waited"))
+    with pytest.raises(SystemExit) as end:
+        run.leave("out")
+    assert end.value.code == 143 and done == ["waited"] and capsys.readouterr().err == ""
