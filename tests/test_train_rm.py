@@ -281,7 +281,8 @@ def test_rm_regression_on_single_completions(home, rm_argv, tmp_path):
     usual = dict(data=data, eval_data=held_out, loss="regression", epochs=1, eval_every=3)
     train_rm.main(rm_argv(**usual, out=tmp_path / "out"))
     rows = read_rows(tmp_path / "out")
-    assert all(0 <= row["accuracy"] <= 1 for row in rows[:-1])  # the last may have one prompt
+    found = [row["accuracy"] for row in rows if row["accuracy"] is not None]  # else all tie
+    assert len(found) >= len(rows) - 1 and all(0 <= accuracy <= 1 for accuracy in found)
     train_rm.main(rm_argv(**usual, micro_batch_size=1, out=tmp_path / "one"))
     assert [row["accuracy"] for row in read_rows(tmp_path / "one")] == [
         row["accuracy"] for row in rows]
