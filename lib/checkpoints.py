@@ -221,7 +221,8 @@ def write(folder, config, tensors, tokenizer, generation_config, scalar):
     if not scalar and config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     try:
-        with explain(f"{folder}: the checkpoint cannot be written", code=1), quiet():
+        with explain(f"{folder}: the checkpoint cannot be written", "; when it can, --resume "
+                     "continues the run", code=1), quiet():
             os.makedirs(folder, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)
             plain.save_pretrained(part, state_dict=tensors)
