@@ -20,8 +20,8 @@ HOT = 1000.0  # a temperature
 @pytest.fixture(autouse=True)
 def many_ends(monkeypatch):
     """Every third token ends an answer, and HOT makes all tokens about equally probable. Which
-    answers end may differ between processors, which round differently; that some do, and some do
-    not, is certain but for one chance in a hundred thousand.
+    answers end may differ between processors, which round differently; that of those to each
+    prompt some do, and of all some do not, is certain but for one chance in a hundred thousand.
     """
     def load(*given):
         tokenizer = model.load_tokenizer(*given)
@@ -39,7 +39,7 @@ def test_sample(tmp_path, checkpoint, capsys, many_ends):
         {"user_input": "long " * 3000},
     ]
     source = write(tmp_path / "x.json", prompts)
-    options = dict(model=checkpoint, k=4, max_new_tokens=3, batch_size=16, temperature=HOT)
+    options = dict(model=checkpoint, k=16, max_new_tokens=3, batch_size=16, temperature=HOT)
     run("sample", source, out=tmp_path / "a.json", **options)
     said = capsys.readouterr().out
     assert "of 11 prompts, 1 cut on the left" in said
@@ -48,7 +48,7 @@ def test_sample(tmp_path, checkpoint, capsys, many_ends):
         sets.prompt_key(p["user_input"]) for p in prompts if p is not prompts[10]
     ]
     cut, same = (int(re.search(rf"(\d+) that {why}", said)[1]) for why in ("were cut", "repeat"))
-    assert len(records) == 11 * 4 - cut - same == len({json.dumps(r) for r in records}) > 11
+    assert len(records) == 11 * 16 - cut - same == len({json.dumps(r) for r in records}) > 11
     assert cut > 0
     # a run that was stopped goes on with the same result
     journal = (tmp_path / "a.json.journal.jsonl").read_bytes().split(b"\n")
