@@ -146,7 +146,8 @@ def score_texts(reward_model, examples, args, pad_token_id):
         input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
         return [last_token(reward_model(input_ids), places)]
 
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + len(examples[i][1]))
+    lengths = text_lengths(examples)
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
     # micro_batch_size counts prompts, taken as 4 texts each; a bar, since it can take minutes
     parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
                  disable=RANK > 0)
@@ -155,7 +156,8 @@ def score_texts(reward_model, examples, args, pad_token_id):
 
 
 def compare(scores, groups, labels):
-    """The `pair_statistics` of all pairs in groups of completions."""
+    """`pair_statistics` of the pairs in all groups, each a list of indices into `scores` and
+    `labels` (n,)."""
     found = [pair_statistics(scores[group], labels[group]) for group in with_pairs(groups, labels)]
     return map(torch.cat, zip(*found))
 
@@ -174,9 +176,10 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
 
 
 def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id):
-    """Add the gradient of --loss on a batch of so many `prompts`, in `parts` [(part, weight)]; in a
-    part each prompt is given by the indices of its completions -> the loss, and the scores, each at
-    its index, 0 elsewhere. Both stay on the device: asking a GPU for a number waits for it."""
+    """Add the gradient of --loss on a batch. `parts`: its micro-batches [(part, weight)], in which
+    a prompt is the list of the indices of its completions; `prompts`: how many the batch has -> the
+    loss, and the scores of all `examples` (n,), 0 for those outside the batch. Both stay on the
+    device: asking a GPU for a number waits until it is done."""
     loss_function = ranking_loss if args.loss == "ranking" else regression_loss
     loss, all_scores = 0.0, torch.zeros(len(labels), device=args.device)
     for part, weight in parts:
@@ -241,7 +244,7 @@ def main(argv=None):
         loss, scores = backward(reward_model, parts, len(batch), examples, labels, args,
                                 tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)
-        found = torch.cat([torch.stack([loss, grad_norm]), scores]).cpu()
+        found = torch.cat([torch.stack([loss, grad_norm]), scores]).cpu()  # the only wait
         loss, grad_norm = found[:2].tolist()
         loss, scores = total(loss), total(found[2:])  # of all processes
         accuracy, *_ = compare(scores, [groups[g] for g in batch], labels)

@@ -121,8 +121,8 @@ def micro_batches(rows, lengths, size, texts=None):
     of many processes, those of this one, as in `my_parts`. A part has at most as many tokens,
     padding included, as `size` of the largest rows: many short ones go through in one pass.
 
-    `lengths`: the tokens of each row, or, of a row of several `texts`, those of the longest. Such
-    rows keep their order."""
+    `lengths`: the tokens of each row. If rows have several texts each, `texts` says how many, and
+    `lengths` is that of the longest; such rows keep their order."""
     if texts is None:
         rows, texts = sorted(rows, key=lambda i: lengths[i]), [1] * len(lengths)
     most = size * max((n * length for n, length in zip(texts, lengths)), default=0)
