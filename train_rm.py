@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, on, read_records, text_lengths
-from lib.distributed import (RANK, clip_gradients, gather_rows, micro_batches, my_parts, release,
-                             start_processes, to_device, total)
+from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, micro_batches, my_parts,
+                             release, start_processes, to_device, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -140,6 +140,9 @@ def normalize_(reward_model, scores):
 # ------------------------------------------------------------------------------------------------
 # Reading, scoring, learning
 
+PASSES = 4  # in which the texts of a micro-batch are read
+
+
 def score_texts(reward_model, examples, args, pad_token_id):
     """The model's scores (n,) of [(prompt, completion, ...)]."""
     def read(rows):
@@ -175,6 +178,23 @@ def evaluate(reward_model, examples, groups, labels, args, pad_token_id):
     return accuracy.mean().item(), margin.mean().item(), error, by_gap
 
 
+def scores_of(reward_model, texts, args, pad_token_id):
+    """The model's scores (n,) of texts, in several passes, the shortest texts first. Completions of
+    one prompt differ in length: in a single pass a third of all tokens or more would be padding."""
+    lengths, n = text_lengths(texts), len(texts)
+    order = sorted(range(n), key=lambda i: lengths[i])
+    scores = torch.zeros(n, device=args.device)
+    for k in range(PASSES):
+        rows = order[k * n // PASSES:(k + 1) * n // PASSES]
+        if not rows and WORLD > 1:
+            rows = order[:1]  # of many processes each makes as many passes
+        if rows:
+            input_ids, places = collate([texts[i] for i in rows], pad_token_id, args.device)
+            with autocast(args):
+                scores[on(args.device, rows)] = last_token(reward_model(input_ids), places)
+    return scores
+
+
 def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id):
     """Add the gradient of --loss on a batch. `parts`: its micro-batches [(part, weight)], in which
     a prompt is the list of the indices of its completions; `prompts`: how many the batch has -> the
@@ -184,9 +204,7 @@ def backward(reward_model, parts, prompts, examples, labels, args, pad_token_id)
     loss, all_scores = 0.0, torch.zeros(len(labels), device=args.device)
     for part, weight in parts:
         rows, sizes = sum(part, []), [len(group) for group in part]
-        input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
-        with autocast(args):
-            scores = last_token(reward_model(input_ids), places)
+        scores = scores_of(reward_model, [examples[i] for i in rows], args, pad_token_id)
         by_prompt = list(zip(scores.split(sizes), labels[rows].split(sizes)))
         # the mean over the prompts of the batch: each weighs the same, however many completions
         micro_loss = sum(loss_function(s, t) for s, t in by_prompt) * weight / prompts

@@ -147,6 +147,30 @@ def test_last_token():
     assert model.last_token(input_ids, places).tolist() == [2, 3, 2, 0]
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("world", [1, 2])
+def test_texts_of_a_micro_batch_are_read_with_little_padding(monkeypatch, number, world):
+    """Each score is that of its text, of the token with which it ends. Of forty texts of 2 to 80
+    tokens a fifth is padding, where one pass would read twice as much as there is. Of many
+    processes each makes as many passes, however few its texts."""
+    monkeypatch.setattr(train_rm, "WORLD", world)
+    texts = [([7], [100 + i] * (1 + i * 17 % 40 * 2)) for i in range(number)]
+    read = []
+
+    def reward_model(input_ids):
+        read.append(input_ids.numel())
+        return input_ids.float()
+
+    args = SimpleNamespace(device="cpu", dtype="float32")
+    scores = train_rm.scores_of(reward_model, texts, args, 0)
+    assert scores.tolist() == [100 + i for i in range(number)]
+    assert len(read) == (min(number, 4) if world == 1 else 4)
+    if number == 40:
+        there = sum(len(prompt) + len(completion) for prompt, completion in texts)
+        assert there * 1.9 < 40 * max(len(p) + len(c) for p, c in texts)
+        assert sum(read) < 1.25 * there
+
+
 def test_rm_evaluate(rm_run, home):
     """Pair accuracy, margin, error and the accuracy by label gap, against loops over plain
     transformers' scores."""
