@@ -242,23 +242,22 @@ def main(argv=None):
              "are needed to scale the scores")
     optimizer = torch.optim.AdamW(trainable(reward_model), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=0.01, fused=True)
-    tokens, sizes = text_lengths(examples), [len(group) for group in groups]
+    tokens = text_lengths(examples)
     lengths = [sum(tokens[i] for i in group) for group in groups]
-    longest = [max(tokens[i] for i in group) for group in groups]
     order = torch.Generator().manual_seed(args.seed)
     batches = [batch for _ in range(args.epochs)
                for batch in length_batches(lengths, args.batch_size, order)]
     steps, steps_per_epoch = len(batches), len(batches) // args.epochs
     trained = {"reward_model": (reward_model, optimizer)}
-    args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(sizes))
+    args.micro_batch_size = micro_batch("rm", trained, args, run.state, max(map(len, groups)))
     kept = run.begin(steps, trained, {}, dict(watch={}))
     watch = RankingWatch(args.data, **kept["watch"])
 
     for step, batch in list(enumerate(batches, 1))[run.step:]:
         started = time.perf_counter()
         lr = set_lr(optimizer, args.lr, step - 1, steps, floor=0.1)
-        parts = [([groups[g] for g in part], weight) for part, weight in micro_batches(
-            batch, longest, args.micro_batch_size, sizes)]
+        parts = [([groups[g] for g in part], weight)
+                 for part, weight in micro_batches(batch, lengths, args.micro_batch_size)]
         loss, scores = backward(reward_model, parts, len(batch), examples, labels, args,
                                 tokenizer.pad_token_id)
         grad_norm = clip_gradients(reward_model, 1.0)

@@ -60,8 +60,8 @@ EDITS = {  # function: (its file, what stands there, what takes its place, who o
         "lib/formats.py", "heads = config.num_key_value_heads",
         "heads = config.num_attention_heads", "tests/test_checkpoints.py"),
     "micro_batches": (
-        "lib/distributed.py", "or number * longest > most:",
-        "or (number - 1) * longest > most:", "tests/test_distributed.py"),
+        "lib/distributed.py", "(len(parts[-1]) + 1) * lengths[i] > most:",
+        "len(parts[-1]) * lengths[i] > most:", "tests/test_distributed.py"),
     "set_lr": (
         "lib/training.py", "peak * (step + 1) / warmup", "peak * step / warmup",
         "tests/test_sft.py"),

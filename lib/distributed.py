@@ -116,24 +116,18 @@ def my_parts(rows, size):
     return [(part, 1) if part else (rows[:1], 0) for part in parts]
 
 
-def micro_batches(rows, lengths, size, texts=None):
-    """Cut rows into parts, similar lengths together, so that little is padded -> [(part, weight)];
-    of many processes, those of this one, as in `my_parts`. A part has at most as many tokens,
-    padding included, as `size` of the largest rows: many short ones go through in one pass.
-
-    `lengths`: the tokens of each row. If rows have several texts each, `texts` says how many, and
-    `lengths` is that of the longest; such rows keep their order."""
-    if texts is None:
-        rows, texts = sorted(rows, key=lambda i: lengths[i]), [1] * len(lengths)
-    most = size * max((n * length for n, length in zip(texts, lengths)), default=0)
+def micro_batches(rows, lengths, size):
+    """Cut rows, `lengths` tokens each, into parts of similar lengths, so that little is padded ->
+    [(part, weight)]; of many processes, those of this one, as in `my_parts`. A part has at most as
+    many tokens, padding included, as `size` of the longest rows: many short ones go together."""
+    rows = sorted(rows, key=lambda i: lengths[i])
+    most = size * max(lengths, default=0)
 
     def cut(rows):
-        parts, number, longest = [], 0, 0  # number, longest: of the texts of the last part
-        for i in rows:
-            number, longest = number + texts[i], max(longest, lengths[i])
-            if not parts or number * longest > most:
+        parts = []
+        for i in rows:  # the longest so far
+            if not parts or (len(parts[-1]) + 1) * lengths[i] > most:
                 parts.append([])
-                number, longest = texts[i], lengths[i]
             parts[-1].append(i)
         return parts
 

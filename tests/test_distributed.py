@@ -26,23 +26,6 @@ def test_micro_batches_hold_each_row_once_and_no_more_than_fits(number, size):
         assert max(map(len, parts)) > 2 * size  # short rows go together
 
 
-def test_rows_of_several_texts_keep_their_order():
-    """No part has more tokens, padding included, than `size` of the largest rows."""
-    rng = random.Random(0)
-    longest, texts = ([rng.randrange(1, most) for _ in range(200)] for most in (100, 6))
-    rows = rng.sample(range(200), 150)
-    parts, _ = zip(*micro_batches(rows, longest, 3, texts))
-    assert sum(parts, []) == rows
-    most = 3 * max(n * length for n, length in zip(texts, longest))
-
-    def padded(part):
-        return sum(texts[i] for i in part) * max(longest[i] for i in part)
-
-    for part, after in zip(parts, [*parts[1:], None]):
-        assert padded(part) <= most and (not after or padded([*part, after[0]]) > most)
-    assert max(map(len, parts)) > 6
-
-
 def test_no_rows_are_no_micro_batches():
     assert micro_batches([], [], 4) == []
 

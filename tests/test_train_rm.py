@@ -398,7 +398,7 @@ def test_rm_stops_on_what_is_not_finite(rm_argv, few_scored, tmp_path, monkeypat
 @pytest.mark.parametrize("loss", ["regression", "ranking"])
 def test_rm_waits_once_a_step(home, rm_argv, tmp_path, loss):
     """Labels and scores are on the CPU when they are compared, which waits for nobody: once in each
-    of three micro-batches, five times for the pairs of each of eight prompts, and once more for a
+    of four micro-batches, five times for the pairs of each of eight prompts, and once more for a
     ranking."""
     records = home.records["scored"]
     data = [records[i] for group in by_prompt(records)[:24] for i in group]
@@ -412,7 +412,7 @@ def test_rm_waits_once_a_step(home, rm_argv, tmp_path, loss):
     )
     waited = waits_of_steps(train_rm, argv)
     assert len(waited) == 2
-    assert 1 <= max(waited) <= 1 + 3 + 8 * (6 if loss == "ranking" else 5)
+    assert 1 <= max(waited) <= 1 + 4 + 8 * (6 if loss == "ranking" else 5)
 
 
 def test_ranking_counts_only_pairs_of_one_prompt(monkeypatch):
