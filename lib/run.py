@@ -25,7 +25,7 @@ from lib.distributed import RANK, WORLD, wait_for_all
 from lib.errors import explain, stop
 from lib.signals import Signals
 
-TIDY_EVERY = 20  # seconds; memory that was given back is slow to get again, page by page
+TIDY_EVERY = 60  # seconds; memory that was given back is slow to get again, page by page
 LOGS = ["metrics.csv", "samples.jsonl"]  # --resume cuts off what came after the saved state
 SAVED_IS_LEFT = "; --resume continues from what is saved in last/"
 # files that a new run removes first, since they would say that the model is whole
