@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.data import collate, encode_records, length_batches, on, read_records, text_lengths
-from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, micro_batches, my_parts,
-                             release, start_processes, to_device, total)
+from lib.distributed import (RANK, WORLD, clip_gradients, gather_rows, micro_batches, release,
+                             start_processes, to_device, total)
 from lib.errors import clean_exit, stop
 from lib.health import RankingWatch, check_finite
 from lib.lora import add_lora, trainable
@@ -149,11 +149,9 @@ def score_texts(reward_model, examples, args, pad_token_id):
         input_ids, places = collate([examples[i] for i in rows], pad_token_id, args.device)
         return [last_token(reward_model(input_ids), places)]
 
-    lengths = text_lengths(examples)
-    order = sorted(range(len(examples)), key=lambda i: lengths[i])
-    # micro_batch_size counts prompts, taken as 4 texts each; a bar, since it can take minutes
-    parts = tqdm(my_parts(order, 4 * args.micro_batch_size), "scoring", leave=False,
-                 disable=RANK > 0)
+    # micro_batch_size counts prompts, taken as 4 texts each
+    parts = micro_batches(range(len(examples)), text_lengths(examples), 4 * args.micro_batch_size)
+    parts = tqdm(parts, "scoring", leave=False, disable=RANK > 0)  # it can take minutes
     with torch.no_grad(), autocast(args):
         return gather_rows(read, parts, len(examples))[0]
 
