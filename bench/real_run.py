@@ -140,7 +140,7 @@ def train(args):
     for seed in args.seeds if "trl" in args.steps else ():
         updates = args.trl_episodes // args.batch
         run(args, f"beside-{seed}", "ppo", *ppo_options(args, "rm", updates, KL_COEF, seed),
-            "--critic_lr", LR)
+            "--critic_lr", LR, "--ppo_epochs", 1)
     for step in [step for step in variants.STEPS if step in args.steps]:
         for seed, (name, options) in itertools.product(
                 args.seeds, variants.variants(step, args).items()):
@@ -156,7 +156,7 @@ def ppo_options(args, reward_model, updates, kl_coef, seed, lr=LR):
             f"{data}/rlhf_training_data_eval.json", "--eval_number", args.eval, "--gold",
             f"{ROOT}/bench/gold_judge.py", "--updates", updates, "--batch_size", args.batch,
             "--minibatch_size", args.batch // 2, "--micro_batch_size", min(16, args.batch),
-            "--ppo_epochs", 1, "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", lr,
+            "--max_prompt_length", 80, "--max_new_tokens", args.new, "--lr", lr,
             "--critic_lr", CRITIC_LR, "--kl_coef", kl_coef, "--eval_every", args.every,
             "--save_every", 3, "--seed", seed]
 

@@ -31,7 +31,7 @@ def variants(step, args):
         "twice the learning rates": twice,
         "epsilon 1e-5, twice the learning rates": large_epsilon + twice,
         "lambda 1": ["--lam", 1],
-        "two passes": ["--ppo_epochs", 2],
+        "one pass": ["--ppo_epochs", 1],
         "batches half as large": small_batch,
         "kl_coef 0.1": ["--kl_coef", 0.1],
         "kl_coef 0.2": ["--kl_coef", 0.2],
