@@ -52,8 +52,9 @@ from model import (Generation, ScalarHead, decoding_copy, generate, last_token, 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The demo's values, and those of a pretrained LLaMA of 100 to 500 million parameters, with which
-# bench/real_run.py trains SmolLM2-135M; one pass over the answers in place of two gains it a quarter
-# less (docs/log.md). Larger ones need smaller learning rates: Huang et al. 2024 take 3e-6 from 1B on.
+# bench/real_run.py trains SmolLM2-135M; with one pass over the answers, not two, it gains a quarter
+# less (docs/log.md). Larger ones need smaller learning rates: Huang et al. 2024 take 3e-6 from 1B
+# on.
 # kl_coef, lambda and clip are also those of Stiennon et al. 2020 (B.1).
 SETTINGS = [
     # name                demo      real    what it is
